@@ -1,0 +1,7 @@
+"""The LLaMA family in Flax nnx, and its weights in and out."""
+
+from lomo_jax.models.config import LlamaConfig as LlamaConfig
+from lomo_jax.models.config import RopeScaling as RopeScaling
+from lomo_jax.models.llama import Llama as Llama
+from lomo_jax.models.llama import abstract as abstract
+from lomo_jax.models.llama import init as init

@@ -1,0 +1,236 @@
+"""A LLaMA-family decoder in Flax nnx whose layers are stacked and scanned.
+
+Dimensions: B batch, T sequence, D width, F mlp width, H query heads, K key and value heads, h head
+width, L layers, V vocabulary. N stands for either number of heads.
+
+Every weight is a matrix or a vector: heads are folded into one axis, `[D, H*h]`, because AdaLomo
+factors the last two axes of a weight and each projection is one matrix to it.
+
+References:
+  Touvron et al., LLaMA: Open and Efficient Foundation Language Models, arXiv 2302.13971.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lomo_jax.models.config import LlamaConfig
+
+_INIT = nnx.initializers.normal(0.02)
+
+
+class _Context(NamedTuple):
+    """What every layer needs besides its weights and its input."""
+
+    cos: jax.Array  # [B, T, 1, h / 2] float32; B is 1 when all rows have the same positions
+    sin: jax.Array  # as cos
+    mask: jax.Array | None  # [B, 1, T, T] bool: query and key are of one segment
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in float32, rounded before scaling, as transformers does."""
+
+    def __init__(self, width: int, *, eps: float, param_dtype: DTypeLike) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width, param_dtype))
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        x32_BxTxD = x_BxTxD.astype(jnp.float32)
+        mean_square_BxTx1 = jnp.mean(jnp.square(x32_BxTxD), axis=-1, keepdims=True)
+        normal_BxTxD = x32_BxTxD * jax.lax.rsqrt(mean_square_BxTx1 + self.eps)
+        return normal_BxTxD.astype(x_BxTxD.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.head_dim = config.head_dim
+        linear = functools.partial(_linear, param_dtype=param_dtype, rngs=rngs)
+        self.q = linear(config.width, config.num_heads * config.head_dim)
+        self.k = linear(config.width, config.num_kv_heads * config.head_dim)
+        self.v = linear(config.width, config.num_kv_heads * config.head_dim)
+        self.o = linear(config.num_heads * config.head_dim, config.width)
+
+    def __call__(self, x_BxTxD: jax.Array, context: _Context) -> jax.Array:
+        batch, length, _ = x_BxTxD.shape
+        heads = (batch, length, -1, self.head_dim)
+        q_BxTxHxh = _rotate(self.q(x_BxTxD).reshape(heads), context)
+        k_BxTxKxh = _rotate(self.k(x_BxTxD).reshape(heads), context)
+        v_BxTxKxh = self.v(x_BxTxD).reshape(heads)
+        y_BxTxHxh = jax.nn.dot_product_attention(
+            q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, mask=context.mask, is_causal=True
+        )
+        return self.o(y_BxTxHxh.reshape(batch, length, -1))
+
+
+class MLP(nnx.Module):
+    """The gated MLP, SwiGLU."""
+
+    def __init__(self, config: LlamaConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(_linear, param_dtype=param_dtype, rngs=rngs)
+        self.gate = linear(config.width, config.mlp_width)
+        self.up = linear(config.width, config.mlp_width)
+        self.down = linear(config.mlp_width, config.width)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x_BxTxD)) * self.up(x_BxTxD))
+
+
+class Layer(nnx.Module):
+    """One decoder layer, pre-normalised."""
+
+    def __init__(self, config: LlamaConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        norm = functools.partial(
+            RMSNorm, config.width, eps=config.norm_eps, param_dtype=param_dtype
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
+        self.mlp_norm = norm()
+        self.mlp = MLP(config, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array, context: _Context) -> jax.Array:
+        x_BxTxD += self.attention(self.attention_norm(x_BxTxD), context)
+        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
+
+
+class Llama(nnx.Module):
+    """A LLaMA-family language model.
+
+    `layers` is one `Layer` whose every weight has a leading layer axis, `[L, ...]`. The stacks are
+    the scanned inputs of one `jax.lax.scan` as they are, which is what `lomo_jax.fused_step` asks
+    for, and the layer is rematerialised, so the plain gradient too keeps layer inputs only.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        self.config = config
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.width,
+            embedding_init=_INIT,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.layers = jax.vmap(
+            lambda key: Layer(config, param_dtype=param_dtype, rngs=nnx.Rngs(key))
+        )(jax.random.split(rngs.params(), config.num_layers))
+        self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
+        self.output = None
+        if not config.tie_embeddings:
+            self.output = _linear(
+                config.width, config.vocab_size, param_dtype=param_dtype, rngs=rngs
+            )
+
+    def hidden(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array | None = None,
+        segments_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns what the head reads, after the last normalisation.
+
+        Args:
+          tokens_BxT: int32.
+          positions_BxT: int32, each token's place in its document; by default 0, 1, 2, ...
+          segments_BxT: int32; tokens attend to earlier tokens of the same number only, so packed
+            documents do not see each other. By default the whole row is one document.
+
+        Returns:
+          x_BxTxD in the parameters' dtype.
+        """
+        if positions_BxT is None:
+            positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
+        angles = positions_BxT.astype(jnp.float32)[:, :, None, None] * _frequencies(self.config)
+        mask = None
+        if segments_BxT is not None:
+            mask = segments_BxT[:, None, :, None] == segments_BxT[:, None, None, :]
+        context = _Context(jnp.cos(angles), jnp.sin(angles), mask)
+
+        # Inside a scan common subexpressions cannot undo the rematerialisation, so the barriers
+        # that would prevent it only cost.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def apply(x_BxTxD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+            return layer(x_BxTxD, context), None
+
+        x_BxTxD, _ = jax.lax.scan(apply, self.embedding(tokens_BxT), self.layers)
+        return self.norm(x_BxTxD)
+
+    def head(self) -> jax.Array:
+        """Returns the output projection w_DxV: the transposed embedding where the two are tied."""
+        if self.output is None:
+            return self.embedding.embedding[...].T
+        return self.output.kernel[...]
+
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array | None = None,
+        segments_BxT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns logits_BxTxV in float32; the arguments are those of `hidden`."""
+        return jnp.einsum(
+            "btd,dv->btv",
+            self.hidden(tokens_BxT, positions_BxT, segments_BxT),
+            self.head(),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def abstract(
+    config: LlamaConfig, param_dtype: DTypeLike = jnp.float32
+) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+    """Returns `nnx.split` of a model without computing it.
+
+    Returns:
+      (graphdef, params), params with a `jax.ShapeDtypeStruct` in the place of each array.
+    """
+    return nnx.split(
+        nnx.eval_shape(lambda: Llama(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+    )
+
+
+def init(
+    config: LlamaConfig, seed: int, param_dtype: DTypeLike = jnp.float32
+) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+    """Returns `nnx.split` of a model with random weights, normal with deviation 0.02."""
+
+    @jax.jit
+    def params(key: jax.Array) -> nnx.State:
+        return nnx.state(Llama(config, param_dtype=param_dtype, rngs=nnx.Rngs(key)))
+
+    graphdef, _ = abstract(config, param_dtype)
+    return graphdef, params(jax.random.key(seed))
+
+
+def _linear(inputs: int, outputs: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        inputs, outputs, use_bias=False, kernel_init=_INIT, param_dtype=param_dtype, rngs=rngs
+    )
+
+
+def _frequencies(config: LlamaConfig) -> np.ndarray:
+    """Returns the rotary frequencies, float32 `[h / 2]`, in radians a token."""
+    exponent = np.arange(0, config.head_dim, 2) / config.head_dim
+    frequency = config.rope_theta**-exponent
+    if (scaling := config.rope_scaling) is not None:
+        turns = scaling.original_max_length * frequency / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling.factor)
+    return frequency.astype(np.float32)
+
+
+def _rotate(x_BxTxNxh: jax.Array, context: _Context) -> jax.Array:
+    """Turns the pairs (i, i + h / 2), the Hugging Face order, by the angles of their positions."""
+    a, b = jnp.split(x_BxTxNxh.astype(jnp.float32), 2, axis=-1)
+    turned = (a * context.cos - b * context.sin, b * context.cos + a * context.sin)
+    return jnp.concatenate(turned, axis=-1).astype(x_BxTxNxh.dtype)
