@@ -124,8 +124,9 @@ class Llama(nnx.Module):
             lambda key: Layer(config, param_dtype=param_dtype, rngs=nnx.Rngs(key))
         )(jax.random.split(rngs.params(), config.num_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
-        self.output = None
-        if not config.tie_embeddings:
+        if config.tie_embeddings:
+            self.output = None
+        else:
             self.output = _linear(
                 config.width, config.vocab_size, param_dtype=param_dtype, rngs=rngs
             )
