@@ -2,6 +2,9 @@
 
 from lomo_jax.models.config import LlamaConfig as LlamaConfig
 from lomo_jax.models.config import RopeScaling as RopeScaling
+from lomo_jax.models.generate import generate as generate
+from lomo_jax.models.huggingface import save as save
 from lomo_jax.models.llama import Llama as Llama
 from lomo_jax.models.llama import abstract as abstract
 from lomo_jax.models.llama import init as init
+from lomo_jax.models.load import load as load

@@ -1,0 +1,89 @@
+"""Continuing a text, to look at what a model has learnt."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from lomo_jax.models.llama import Llama
+
+_BUFFER_MULTIPLE = 32  # tokens; prompts of similar length share one compiled program
+
+
+def generate(
+    graphdef: nnx.GraphDef[Llama],
+    params: nnx.State,
+    tokens: ArrayLike,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Continues prompts of one length.
+
+    The prefix is recomputed for every token: made for a glance at short texts during training,
+    not for serving.
+
+    Args:
+      graphdef: of a `Llama`.
+      params: its parameters.
+      tokens: int `[B, T]`, the prompts, without padding.
+      max_new_tokens: how many tokens to add.
+      temperature: 0 takes the likeliest token; otherwise tokens are drawn, 1.0 from the model's
+        own distribution.
+      seed: of the drawing.
+
+    Returns:
+      int32 `[B, T + max_new_tokens]`: prompts and continuations.
+
+    Raises:
+      ValueError: the prompt is empty, or longer with its continuation than the model allows.
+    """
+    prompt_BxT = np.asarray(tokens, np.int32)
+    if prompt_BxT.ndim != 2 or prompt_BxT.shape[1] == 0:
+        raise ValueError(f"tokens of shape {prompt_BxT.shape} must be [batch, prompt length > 0]")
+    total = prompt_BxT.shape[1] + max_new_tokens
+    max_length = nnx.merge(graphdef, params).config.max_length
+    if total > max_length:
+        raise ValueError(
+            f"prompt and continuation together are {total} tokens, "
+            f"more than the model's max_length={max_length}"
+        )
+    padding = -total % _BUFFER_MULTIPLE + max_new_tokens
+    buffer_BxN = np.pad(prompt_BxT, ((0, 0), (0, padding)))
+    filled_BxN = _fill(
+        graphdef, params, buffer_BxN, prompt_BxT.shape[1], total, temperature, jax.random.key(seed)
+    )
+    return np.asarray(filled_BxN)[:, :total]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fill(
+    graphdef: nnx.GraphDef[Llama],
+    params: nnx.State,
+    buffer_BxN: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    temperature: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Writes tokens start, ..., stop - 1 of each row."""
+    model = nnx.merge(graphdef, params)
+
+    def write(position: jax.Array, buffer_BxN: jax.Array) -> jax.Array:
+        # Attention is causal: what stands behind the prefix does not reach its last position.
+        x_BxNxD = model.hidden(buffer_BxN)
+        x_BxD = jax.lax.dynamic_index_in_dim(x_BxNxD, position - 1, axis=1, keepdims=False)
+        logits_BxV = jnp.matmul(x_BxD, model.head(), preferred_element_type=jnp.float32)
+        drawn_B = jax.random.categorical(
+            jax.random.fold_in(key, position), logits_BxV / jnp.maximum(temperature, 1e-6)
+        )
+        next_B = jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BxV, axis=-1))
+        return buffer_BxN.at[:, position].set(next_B)
+
+    return jax.lax.fori_loop(start, stop, write, buffer_BxN)

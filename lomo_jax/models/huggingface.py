@@ -1,0 +1,191 @@
+"""Hugging Face directories: config.json and safetensors, in and out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lomo_jax.models.config import LlamaConfig
+from lomo_jax.models.weights import HF_NAMES, Tensor, assemble, disassemble
+
+_CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F32", "BF16", "F16")
+
+
+def load_hf(directory: Path, param_dtype: DTypeLike) -> tuple[LlamaConfig, nnx.State]:
+    """Reads a Hugging Face directory; see `lomo_jax.models.load`."""
+    config_file = directory / _CONFIG
+    try:
+        config = LlamaConfig.from_hf(_read_json(config_file))
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
+    tensors = [
+        tensor
+        for file in _weight_files(directory)
+        for tensor in _tensors(file)
+        # transformers 4.30 and older also saved the rotary frequencies, and some exports of tied
+        # models repeat the embedding as a head.
+        if not tensor.name.endswith("rotary_emb.inv_freq")
+        and not (config.tie_embeddings and tensor.name == HF_NAMES["output/kernel"])
+    ]
+    return config, assemble(config, param_dtype, tensors, HF_NAMES, str(directory))
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: LlamaConfig,
+    params: nnx.State,
+    *,
+    dtype: DTypeLike | None = None,
+    tokenizer: Any = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a Hugging Face directory that `transformers` and `lomo_jax.models.load` read.
+
+    Everything is written beside `path` first and renamed when complete, so a failure leaves an
+    earlier export as it was. Host memory holds one shard.
+
+    Args:
+      path: the directory; an earlier export there is replaced.
+      config: the model's shape.
+      params: the parameters, as `nnx.split` of a `Llama` gives them.
+      dtype: of the saved weights: float32, bfloat16 or float16. By default the parameters' own.
+      tokenizer: a transformers tokenizer to save with the model.
+      max_shard_bytes: larger models are split into several files and an index.
+
+    Raises:
+      ValueError: `path` exists and is not a model directory.
+    """
+    path = Path(path)
+    dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype if dtype is None else dtype)
+    if path.exists() and not (path / _CONFIG).is_file() and not _is_empty_directory(path):
+        raise ValueError(f"{path} exists and is not a model directory; choose another export path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        written = Path(temporary, "new")
+        written.mkdir()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+        hf_config = config.to_hf(dtype)
+        special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
+        _write_json(written / _CONFIG, hf_config)
+        _write_json(written / _GENERATION_CONFIG, special)
+        _write_weights(
+            written, disassemble(params, HF_NAMES, dtype), dtype.itemsize, max_shard_bytes
+        )
+        _replace(path, written, Path(temporary, "old"))
+
+
+def _replace(path: Path, new: Path, old: Path) -> None:
+    """Renames `new` to `path`, and what is at `path` to `old`; puts it back if that fails."""
+    if not path.exists():
+        new.rename(path)
+        return
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Returns the files that transformers would read, in its order of preference."""
+    if (directory / _WEIGHTS).is_file():
+        return [directory / _WEIGHTS]
+    if (directory / _INDEX).is_file():
+        index = _read_json(directory / _INDEX)
+        files = [directory / name for name in sorted(set(index["weight_map"].values()))]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{file} is missing, but {_INDEX} names it; download it")
+        return files
+    if files := sorted(directory.glob("*.safetensors")):
+        return files
+    raise FileNotFoundError(
+        f"{directory} has no .safetensors file; download one, or convert the model's weights"
+    )
+
+
+def _tensors(file: Path) -> Iterator[Tensor]:
+    """Yields the file's tensors in the order of their bytes."""
+
+    def read(name: str) -> np.ndarray:
+        # Opened for each tensor, so that pages of the mapping that were read do not stay resident.
+        with safetensors.safe_open(file, "numpy") as opened:
+            return opened.get_tensor(name)
+
+    try:
+        with safetensors.safe_open(file, "numpy") as opened:
+            for name in opened.offset_keys():
+                header = opened.get_slice(name)
+                if header.get_dtype() not in _DTYPES:
+                    raise ValueError(
+                        f"{file}: the tensor {name} is stored as {header.get_dtype()}; "
+                        f"supported: {', '.join(_DTYPES)}"
+                    )
+                yield Tensor(name, tuple(header.get_shape()), lambda name=name: read(name))
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file} is truncated or not a safetensors file ({error}); download it again"
+        ) from None
+
+
+def _write_weights(
+    directory: Path, tensors: Iterable[Tensor], itemsize: int, max_shard_bytes: int
+) -> None:
+    shards: list[list[Tensor]] = []
+    total = room = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * itemsize
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= size
+        total += size
+
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = (
+            _WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        arrays = {tensor.name: tensor.read() for tensor in shard}
+        # transformers refuses files that do not say which framework's layout they hold.
+        safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(arrays, name)
+    if len(shards) > 1:
+        _write_json(
+            directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _is_empty_directory(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

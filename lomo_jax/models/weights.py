@@ -1,0 +1,152 @@
+"""Between stacked parameters and the single tensors, one a layer, of checkpoint files."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lomo_jax.models.config import LlamaConfig
+from lomo_jax.models.llama import abstract
+
+HF_NAMES = {
+    "embedding/embedding": "model.embed_tokens.weight",
+    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/attention/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
+    "layers/attention/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
+    "layers/attention/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
+    "layers/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
+    "layers/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
+    "layers/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
+    "norm/scale": "model.norm.weight",
+    "output/kernel": "lm_head.weight",
+}
+GGUF_NAMES = {
+    "embedding/embedding": "token_embd.weight",
+    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
+    "layers/attention/q/kernel": "blk.{}.attn_q.weight",
+    "layers/attention/k/kernel": "blk.{}.attn_k.weight",
+    "layers/attention/v/kernel": "blk.{}.attn_v.weight",
+    "layers/attention/o/kernel": "blk.{}.attn_output.weight",
+    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
+    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
+    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
+    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
+    "norm/scale": "output_norm.weight",
+    "output/kernel": "output.weight",
+}
+
+
+class Tensor(NamedTuple):
+    """A tensor of a checkpoint, not read yet."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+class _Place(NamedTuple):
+    """Where a tensor lives in the parameters."""
+
+    leaf: int  # index among the flattened parameters
+    layer: int | None  # index into the leaf's layer axis, when it has one
+    shape: tuple[int, ...]  # of the tensor in the file
+    transposed: bool  # files hold kernels as [outputs, inputs]
+
+
+def assemble(
+    config: LlamaConfig,
+    param_dtype: DTypeLike,
+    tensors: Iterable[Tensor],
+    names: Mapping[str, str],
+    source: str,
+) -> nnx.State:
+    """Reads tensors one by one into stacked parameters.
+
+    The stacks are allocated once, on the default device, and filled in place: besides the
+    parameters, memory holds one tensor at a time.
+
+    Args:
+      config: the model's shape.
+      param_dtype: of the parameters; tensors are cast to it.
+      tensors: all tensors of the checkpoint.
+      names: parameter path -> tensor name, with `{}` for the layer; one of the tables above.
+      source: what to call the checkpoint in errors.
+
+    Returns:
+      The parameters, as `nnx.split` of a `Llama` gives them.
+
+    Raises:
+      ValueError: a tensor is missing, not expected, or of the wrong shape; nothing was read.
+    """
+    _, params = abstract(config, param_dtype)
+    leaves, treedef = jax.tree.flatten(params)
+    places = _places(params, names)
+    found = {tensor.name: tensor for tensor in tensors}
+    if missing := [name for name in places if name not in found]:
+        raise ValueError(f"{source} lacks the tensor {_first_of(missing)}")
+    if unexpected := [name for name in found if name not in places]:
+        raise ValueError(
+            f"{source} has the tensor {_first_of(unexpected)}, for which this model has no place"
+        )
+    for name, place in places.items():
+        if found[name].shape != place.shape:
+            raise ValueError(
+                f"{source}: the tensor {name} has shape {list(found[name].shape)}, "
+                f"expected {list(place.shape)}"
+            )
+
+    arrays = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+    for name, tensor in found.items():
+        place = places[name]
+        filled = _fill(arrays[place.leaf], tensor.read(), place.layer, transposed=place.transposed)
+        # Dispatch is asynchronous: without waiting, tensors read ahead would pile up in memory.
+        arrays[place.leaf] = filled.block_until_ready()
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def disassemble(params: nnx.State, names: Mapping[str, str], dtype: DTypeLike) -> Iterator[Tensor]:
+    """Yields the tensors of a checkpoint, layer after layer; the inverse of `assemble`."""
+    leaves = jax.tree.leaves(params)
+    for name, (leaf, layer, shape, transposed) in _places(params, names).items():
+        take = functools.partial(_take, leaves[leaf], layer, transposed=transposed, dtype=dtype)
+        yield Tensor(name, shape, lambda take=take: np.asarray(take()))
+
+
+def _places(params: nnx.State, names: Mapping[str, str]) -> dict[str, _Place]:
+    """Returns tensor name -> place, layer after layer."""
+    places = {}
+    for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(params)):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
+        stacked = path.startswith("layers/")
+        transposed = path.endswith("/kernel")
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        shape = shape[::-1] if transposed else shape
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            places[names[path].format(layer)] = _Place(index, layer, shape, transposed)
+    return dict(sorted(places.items(), key=lambda item: (item[1].layer or 0, item[1].leaf)))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="transposed")
+def _fill(stack: jax.Array, tensor: jax.Array, layer: int | None, *, transposed: bool) -> jax.Array:
+    tensor = (tensor.T if transposed else tensor).astype(stack.dtype)
+    return tensor if layer is None else stack.at[layer].set(tensor)
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _take(stack: jax.Array, layer: int | None, *, transposed: bool, dtype: DTypeLike) -> jax.Array:
+    tensor = stack if layer is None else stack[layer]
+    return (tensor.T if transposed else tensor).astype(dtype)
+
+
+def _first_of(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return names[0] + more
