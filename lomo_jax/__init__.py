@@ -1,0 +1,12 @@
+"""Full fine-tuning of large language models, one layer's gradient at a time."""
+
+from lomo_jax.adalomo import AdaLomoState as AdaLomoState
+from lomo_jax.adalomo import adalomo as adalomo
+from lomo_jax.fused import StepOutput as StepOutput
+from lomo_jax.fused import StepState as StepState
+from lomo_jax.fused import fused_step as fused_step
+from lomo_jax.fused import reference_step as reference_step
+from lomo_jax.lomo import LomoState as LomoState
+from lomo_jax.lomo import lomo as lomo
+
+__version__ = "0.1.0"

@@ -1,0 +1,149 @@
+"""AdaLomo: factored second moments and grouped normalisation, as an optax transformation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lomo_jax import _validate
+
+
+class Factors(NamedTuple):
+    """Second moment of a matrix [..., M, N], as the means of its rows and columns."""
+
+    row: jax.Array  # float32 [..., M], average over steps of mean(g^2, -1)
+    col: jax.Array  # float32 [..., N], average over steps of mean(g^2, -2)
+
+
+class AdaLomoState(NamedTuple):
+    """State of `adalomo`."""
+
+    count: jax.Array  # int32 [], updates made so far: the schedule's argument
+    moments: (
+        optax.Params
+    )  # per parameter: `Factors` of a matrix, float32 array of a vector or scalar
+
+
+def adalomo(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    eps: float = 1e-30,
+    decay_rate: float = 0.8,
+    clip_threshold: float = 1.0,
+    weight_decay: float = 0.0,
+    clip_value: float | None = None,
+    min_param_scale: float = 1e-3,
+    beta: float | None = None,
+) -> optax.GradientTransformation:
+    r"""The update rule of AdaLomo, as the authors' code computes it.
+
+    With :math:`g` the gradient (clipped by value), :math:`t = 1, 2, \dots` and
+    :math:`\beta_t = 1 - t^{-0.8}`, for a matrix:
+
+    .. math::
+        r_t &= \beta_t r_{t-1} + (1 - \beta_t)\, \mathrm{mean}_{cols}(g^2 + \epsilon) \\
+        c_t &= \beta_t c_{t-1} + (1 - \beta_t)\, \mathrm{mean}_{rows}(g^2 + \epsilon) \\
+        u &= g \big/ \sqrt{r_t c_t^\top / \mathrm{mean}(r_t)} \\
+        \hat u &= u \big/ \max(1, \mathrm{rms}(u) / d) \\
+        \alpha &= \eta \max(\epsilon_2, \mathrm{rms}(\theta)) \\
+        \theta &\leftarrow \theta (1 - \alpha \lambda) - \alpha \hat u
+
+    A vector or scalar keeps the moving average :math:`v` of :math:`g^2 + \epsilon` itself, and
+    :math:`u = g / \sqrt v` (the paper prints :math:`g / v`; its code has the root). A parameter of more than two
+    axes is a stack of matrices over its leading axes, each with its own factors, :math:`\mathrm{rms}(u)` and
+    :math:`\mathrm{rms}(\theta)`. Everything is computed in float32; updates are float32, so that the sum with
+    the parameter is rounded once, to the parameter's dtype.
+
+    Args:
+      learning_rate: :math:`\eta`, relative to the size of each parameter: a float or a schedule from the number
+        of updates made to a float.
+      eps: :math:`\epsilon`, added to the squared gradient.
+      decay_rate: exponent of :math:`\beta_t = 1 - t^{-decay\_rate}`.
+      clip_threshold: :math:`d`, the largest root mean square of an update before the learning rate.
+      weight_decay: :math:`\lambda`, decoupled: multiplied by :math:`\alpha`.
+      clip_value: each element of the gradient is clipped to [-clip_value, clip_value]; None for no clipping.
+      min_param_scale: :math:`\epsilon_2`, the smallest root mean square that a parameter is taken to have.
+      beta: a constant :math:`\beta_t`, as in the paper's Algorithm 1 (without bias correction); None for
+        `decay_rate`.
+
+    Returns:
+      An `optax.GradientTransformation` whose `update` needs `params`.
+
+    Raises:
+      ValueError: an argument is outside its range.
+
+    References:
+      Lv et al., `AdaLomo: Low-memory Optimization with Adaptive Learning Rate
+      <https://arxiv.org/abs/2310.10195>`_, 2023
+    """
+    schedule = _validate.learning_rate(learning_rate)
+    _validate.number("eps", eps, low=0.0, open_low=True)
+    _validate.number("decay_rate", decay_rate, low=0.0, open_low=True)
+    _validate.number("clip_threshold", clip_threshold, low=0.0, open_low=True)
+    _validate.number("weight_decay", weight_decay, low=0.0)
+    _validate.optional_number("clip_value", clip_value, low=0.0, open_low=True)
+    _validate.number("min_param_scale", min_param_scale, low=0.0)
+    _validate.optional_number("beta", beta, low=0.0, high=1.0)
+
+    def init(params: optax.Params) -> AdaLomoState:
+        def moment(p):
+            if p.ndim < 2:
+                return jnp.zeros(p.shape, jnp.float32)
+            return Factors(
+                row=jnp.zeros(p.shape[:-1], jnp.float32),
+                col=jnp.zeros(p.shape[:-2] + p.shape[-1:], jnp.float32),
+            )
+
+        return AdaLomoState(count=jnp.zeros([], jnp.int32), moments=jax.tree.map(moment, params))
+
+    def update(
+        updates: optax.Updates, state: AdaLomoState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AdaLomoState]:
+        if params is None:
+            raise ValueError(optax.NO_PARAMS_MSG)
+        count = optax.safe_increment(state.count)
+        lr = jnp.asarray(schedule(state.count), jnp.float32)
+        beta_t = 1.0 - count.astype(jnp.float32) ** -decay_rate if beta is None else beta
+
+        def average(old, new):
+            return beta_t * old + (1.0 - beta_t) * new
+
+        def descend(g, moment, p):
+            g, p = g.astype(jnp.float32), p.astype(jnp.float32)
+            if clip_value is not None:
+                g = jnp.clip(g, -clip_value, clip_value)
+            g2 = jnp.square(g) + eps
+            if p.ndim < 2:
+                moment = average(moment, g2)
+                u = g * jax.lax.rsqrt(moment)
+            else:
+                moment = Factors(
+                    row=average(moment.row, g2.mean(-1)), col=average(moment.col, g2.mean(-2))
+                )
+                row_scale = jax.lax.rsqrt(moment.row / moment.row.mean(-1, keepdims=True))
+                col_scale = jax.lax.rsqrt(moment.col)
+                u = g * row_scale[..., :, None] * col_scale[..., None, :]
+            u = u / jnp.maximum(1.0, _rms(u) / clip_threshold)
+            lr_p = lr * jnp.maximum(min_param_scale, _rms(p))
+            return _Step(-lr_p * (u + weight_decay * p), moment)
+
+        steps = jax.tree.map(descend, updates, state.moments, params)
+
+        def pick(field):
+            return jax.tree.map(lambda s: s[field], steps, is_leaf=lambda s: isinstance(s, _Step))
+
+        return pick(0), AdaLomoState(count=count, moments=pick(1))
+
+    return optax.GradientTransformation(init, update)
+
+
+class _Step(NamedTuple):
+    update: jax.Array
+    moment: Factors | jax.Array
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    """Root mean square of each matrix of `x` [..., M, N] as [..., 1, 1], or of a vector or scalar."""
+    axes = tuple(range(x.ndim))[-2:]
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
