@@ -8,3 +8,4 @@ from lomo_jax.models.llama import Llama as Llama
 from lomo_jax.models.llama import abstract as abstract
 from lomo_jax.models.llama import init as init
 from lomo_jax.models.load import load as load
+from lomo_jax.models.tokenizer import tokenizer as tokenizer
