@@ -1,0 +1,226 @@
+"""What a run is made of: the schema behind `configs/*.py`, and its validation.
+
+A config file defines `get_config() -> Config`. Every field can be set on the command line,
+`--config.model.path=DIR`; the types here decide how the text is read.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lomo_jax.training.errors import ConfigError, did_you_mean
+from lomo_jax.training.optimizer import make_optimizer, make_schedule
+
+INITS = ("checkpoint", "random")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass
+class Architecture:
+    """The shape of a model with random weights; by default that of LLaMA-7B."""
+
+    vocab_size: int = 32000
+    width: int = 4096
+    mlp_width: int = 11008
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    max_length: int = 2048
+    tie_embeddings: bool = False
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Where the model comes from."""
+
+    path: str | None = None  # Hugging Face directory or .gguf file, of weights and tokenizer
+    init: str = "checkpoint"  # or "random": fresh weights; `path` then only gives the tokenizer
+    # With random weights and no path, a token is a byte (transformers' ByT5 tokenizer).
+    architecture: Architecture = dataclasses.field(default_factory=Architecture)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """The text to train on and to evaluate on."""
+
+    path: str | None = None  # file, folder, glob, or package://NAME/FOLDER of an installed package
+    text_key: str = "text"  # field of a .jsonl line that holds its text
+    eval_fraction: float = 0.05  # part of the documents that is held out
+
+
+@dataclasses.dataclass
+class Config:
+    """One run of `train.py`."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    optimizer: str = "adalomo"  # or "lomo", or any optimizer of optax, such as "adamw"
+    optimizer_kwargs: ConfigDict = dataclasses.field(default_factory=ConfigDict)
+    learning_rate: float = 1e-3  # the peak of the schedule
+    schedule: str = "cosine"  # or "linear", both to 0 at the end of the run, or "constant"
+    warmup: float = 0.03  # below 1 a fraction of `steps`, from 1 on a number of steps
+    fused: bool = True  # False runs reference_step: the whole gradient at once
+
+    batch_size: int = 8  # sequences a step
+    sequence_length: int = 512  # tokens
+    steps: int = 1000
+    param_dtype: str = "bfloat16"  # of the weights in training and in the export
+    seed: int = 0
+
+    eval_every: int = 100  # steps; 0: only before the first and after the last one
+    eval_batches: int | None = (
+        None  # at most so many batches an evaluation; None: all held-out text
+    )
+    log_every: int = 10  # steps
+    prompt: str = ""  # continued before and after training, and shown; "": nothing is
+    prompt_tokens: int = 48  # length of that continuation
+    workdir: str = "runs/default"  # gets metrics.jsonl, config.json and export/
+
+
+def validate(config: Config) -> None:
+    """Checks every field.
+
+    Args:
+      config: The config, as the file and the command line made it.
+
+    Raises:
+      ConfigError: For the first field that is unknown, of the wrong type or out of range, or that
+        contradicts another; one line with field, value and what is allowed.
+    """
+    for name, value, kind in _walk(config):
+        allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        # An int is a fine float; True is no fine int.
+        accepted = (*allowed, int) if float in allowed else allowed
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
+            raise ConfigError(f"{name}: {value!r} is not {describe(kind)}")
+    for name, rule, allowed in _RULES:
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if value is not None and not rule(value):
+            raise ConfigError(f"{name}: {value!r} is not allowed; it must be {allowed}")
+
+    model = config.model
+    if model.init == "checkpoint" and model.path is None:
+        raise ConfigError(
+            "model.path: missing; set --config.model.path to a Hugging Face directory or a .gguf "
+            "file, or train random weights with --config.model.init=random"
+        )
+    if config.data.path is None:
+        raise ConfigError(
+            "data.path: missing; set --config.data.path to the text: a file, a folder or a glob"
+        )
+    if model.architecture.num_heads % model.architecture.num_kv_heads:
+        raise ConfigError(
+            f"model.architecture.num_kv_heads: {model.architecture.num_kv_heads} does not divide "
+            f"num_heads, {model.architecture.num_heads}"
+        )
+    schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
+    make_optimizer(config.optimizer, schedule, config.optimizer_kwargs)
+
+
+def field_type(name: str) -> Any:
+    """Returns the type of a field such as "model.path"; raises ConfigError for an unknown one."""
+    kind: Any = Config
+    for depth, part in enumerate(name.split(".")):
+        if kind is ConfigDict:
+            raise ConfigError(f"{name}: set the whole dictionary: \"{{'{part}': VALUE}}\"")
+        fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in fields:
+            raise unknown_field(part, fields, parent=".".join(name.split(".")[:depth]))
+        kind = fields[part]
+    return kind
+
+
+def unknown_field(name: str, fields: Iterable[str], parent: str = "") -> ConfigError:
+    """The error for the field `name`, which is not among the `fields` of `parent`."""
+    where = f"{parent}.{name}" if parent else name
+    if not fields:
+        return ConfigError(f"{where}: {parent} is a single value, it has no fields")
+    hint = did_you_mean(name, fields) or f"; the fields here are {', '.join(fields)}"
+    return ConfigError(f"{where}: no such field{hint}")
+
+
+def describe(kind: Any) -> str:
+    """Says in words which values a field of type `kind` takes."""
+    words = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        ConfigDict: "a dictionary",
+        types.NoneType: "None",
+    }
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return " or ".join(words.get(k, f"a {k.__name__}") for k in kinds)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain dictionaries, for JSON."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return value.to_dict() if isinstance(value, ConfigDict) else value
+
+    return plain(config)
+
+
+def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (name, value, type) of every leaf; an attribute outside the schema is an error."""
+    kinds = typing.get_type_hints(type(node))
+    for name, value in vars(node).items():
+        if name not in kinds:
+            raise unknown_field(name, kinds, parent=prefix.rstrip("."))
+        if dataclasses.is_dataclass(kinds[name]):
+            if not isinstance(value, kinds[name]):
+                raise ConfigError(f"{prefix}{name}: {value!r} is not {describe(kinds[name])}")
+            yield from _walk(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value, kinds[name]
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+_POSITIVE = "a positive number"
+_NOT_NEGATIVE = "0 or more"
+_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("model.init", INITS.__contains__, "one of " + ", ".join(INITS)),
+    ("param_dtype", DTYPES.__contains__, "one of " + ", ".join(DTYPES)),
+    *(
+        (f"model.architecture.{f.name}", _positive, _POSITIVE)
+        for f in dataclasses.fields(Architecture)
+        if f.type is not bool
+    ),
+    ("data.eval_fraction", lambda x: 0 < x < 1, "a fraction between 0 and 1, both excluded"),
+    ("learning_rate", _positive, _POSITIVE),
+    (
+        "warmup",
+        lambda x: _not_negative(x) and (x < 1 or x == round(x)),
+        "a fraction of `steps` below 1, or a whole number of steps",
+    ),
+    ("batch_size", _positive, _POSITIVE),
+    ("sequence_length", _positive, _POSITIVE),
+    ("steps", _positive, _POSITIVE),
+    ("seed", lambda x: 0 <= x < 2**31, "between 0 and 2**31 - 1"),
+    ("eval_every", _not_negative, _NOT_NEGATIVE),
+    ("eval_batches", _positive, _POSITIVE),
+    ("log_every", _positive, _POSITIVE),
+    ("prompt_tokens", _positive, _POSITIVE),
+    ("workdir", bool, "a folder"),
+)

@@ -1,0 +1,18 @@
+"""The errors that a person running `train.py` can put right; each says how in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the field, its value and what is allowed."""
+
+
+class NonFiniteError(ValueError):
+    """The loss is NaN or infinite; the message names the step."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean 'a' or 'b'?" with the known names near `name`, "" if none is."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

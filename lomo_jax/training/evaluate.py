@@ -1,0 +1,48 @@
+"""The held-out loss, and a sample of what the model writes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lomo_jax import models
+from lomo_jax.training.model import Model
+
+
+class Evaluation(NamedTuple):
+    """Means over the held-out tokens."""
+
+    loss: float  # nats a token
+    accuracy: float  # share of the tokens that the model found likeliest
+
+
+def make_evaluate(
+    model: Model, batches: Sequence[dict[str, Any]]
+) -> Callable[[nnx.State], Evaluation]:
+    """Returns a function from parameters to their evaluation on all of `batches`."""
+
+    @jax.jit
+    def sums(params: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
+        loss, metrics = model.loss(params, batch)
+        return metrics.weight * jnp.stack([loss, metrics.accuracy, jnp.ones_like(loss)])
+
+    def evaluate(params: nnx.State) -> Evaluation:
+        # Every batch is under way before the first result is waited for.
+        loss, accuracy, weight = np.sum(jax.device_get([sums(params, b) for b in batches]), axis=0)
+        return Evaluation(float(loss / weight), float(accuracy / weight))
+
+    return evaluate
+
+
+def continue_prompt(model: Model, params: nnx.State, prompt: str, max_new_tokens: int) -> str:
+    """Returns the likeliest continuation of `prompt`, as far as the end of its text."""
+    tokens = model.tokenizer(prompt)["input_ids"]
+    end = model.tokenizer.eos_token_id
+    if tokens[-1] == end:  # some tokenizers end every text, which would leave nothing to continue
+        tokens = tokens[:-1]
+    written = models.generate(model.graphdef, params, [tokens], max_new_tokens)[0, len(tokens) :]
+    (ends,) = np.nonzero(written == end)
+    return model.tokenizer.decode(written[: ends[0]] if ends.size else written)

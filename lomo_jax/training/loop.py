@@ -1,0 +1,124 @@
+"""A run, from its config to the exported model."""
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import lomo_jax
+from lomo_jax import data, models
+from lomo_jax.training import model as model_lib
+from lomo_jax.training.config import Config, to_dict
+from lomo_jax.training.display import Display
+from lomo_jax.training.errors import ConfigError
+from lomo_jax.training.evaluate import continue_prompt, make_evaluate
+from lomo_jax.training.metrics import MetricsFile, Stopwatch
+from lomo_jax.training.optimizer import make_optimizer, make_schedule
+from lomo_jax.training.record import Recorder
+
+
+def train(config: Config) -> None:
+    """Trains, evaluates and exports.
+
+    `config.workdir` gets the config, `metrics.jsonl` with one JSON object for each logged step and
+    each evaluation, and at the end the model in Hugging Face form in `export`. The export of an
+    earlier run stays until this one's is complete.
+
+    Args:
+      config: A validated config.
+
+    Raises:
+      ConfigError: The config does not fit the model, or `workdir` cannot be written.
+      NonFiniteError: The loss became NaN or infinite.
+      FileNotFoundError, ValueError: The checkpoint or the text cannot be read.
+    """
+    workdir = _make_workdir(config)
+    with Display(config.steps) as display, MetricsFile(workdir / "metrics.jsonl") as file:
+        model, params = model_lib.load(config)
+        size = sum(leaf.size for leaf in jax.tree.leaves(params))
+        source = config.model.path if config.model.init == "checkpoint" else "random weights"
+        display.line("model", f"{source}, {size:,} parameters, {config.param_dtype}")
+
+        batches, held_out = _load_text(config, model.tokenizer)
+        display.line("text", f"{config.data.path}, {len(held_out)} held-out batches")
+
+        schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
+        learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
+        start = time.perf_counter()
+        step_fn, state = _compile(config, model, schedule, params, held_out[0])
+        display.line("step", f"{config.optimizer}, compiled in {time.perf_counter() - start:.0f} s")
+
+        evaluate = make_evaluate(model, held_out)
+        stopwatch = Stopwatch(model.config, config.batch_size, config.sequence_length)
+        recorder = Recorder(config, learning_rates, display, file, stopwatch)
+
+        def sample(params: nnx.State) -> None:
+            if config.prompt:
+                text = continue_prompt(model, params, config.prompt, config.prompt_tokens)
+                display.line("sample", config.prompt + text)
+
+        recorder.evaluation(0, evaluate(params))
+        sample(params)
+        stopwatch.restart()
+        late: tuple[int, lomo_jax.StepOutput] | None = None
+        for step in range(1, config.steps + 1):
+            params, state, out = step_fn(params, state, jax.device_put(next(batches)))
+            # The step before is read while this one runs, so the device never waits for the host.
+            if late is not None:
+                recorder.step(*late)
+            late = step, out
+            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+                recorder.step(*late)
+                late = None
+                recorder.evaluation(step, evaluate(params))
+                stopwatch.restart()
+
+        sample(params)
+        models.save(workdir / "export", model.config, params, tokenizer=model.tokenizer)
+        display.line("exported", str(workdir / "export"))
+
+
+def _make_workdir(config: Config) -> Path:
+    workdir = Path(config.workdir).expanduser()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"workdir: {config.workdir!r} cannot be written: {error.strerror}; set --config.workdir"
+        ) from error
+    return workdir
+
+
+def _load_text(config: Config, tokenizer: Any) -> tuple[Any, list[data.Batch]]:
+    """Returns the endless training batches and the held-out ones."""
+    assert config.data.path is not None, "validate() asks for it"
+    batches, held_out = data.text_dataset(
+        model_lib.resolve(config.data.path),
+        tokenizer,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        eval_fraction=config.data.eval_fraction,
+        text_key=config.data.text_key,
+    )
+    return batches, list(itertools.islice(held_out, config.eval_batches))
+
+
+def _compile(
+    config: Config, model: model_lib.Model, schedule: Any, params: nnx.State, batch: data.Batch
+) -> tuple[Any, Any]:
+    """Returns the step, compiled to update parameters and state in place, and its first state."""
+    tx = make_optimizer(config.optimizer, schedule, config.optimizer_kwargs)
+    make_step = lomo_jax.fused_step if config.fused else lomo_jax.reference_step
+    step = make_step(model.loss, tx, has_aux=True)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    state = jax.jit(lambda params: step.init(params, shapes))(params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, shapes).compile()
+    return compiled, state

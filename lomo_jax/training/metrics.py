@@ -1,0 +1,110 @@
+"""What a run measures of itself, and the file it goes to."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from lomo_jax.models import LlamaConfig
+
+# Peak of dense bfloat16 products with float32 sums, in TFLOP/s, by a word of the device's kind: the
+# vendors' data sheets, at boost clock and without sparsity.
+_PEAK_TFLOPS = {
+    "3090": 71.0,
+    "4090": 165.2,
+    "5090": 209.5,
+    "A6000": 154.8,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "H100": 989.4,
+    "H200": 989.4,
+    "B200": 2250.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0,
+}
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, on disk as soon as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", buffering=1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        # JSON has no NaN: null keeps the file readable for every parser.
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+class Stopwatch:
+    """Tokens a second since the last reading, and the share of the device's peak that they are."""
+
+    def __init__(self, config: LlamaConfig, batch_size: int, sequence_length: int) -> None:
+        self._tokens = batch_size * sequence_length
+        self._flops = self._tokens * flops_per_token(config, sequence_length)
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the time until now: it was not spent on steps."""
+        self._start, self._steps = time.perf_counter(), 0
+
+    def step(self) -> None:
+        """Counts one step that has ended."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Returns `tokens_per_second` and, if the peak is known, `flop_utilisation`; restarts."""
+        steps_per_second = self._steps / (time.perf_counter() - self._start)
+        self.restart()
+        speed = {"tokens_per_second": steps_per_second * self._tokens}
+        if self._peak is not None:
+            speed["flop_utilisation"] = steps_per_second * self._flops / self._peak
+        return speed
+
+
+def flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
+    """Floating-point operations that training on one token asks for, recomputation not counted.
+
+    Six for each weight of a matrix product, two forward and four backward, and twelve for each
+    width of a query and key that the causal mask lets meet.
+
+    References:
+      Chowdhery et al., PaLM, arXiv 2204.02311, appendix B.
+    """
+    heads = config.num_heads * config.head_dim
+    kv_heads = config.num_kv_heads * config.head_dim
+    layer = config.width * (2 * heads + 2 * kv_heads + 3 * config.mlp_width)
+    attention = heads * sequence_length  # scores and values, each over half the sequence on average
+    return 6.0 * (config.num_layers * (layer + attention) + config.width * config.vocab_size)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the peak of a device in FLOP/s, None where it is not known."""
+    for name, tflops in _PEAK_TFLOPS.items():
+        if name in device_kind:
+            return tflops * 1e12
+    return None
+
+
+def device_memory() -> dict[str, float]:
+    """Returns `device_memory_gib`, the most in use so far, where the backend tells it."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" not in stats:
+        return {}
+    return {"device_memory_gib": stats["peak_bytes_in_use"] / 2**30}

@@ -1,0 +1,26 @@
+"""Fine-tunes every parameter of a LLaMA-family model with LOMO, AdaLomo or any optax optimizer.
+
+    python train.py --config configs/quickstart.py --config.learning_rate=5e-4
+
+The config file says what the run does; its docstring gives the command, the hardware and what to
+expect. A field is changed with --config.NAME=VALUE; --print_config shows them all and exits. The
+run writes metrics.jsonl and, at its end, the model in Hugging Face form to --config.workdir.
+"""
+
+import sys
+
+from lomo_jax.training import flags, loop
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        loop.train(flags.parse(sys.argv))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
