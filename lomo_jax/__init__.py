@@ -2,6 +2,7 @@
 
 from lomo_jax.adalomo import AdaLomoState as AdaLomoState
 from lomo_jax.adalomo import adalomo as adalomo
+from lomo_jax.fused import Step as Step
 from lomo_jax.fused import StepOutput as StepOutput
 from lomo_jax.fused import StepState as StepState
 from lomo_jax.fused import fused_step as fused_step

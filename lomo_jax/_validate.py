@@ -22,7 +22,7 @@ def optional_number(name: str, value: object, **limits):
 
 
 def learning_rate(value: object) -> optax.Schedule:
-    """Returns `value` as a schedule; raises ValueError unless it is a float >= 0, a scalar array or a schedule."""
+    """Returns `value`, a number >= 0, a scalar array or a schedule, as a schedule."""
     if callable(value):
         return value
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():

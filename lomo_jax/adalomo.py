@@ -50,22 +50,26 @@ def adalomo(
         \theta &\leftarrow \theta (1 - \alpha \lambda) - \alpha \hat u
 
     A vector or scalar keeps the moving average :math:`v` of :math:`g^2 + \epsilon` itself, and
-    :math:`u = g / \sqrt v` (the paper prints :math:`g / v`; its code has the root). A parameter of more than two
-    axes is a stack of matrices over its leading axes, each with its own factors, :math:`\mathrm{rms}(u)` and
-    :math:`\mathrm{rms}(\theta)`. Everything is computed in float32; updates are float32, so that the sum with
-    the parameter is rounded once, to the parameter's dtype.
+    :math:`u = g / \sqrt v` (the paper prints :math:`g / v`; its code has the root). A parameter of
+    more than two axes is a stack of matrices over its leading axes, each with its own factors,
+    :math:`\mathrm{rms}(u)` and :math:`\mathrm{rms}(\theta)`.
+
+    Everything is computed in float32 whatever the dtype of the gradients: updates are float32, so
+    that the sum with the parameter is rounded once, to the parameter's dtype.
 
     Args:
-      learning_rate: :math:`\eta`, relative to the size of each parameter: a float or a schedule from the number
-        of updates made to a float.
+      learning_rate: :math:`\eta`, relative to the size of each parameter: a float or a schedule
+        from the number of updates made to a float.
       eps: :math:`\epsilon`, added to the squared gradient.
       decay_rate: exponent of :math:`\beta_t = 1 - t^{-decay\_rate}`.
       clip_threshold: :math:`d`, the largest root mean square of an update before the learning rate.
       weight_decay: :math:`\lambda`, decoupled: multiplied by :math:`\alpha`.
-      clip_value: each element of the gradient is clipped to [-clip_value, clip_value]; None for no clipping.
-      min_param_scale: :math:`\epsilon_2`, the smallest root mean square that a parameter is taken to have.
-      beta: a constant :math:`\beta_t`, as in the paper's Algorithm 1 (without bias correction); None for
-        `decay_rate`.
+      clip_value: each element of the gradient is clipped to [-clip_value, clip_value]; None for no
+        clipping.
+      min_param_scale: :math:`\epsilon_2`, the smallest root mean square that a parameter is taken
+        to have.
+      beta: a constant :math:`\beta_t`, as in the paper's Algorithm 1 (without bias correction);
+        None for `decay_rate`.
 
     Returns:
       An `optax.GradientTransformation` whose `update` needs `params`.
@@ -144,6 +148,6 @@ class _Step(NamedTuple):
 
 
 def _rms(x: jax.Array) -> jax.Array:
-    """Root mean square of each matrix of `x` [..., M, N] as [..., 1, 1], or of a vector or scalar."""
+    """Root mean square of each matrix of [..., M, N] as [..., 1, 1]; of a vector as [1]."""
     axes = tuple(range(x.ndim))[-2:]
     return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))

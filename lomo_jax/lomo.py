@@ -26,13 +26,14 @@ def lomo(
     .. math::
         \theta \leftarrow \theta (1 - \eta \lambda) - \eta\, \mathrm{clip}(g)
 
-    Computed in float32 whatever the dtype of the gradients: updates are float32, so that the sum with the
-    parameter is rounded once, to the parameter's dtype.
+    Computed in float32 whatever the dtype of the gradients: updates are float32, so that the sum
+    with the parameter is rounded once, to the parameter's dtype.
 
     Args:
       learning_rate: :math:`\eta`, a float or a schedule from the number of updates made to a float.
       weight_decay: :math:`\lambda`, decoupled: multiplied by the learning rate.
-      clip_value: each element of the gradient is clipped to [-clip_value, clip_value]; None for no clipping.
+      clip_value: each element of the gradient is clipped to [-clip_value, clip_value]; None for no
+        clipping.
 
     Returns:
       An `optax.GradientTransformation`. `update` needs `params` if `weight_decay` is not 0.

@@ -1,7 +1,7 @@
 """What the fused step needs to know about jaxprs: reading, inlining, cutting out, dependence.
 
-The layout of a scan's parameters and the split of closed from open jaxprs differ between the versions of JAX that
-lomo_jax supports (0.10 to 0.12); this module is the only one that knows.
+The layout of a scan's parameters and the split of closed from open jaxprs differ between the
+versions of JAX that lomo_jax supports (0.10 to 0.12); this module is the only one that knows.
 """
 
 import functools
@@ -13,8 +13,8 @@ import jax.extend.core as jex
 
 Atom = jex.Var | jex.Literal
 
-# Calls that compute the same thing when their body stands in their place. The fused step recomputes layers
-# itself, so a checkpoint around a layer scan has nothing left to add.
+# Calls that compute the same thing when their body stands in their place. The fused step recomputes
+# layers itself, so a checkpoint around a layer scan has nothing left to add.
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
 
@@ -178,7 +178,7 @@ def eqn_dependence(eqn: jex.JaxprEqn, env: Mapping[jex.Var, int]) -> list[int]:
 
 
 def changed_carry(scan: Scan) -> list[bool]:
-    """Which elements of the carry a scan changes; the others have their first value in every step."""
+    """Which elements of the carry a scan changes; the others keep their first value."""
     jaxpr = open_jaxpr(scan.body)
     first = len(scan.consts)
     before, after = jaxpr.invars[first : first + len(scan.carry)], jaxpr.outvars[: len(scan.carry)]

@@ -1,7 +1,7 @@
 """Applies an optax transformation to some of the parameters, each layer of a stack for itself."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,39 +10,52 @@ import optax
 from lomo_jax.fused import jaxprs
 
 
-class Updater:
-    """`tx` for the leaves `indices` of a tree of parameters, which are stacks of layers if `layered`.
+class PieceState(NamedTuple):
+    """State of `tx` for the parameters of one piece of the loss."""
 
-    `tx` sees trees with the structure and the paths of the whole tree, the other leaves `optax.MaskedNode`.
+    dense: Any  # of those that are not stacked, None if there are none
+    layers: (
+        Any  # of the stacked ones, every array with a layer axis in front; None if there are none
+    )
+
+
+class Updater:
+    """`tx` for the leaves `indices` of a tree of parameters, stacks of layers if `layered`.
+
+    `tx` sees trees with the structure and the paths of the whole tree, the other leaves masked by
+    `optax.MaskedNode`.
     """
 
     def __init__(
         self,
         tx: optax.GradientTransformation,
-        treedef,
+        treedef: Any,
         indices: Sequence[int],
         *,
         layered: bool = False,
     ):
         self.tx, self.treedef, self.indices, self.layered = tx, treedef, indices, layered
 
-    def init(self, leaves: Sequence[Any]) -> optax.OptState | None:
-        """State for `leaves`, in the order of the indices, None for none; that of stacks has a layer axis 0."""
+    def init(self, leaves: Sequence[Any]) -> Any:
+        """Returns the state for `leaves`, one for each index; None if there is none."""
         if not self.indices:
             return None
-        init = jax.vmap(self._init) if self.layered else self._init
-        return init(leaves)
+        return (jax.vmap(self._init) if self.layered else self._init)(leaves)
 
-    def apply(self, grads, state, leaves) -> tuple[list[jax.Array], optax.OptState | None]:
-        """One update of dense parameters or of one layer: new leaves, in their dtype, and new state."""
+    def apply(
+        self, grads: Sequence[jax.Array], state: Any, leaves: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], Any]:
+        """Updates dense parameters, or one layer: returns leaves in their dtype, and the state."""
         if not self.indices:
             return [], state
-        params = self._tree(leaves)
-        updates, state = self.tx.update(self._tree(grads), state, params)
-        return [_add(p, u) for p, u in zip(leaves, jax.tree.leaves(updates), strict=True)], state
+        updates, state = self.tx.update(self._tree(grads), state, self._tree(leaves))
+        pairs = zip(leaves, jax.tree.leaves(updates), strict=True)
+        return [_add(leaf, update) for leaf, update in pairs], state
 
-    def apply_stack(self, grads, state, leaves):
-        """`apply`, of all layers at once if these are stacks."""
+    def apply_stacked(
+        self, grads: Sequence[jax.Array], state: Any, leaves: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], Any]:
+        """`apply`, to all layers at once if they are stacked."""
         apply = jax.vmap(self.apply) if self.layered and self.indices else self.apply
         return apply(grads, state, leaves)
 
@@ -57,39 +70,44 @@ class Updater:
 
 
 def _add(param: jax.Array, update: jax.Array) -> jax.Array:
-    """Their sum, rounded once from at least float32 to the dtype of the parameter."""
+    """Their sum in float32 or wider, rounded once, to the dtype of the parameter."""
     wide = jnp.promote_types(param.dtype, jnp.float32)
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
 
 
-def check_independent(tx: optax.GradientTransformation, params, trainable: Sequence[bool]) -> None:
+def check_independent(
+    tx: optax.GradientTransformation, params: Any, trainable: Sequence[bool]
+) -> None:
     """Raises ValueError if `tx` updates one parameter from the gradient or value of another.
 
-    Looks at what the results of `tx.update` depend on, through its state too, not at names.
+    What counts is how the results of `tx.update` depend on its arguments, in the same step or
+    through the state in a later one.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     indices = [i for i, is_trainable in enumerate(trainable) if is_trainable]
+    names = [jax.tree_util.keystr(leaves[i][0]) for i in indices]
     shapes = [jax.ShapeDtypeStruct(leaves[i][1].shape, leaves[i][1].dtype) for i in indices]
     updater = Updater(tx, jax.tree.structure(params), indices)
     state, state_def = jax.tree.flatten(jax.eval_shape(updater.init, shapes))
-    closed = jax.make_jaxpr(
-        lambda g, s, p: jax.tree.leaves(updater.apply(g, jax.tree.unflatten(state_def, s), p))
-    )(shapes, state, shapes)
-    n = len(indices)
-    own = [1 << i for i in range(n)]
-    state_labels = [0] * len(state)
-    while True:  # what the state remembers of one step reaches the parameters in the next
-        results = jaxprs.dependence(closed, own + state_labels + own)
-        grown = [a | b for a, b in zip(state_labels, results[n:], strict=True)]
-        if grown == state_labels:
+
+    def update(grads, state, params):
+        return jax.tree.leaves(updater.apply(grads, jax.tree.unflatten(state_def, state), params))
+
+    closed = jax.make_jaxpr(update)(shapes, state, shapes)
+    own = [1 << k for k in range(len(indices))]
+    of_state = [0] * len(state)
+    while True:
+        results = jaxprs.dependence(closed, own + of_state + own)
+        of_params, new = results[: len(own)], results[len(own) :]
+        grown = [a | b for a, b in zip(of_state, new, strict=True)]
+        if grown == of_state:
             break
-        state_labels = grown
-    names = [jax.tree_util.keystr(leaves[i][0]) for i in indices]
-    for i, label in enumerate(results[:n]):
-        others = label & ~own[i]
+        of_state = grown
+    for name, label, mine in zip(names, of_params, own, strict=True):
+        others = label & ~mine
         if others:
-            other = names[others.bit_length() - 1]
             raise ValueError(
-                f"tx updates parameter {names[i]} from {other}: a transformation that mixes parameters needs "
-                "all their gradients at once; for clipping by global norm use clip_norm"
+                f"tx updates parameter {name} from {names[others.bit_length() - 1]}: a "
+                "transformation that mixes parameters needs all their gradients at once, which the "
+                "fused step never has; for clipping by global norm use clip_norm"
             )

@@ -1,0 +1,149 @@
+"""Finds the parameters that a loss scans over; refuses what would need a whole gradient."""
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import jax.extend.core as jex
+
+from lomo_jax.fused import jaxprs
+from lomo_jax.fused.jaxprs import Atom
+
+
+class Stacks:
+    """The trainable parameters of a traced loss, and how they reach its scans.
+
+    Every variable is labelled with the trainable parameters that it depends on and with whether it
+    depends on the batch, see `jaxprs.dependence`.
+    """
+
+    def __init__(self, names: Sequence[str], params: Sequence[jex.Var], trainable: Sequence[bool]):
+        self.names, self.params = names, params
+        self.index = {v: i for i, v in enumerate(params) if trainable[i]}
+        self.param_labels = sum(1 << i for i in self.index.values())
+        self.batch_label = 1 << len(params)
+
+    def labels(self, batch: Sequence[jex.Var]) -> dict[jex.Var, int]:
+        """The labels of the inputs of the loss."""
+        labels = {v: 1 << i for v, i in self.index.items()}
+        labels.update(dict.fromkeys(batch, self.batch_label))
+        return labels
+
+    def in_call(self, eqn: jex.JaxprEqn, labels: Mapping[jex.Var, int]) -> bool:
+        """Whether `eqn` is a call, as of `jit`, with a layer scan inside."""
+        called = jaxprs.called_jaxpr(eqn)
+        if called is None:
+            return False
+        jaxpr = jaxprs.open_jaxpr(called)
+        env = {v: jaxprs.label(a, labels) for v, a in zip(jaxpr.invars, eqn.invars, strict=True)}
+        for inner in jaxpr.eqns:
+            if self._scanned(inner, env) or self.in_call(inner, env):
+                return True
+            env.update(zip(inner.outvars, jaxprs.eqn_dependence(inner, env), strict=True))
+        return False
+
+    def find(
+        self,
+        eqns: Sequence[jex.JaxprEqn],
+        results: Sequence[Atom],
+        labels: Mapping[jex.Var, int],
+    ) -> dict[int, dict[int, int]]:
+        """Finds the layer scans.
+
+        Returns:
+          For each layer scan, by the `id` of its equation: parameters by their position among its
+          xs.
+
+        Raises:
+          ValueError: a parameter is used in a way that its layers cannot be updated one by one.
+        """
+        scans: dict[int, dict[int, int]] = {}
+        producers = {v: eqn for eqn in eqns for v in eqn.outvars}
+        for eqn in eqns:
+            found = self._scanned(eqn, labels)
+            xs = jaxprs.read_scan(eqn).xs if found else []
+            for position, i in found.items():
+                if xs[position] is not self.params[i]:
+                    self._refuse_derived(i, producers[xs[position]])
+            if found:
+                scans[id(eqn)] = found
+            else:
+                self._refuse_indexed(eqn)
+                self._refuse_nested(eqn, eqn.invars, eqn.primitive.name)
+        for found in scans.values():
+            for i in found.values():
+                self._refuse_shared(i, eqns, results)
+        return scans
+
+    def _scanned(self, eqn: jex.JaxprEqn, labels: Mapping[jex.Var, int]) -> dict[int, int]:
+        """The parameters that a scan's xs are, or are computed from without the batch, by position.
+
+        An axis as long as the scan tells a stack of layers from, say, an embedding that is scanned
+        in chunks; the batch tells it from an activation.
+        """
+        if not jaxprs.is_scan(eqn):
+            return {}
+        scan = jaxprs.read_scan(eqn)
+        found = {}
+        for position, x in enumerate(scan.xs):
+            label = jaxprs.label(x, labels)
+            if scan.length and not label & self.batch_label:
+                for v, i in self.index.items():
+                    if label >> i & 1 and scan.length in v.aval.shape:
+                        found[position] = i
+        return found
+
+    def _refuse_derived(self, i: int, producer: jex.JaxprEqn) -> NoReturn:
+        op = producer.primitive.name
+        raise ValueError(
+            f"parameter {self.names[i]} reaches the layer scan through `{op}` of the whole "
+            "stack: scan the parameter itself, layers on axis 0, and move the operation inside the scanned "
+            "function, to one layer"
+        )
+
+    def _refuse_shared(self, i: int, eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom]):
+        users = [eqn.primitive.name for eqn in eqns for a in eqn.invars if a is self.params[i]]
+        users += ["the result of the loss" for a in results if a is self.params[i]]
+        if len(users) > 1:
+            users.remove("scan")
+            raise ValueError(
+                f"parameter {self.names[i]} is scanned over its layers and also used by "
+                f"`{users[0]}`: its gradient would have to be kept for all layers at once; give the second use a "
+                "parameter of its own, or take what it needs out of the scan as ys"
+            )
+
+    def _refuse_indexed(self, eqn: jex.JaxprEqn) -> None:
+        if not jaxprs.is_scan(eqn):
+            return
+        scan = jaxprs.read_scan(eqn)
+        inner = jaxprs.open_jaxpr(scan.body).invars
+        for outer, v in zip(scan.consts, inner, strict=False):
+            i = self._param(outer)
+            if i is None or scan.length not in v.aval.shape[:1]:
+                continue
+            if "dynamic_slice" in jaxprs.users(scan.body, v):
+                raise ValueError(
+                    f"parameter {self.names[i]} is indexed by layer inside a loop: make it a "
+                    "scanned input of lax.scan (xs) instead"
+                )
+
+    def _refuse_nested(self, eqn: jex.JaxprEqn, operands: Sequence[Atom | None], top: str) -> None:
+        for body in jaxprs.bodies(eqn):
+            inner = jaxprs.open_jaxpr(body)
+            if len(inner.invars) > len(operands):
+                continue
+            # A branch of `cond` lacks the first operand.
+            env = dict(zip(inner.invars, operands[-len(inner.invars) or None :], strict=False))
+            for e in inner.eqns:
+                outer = [None if isinstance(a, jex.Literal) else env.get(a) for a in e.invars]
+                num_xs = len(jaxprs.read_scan(e).xs) if jaxprs.is_scan(e) else 0
+                for x in outer[len(outer) - num_xs :]:
+                    i = self._param(x)
+                    if i is not None:
+                        raise ValueError(
+                            f"parameter {self.names[i]} is scanned over its layers inside `{top}`, "
+                            "which cannot be cut open: take the layer scan out of it"
+                        )
+                self._refuse_nested(e, outer, top)
+
+    def _param(self, atom: Atom | None) -> int | None:
+        return self.index.get(atom) if isinstance(atom, jex.Var) else None
