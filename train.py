@@ -8,14 +8,15 @@ run writes metrics.jsonl and, at its end, the model in Hugging Face form to --co
 """
 
 import sys
+from collections.abc import Sequence
 
 from lomo_jax.training import flags, loop
 
 
-def main() -> int:
-    """Runs the command line; returns the exit status."""
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv`; returns the exit status."""
     try:
-        loop.train(flags.parse(sys.argv))
+        loop.train(flags.parse(argv))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -23,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv))

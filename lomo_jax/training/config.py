@@ -109,8 +109,7 @@ def validate(config: Config) -> None:
         if value is not None and not rule(value):
             raise ConfigError(f"{name}: {value!r} is not allowed; it must be {allowed}")
 
-    model = config.model
-    if model.init == "checkpoint" and model.path is None:
+    if config.model.init == "checkpoint" and config.model.path is None:
         raise ConfigError(
             "model.path: missing; set --config.model.path to a Hugging Face directory or a .gguf "
             "file, or train random weights with --config.model.init=random"
@@ -119,13 +118,8 @@ def validate(config: Config) -> None:
         raise ConfigError(
             "data.path: missing; set --config.data.path to the text: a file, a folder or a glob"
         )
-    if model.architecture.num_heads % model.architecture.num_kv_heads:
-        raise ConfigError(
-            f"model.architecture.num_kv_heads: {model.architecture.num_kv_heads} does not divide "
-            f"num_heads, {model.architecture.num_heads}"
-        )
     schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
-    make_optimizer(config.optimizer, schedule, config.optimizer_kwargs)
+    make_optimizer(config.optimizer, schedule, config.optimizer_kwargs.to_dict())
 
 
 def field_type(name: str) -> Any:

@@ -37,6 +37,10 @@ class Display:
         hanging = text.rstrip().replace("\n", "\n" + " " * 10)
         self._console.print(Text.assemble((f"{label:<9} ", "bold"), hanging))
 
+    def status(self, text: str) -> None:
+        """Says beside the bar what is being done now."""
+        self._bar.update(self._task, description=text)
+
     def step(self, step: int, metrics: dict[str, float], *, logged: bool) -> None:
         """Moves the bar to `step`; off a terminal, prints the steps that are logged."""
         if self._console.is_terminal:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lomo_jax import models
+from lomo_jax.data import Batch
 from lomo_jax.training.model import Model
 
 
@@ -19,13 +20,11 @@ class Evaluation(NamedTuple):
     accuracy: float  # share of the tokens that the model found likeliest
 
 
-def make_evaluate(
-    model: Model, batches: Sequence[dict[str, Any]]
-) -> Callable[[nnx.State], Evaluation]:
+def make_evaluate(model: Model, batches: Sequence[Batch]) -> Callable[[nnx.State], Evaluation]:
     """Returns a function from parameters to their evaluation on all of `batches`."""
 
     @jax.jit
-    def sums(params: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
+    def sums(params: nnx.State, batch: Any) -> jax.Array:
         loss, metrics = model.loss(params, batch)
         return metrics.weight * jnp.stack([loss, metrics.accuracy, jnp.ones_like(loss)])
 
@@ -43,6 +42,6 @@ def continue_prompt(model: Model, params: nnx.State, prompt: str, max_new_tokens
     end = model.tokenizer.eos_token_id
     if tokens[-1] == end:  # some tokenizers end every text, which would leave nothing to continue
         tokens = tokens[:-1]
-    written = models.generate(model.graphdef, params, [tokens], max_new_tokens)[0, len(tokens) :]
-    (ends,) = np.nonzero(written == end)
-    return model.tokenizer.decode(written[: ends[0]] if ends.size else written)
+    written = models.generate(model.graphdef, params, np.array([tokens]), max_new_tokens)
+    new = written[0, len(tokens) :].tolist()
+    return model.tokenizer.decode(new[: new.index(end)] if end in new else new)

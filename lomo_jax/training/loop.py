@@ -1,24 +1,22 @@
 """A run, from its config to the exported model."""
 
 import itertools
-import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import lomo_jax
 from lomo_jax import data, models
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.config import Config, to_dict
+from lomo_jax.training.config import Config
 from lomo_jax.training.display import Display
 from lomo_jax.training.errors import ConfigError
 from lomo_jax.training.evaluate import continue_prompt, make_evaluate
-from lomo_jax.training.metrics import MetricsFile, Stopwatch
+from lomo_jax.training.model import Model
 from lomo_jax.training.optimizer import make_optimizer, make_schedule
 from lomo_jax.training.record import Recorder
 
@@ -39,47 +37,43 @@ def train(config: Config) -> None:
       FileNotFoundError, ValueError: The checkpoint or the text cannot be read.
     """
     workdir = _make_workdir(config)
-    with Display(config.steps) as display, MetricsFile(workdir / "metrics.jsonl") as file:
+    with Display(config.steps) as display:
+        display.status("reading the model")
         model, params = model_lib.load(config)
         size = sum(leaf.size for leaf in jax.tree.leaves(params))
         source = config.model.path if config.model.init == "checkpoint" else "random weights"
         display.line("model", f"{source}, {size:,} parameters, {config.param_dtype}")
 
+        display.status("reading the text")
         batches, held_out = _load_text(config, model.tokenizer)
         display.line("text", f"{config.data.path}, {len(held_out)} held-out batches")
 
-        schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
-        learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
+        display.status("compiling the step")
         start = time.perf_counter()
-        step_fn, state = _compile(config, model, schedule, params, held_out[0])
+        step_fn, state = _compile(config, model, params, held_out[0])
         display.line("step", f"{config.optimizer}, compiled in {time.perf_counter() - start:.0f} s")
 
         evaluate = make_evaluate(model, held_out)
-        stopwatch = Stopwatch(model.config, config.batch_size, config.sequence_length)
-        recorder = Recorder(config, learning_rates, display, file, stopwatch)
+        with Recorder(config, model.config, workdir, display) as recorder:
+            display.status("evaluating")
+            recorder.evaluation(0, evaluate(params))
+            _show_sample(config, display, model, params)
+            recorder.restart_clock()
+            late: tuple[int, lomo_jax.StepOutput] | None = None
+            for step in range(1, config.steps + 1):
+                params, state, out = step_fn(params, state, jax.device_put(next(batches)))
+                # The step before is read while this one runs: the device never waits for the host.
+                if late is not None:
+                    recorder.step(*late)
+                late = step, out
+                if step == config.steps or (config.eval_every and step % config.eval_every == 0):
+                    recorder.step(*late)
+                    late = None
+                    recorder.evaluation(step, evaluate(params))
+                    recorder.restart_clock()
 
-        def sample(params: nnx.State) -> None:
-            if config.prompt:
-                text = continue_prompt(model, params, config.prompt, config.prompt_tokens)
-                display.line("sample", config.prompt + text)
-
-        recorder.evaluation(0, evaluate(params))
-        sample(params)
-        stopwatch.restart()
-        late: tuple[int, lomo_jax.StepOutput] | None = None
-        for step in range(1, config.steps + 1):
-            params, state, out = step_fn(params, state, jax.device_put(next(batches)))
-            # The step before is read while this one runs, so the device never waits for the host.
-            if late is not None:
-                recorder.step(*late)
-            late = step, out
-            if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-                recorder.step(*late)
-                late = None
-                recorder.evaluation(step, evaluate(params))
-                stopwatch.restart()
-
-        sample(params)
+        _show_sample(config, display, model, params)
+        display.status("exporting")
         models.save(workdir / "export", model.config, params, tokenizer=model.tokenizer)
         display.line("exported", str(workdir / "export"))
 
@@ -88,12 +82,19 @@ def _make_workdir(config: Config) -> Path:
     workdir = Path(config.workdir).expanduser()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
     except OSError as error:
         raise ConfigError(
             f"workdir: {config.workdir!r} cannot be written: {error.strerror}; set --config.workdir"
         ) from error
     return workdir
+
+
+def _show_sample(config: Config, display: Display, model: Model, params: nnx.State) -> None:
+    if config.prompt:
+        text = continue_prompt(model, params, config.prompt, config.prompt_tokens)
+        display.line("sample", config.prompt + text)
 
 
 def _load_text(config: Config, tokenizer: Any) -> tuple[Any, list[data.Batch]]:
@@ -111,11 +112,10 @@ def _load_text(config: Config, tokenizer: Any) -> tuple[Any, list[data.Batch]]:
     return batches, list(itertools.islice(held_out, config.eval_batches))
 
 
-def _compile(
-    config: Config, model: model_lib.Model, schedule: Any, params: nnx.State, batch: data.Batch
-) -> tuple[Any, Any]:
+def _compile(config: Config, model: Model, params: nnx.State, batch: data.Batch) -> tuple[Any, Any]:
     """Returns the step, compiled to update parameters and state in place, and its first state."""
-    tx = make_optimizer(config.optimizer, schedule, config.optimizer_kwargs)
+    schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
+    tx = make_optimizer(config.optimizer, schedule, config.optimizer_kwargs.to_dict())
     make_step = lomo_jax.fused_step if config.fused else lomo_jax.reference_step
     step = make_step(model.loss, tx, has_aux=True)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)

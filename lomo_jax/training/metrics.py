@@ -4,7 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 
@@ -44,10 +44,7 @@ class MetricsFile:
         }
         self._file.write(json.dumps(finite) + "\n")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self._file.close()
 
 

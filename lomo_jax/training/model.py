@@ -22,8 +22,8 @@ class Model(NamedTuple):
     graphdef: nnx.GraphDef[models.Llama]
     tokenizer: Any  # of transformers
 
-    def loss(self, params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-        """Returns the mean next-token loss of a `lomo_jax.data.Batch`, and what it counted."""
+    def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
+        """Returns the mean next-token loss of a `data.Batch`, and what it counted."""
         model = nnx.merge(self.graphdef, params)
         x_BxTxD = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
         return next_token_loss(x_BxTxD, model.head(), batch["targets"], batch["weights"])

@@ -1,36 +1,49 @@
 """Tells a run's progress to the person and to `metrics.jsonl`, and stops it where it went wrong."""
 
+import json
 import math
+from pathlib import Path
+from typing import Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lomo_jax
-from lomo_jax.training.config import Config
+from lomo_jax.models import LlamaConfig
+from lomo_jax.training.config import Config, to_dict
 from lomo_jax.training.display import Display
 from lomo_jax.training.errors import NonFiniteError
 from lomo_jax.training.evaluate import Evaluation
 from lomo_jax.training.metrics import MetricsFile, Stopwatch, device_memory
+from lomo_jax.training.optimizer import make_schedule
 
 
 class Recorder:
-    """Takes in what each step and each evaluation gave."""
+    """Takes in what each step and each evaluation gave; use as a context."""
 
     def __init__(
-        self,
-        config: Config,
-        learning_rates: np.ndarray,
-        display: Display,
-        file: MetricsFile,
-        stopwatch: Stopwatch,
+        self, config: Config, model_config: LlamaConfig, workdir: Path, display: Display
     ) -> None:
-        """Args: learning_rates: [steps], that of each step."""
+        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         self._config = config
-        self._learning_rates = learning_rates
         self._display = display
-        self._file = file
-        self._stopwatch = stopwatch
+        self._file = MetricsFile(workdir / "metrics.jsonl")
+        self._stopwatch = Stopwatch(model_config, config.batch_size, config.sequence_length)
+        schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
+        # All at once: asking the schedule in the loop would put work on the device.
+        self._learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
         self._shown: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last step out of the throughput."""
+        self._stopwatch.restart()
 
     def step(self, step: int, out: lomo_jax.StepOutput) -> None:
         """Waits for step number `step` (from 1) and records it.

@@ -1,0 +1,41 @@
+"""Fine-tunes all of LLaMA-7B with AdaLomo on one 24 GB GPU.
+
+    python train.py --config configs/llama7b.py \
+      --config.model.path=DIR --config.data.path=TEXT --config.workdir=runs/llama7b
+
+Needs:
+  model.path: A Hugging Face directory of LLaMA-7B, or of another model of the family: its shape is
+    read from there.
+  data.path: Text to train on: a file, a folder or a glob of .txt, .md or .jsonl.
+
+Without a checkpoint, `--config.model.init=random` runs the same step on random weights of
+LLaMA-7B's shape (a token is then a byte), to try memory and speed.
+
+Hardware: one NVIDIA GPU with 24 GB for batches of 8 x 512 tokens; larger batches and sequences
+where there is more. Host memory for one copy of the weights, 13 GB.
+
+Settings: the AdaLomo paper's for further pre-training (arXiv 2310.10195): peak learning rate 1e-3,
+cosine to 0, 3 % warm-up, bfloat16, no clipping, evaluation every 100 steps. The paper's batches are
+128 x 2048; for its instruction tuning the rate is 5e-4, the schedule linear.
+
+Expect: not yet run on such a GPU.
+"""
+
+from lomo_jax.training import Config
+
+
+def get_config() -> Config:
+    """Returns the run's config."""
+    return Config(
+        optimizer="adalomo",
+        learning_rate=1e-3,
+        schedule="cosine",
+        warmup=0.03,
+        batch_size=8,
+        sequence_length=512,
+        steps=1000,
+        param_dtype="bfloat16",
+        eval_every=100,
+        eval_batches=64,
+        workdir="runs/llama7b",
+    )

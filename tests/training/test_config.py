@@ -1,0 +1,169 @@
+"""Configs and command lines: what is read, and the one line that each mistake gets."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from lomo_jax.training import Config, DataConfig, ModelConfig
+from lomo_jax.training.config import to_dict, validate
+from lomo_jax.training.errors import ConfigError
+from lomo_jax.training.flags import parse
+
+_FILE = """
+from ml_collections import ConfigDict
+from lomo_jax.training import Config, DataConfig, ModelConfig
+
+def get_config():
+    config = Config(
+        model=ModelConfig(path="model"), data=DataConfig(path="text"), optimizer="adamw",
+        optimizer_kwargs=ConfigDict({"b1": 0.8}), steps=50,
+    )
+    BODY
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path):
+    """Writes a config file with `body` as a line of get_config()."""
+
+    def write(body: str = "") -> str:
+        path = tmp_path / "config.py"
+        path.write_text(_FILE.replace("BODY", body))
+        return str(path)
+
+    return write
+
+
+def _valid(**changes) -> Config:
+    fields = {"model": ModelConfig(path="model"), "data": DataConfig(path="text")}
+    return Config(**fields | changes)
+
+
+def test_overrides_reach_nested_fields(config_file):
+    config = parse(
+        [
+            "train.py",
+            f"--config={config_file()}",
+            "--config.model.init=random",
+            "--config.model.architecture.num_layers=2",
+            "--config.learning_rate=2",
+            "--config.optimizer_kwargs={'b1': 0.7, 'nesterov': True}",
+            "--config.eval_batches=3",
+            "--noconfig.fused",
+            "--config.workdir",
+            "elsewhere",
+        ]
+    )
+    assert config == Config(
+        model=ModelConfig(path="model", init="random", architecture=config.model.architecture),
+        data=DataConfig(path="text"),
+        optimizer="adamw",
+        optimizer_kwargs=ConfigDict({"b1": 0.7, "nesterov": True}),
+        learning_rate=2.0,
+        steps=50,
+        eval_batches=3,
+        fused=False,
+        workdir="elsewhere",
+    )
+    assert config.model.architecture.num_layers == 2
+    assert isinstance(config.learning_rate, float)
+
+
+def test_print_config_prints_json_and_exits(config_file, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse(["train.py", "--config", config_file(), "--print_config", "--config.seed=7"])
+    assert not exit_info.value.code
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["seed"] == 7
+    assert printed["optimizer_kwargs"] == {"b1": 0.8}
+    assert printed["model"]["architecture"]["width"] == 4096
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--config.modle.init=random", "modle: no such field; did you mean 'model'?"),
+        ("--config.model.initt=random", "model.initt: no such field; did you mean 'init'?"),
+        ("--config.zzz=1", "zzz: no such field; the fields here are model, data, optimizer,"),
+        ("--config.steps.x=1", "steps.x: steps is a single value"),
+        ("--config.optimizer_kwargs.b1=1", "optimizer_kwargs.b1: set the whole dictionary"),
+        ("--config.steps=many", "steps: 'many' is not a whole number"),
+        ("--config.steps=1.5", "steps: '1.5' is not a whole number"),
+        ("--config.fused=maybe", "fused: 'maybe' is not true or false"),
+        ("--config.optimizer_kwargs=3", "optimizer_kwargs: '3' is not a dictionary"),
+        ("--config.model=3", "model: '3' is not a ModelConfig"),
+        ("--steps=3", "Unknown command line flag 'steps'"),
+        ("steps=3", "steps=3: not a flag; a field is set with --config.NAME=VALUE"),
+    ],
+)
+def test_a_wrong_flag_gets_one_line(config_file, flags, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}[^\n]*$"):
+        parse(["train.py", "--config", config_file(), flags])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("config.warmpu = 3", "warmpu: no such field; did you mean 'warmup'?"),
+        ("config.data.pth = 3", "data.pth: no such field; did you mean 'path'?"),
+        ("Config(lerning_rate=3)", "Config.lerning_rate: no such field; did you mean 'learn"),
+        ("raise FileNotFoundError('install it')", "install it"),
+        ("raise ValueError('install it')", "install it"),
+        ("config = 3", "get_config() returned 3"),
+    ],
+)
+def test_a_wrong_config_file_gets_one_line(config_file, body, message):
+    with pytest.raises(ConfigError, match=f"^[^\n]*{re.escape(message)}[^\n]*$"):
+        parse(["train.py", "--config", config_file(body)])
+
+
+@pytest.mark.parametrize("argv", [[], ["--config"], ["--config", "missing.py"]])
+def test_a_missing_config_file_gets_one_line(argv):
+    with pytest.raises(ConfigError, match=r"^--config\b[^\n]*$"):
+        parse(["train.py", *argv])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelConfig()}, "model.path: missing; set --config.model.path"),
+        ({"model": ModelConfig(path="x", init="rand")}, "model.init: 'rand' is not allowed"),
+        ({"model": "x"}, "model: 'x' is not a ModelConfig"),
+        ({"data": DataConfig()}, "data.path: missing; set --config.data.path"),
+        ({"data": DataConfig("text", eval_fraction=1.0)}, "data.eval_fraction: 1.0 is not"),
+        ({"learning_rate": -1.0}, "learning_rate: -1.0 is not allowed"),
+        ({"learning_rate": float("nan")}, "learning_rate: nan is not allowed"),
+        ({"learning_rate": "1e-3"}, "learning_rate: '1e-3' is not a number"),
+        ({"steps": True}, "steps: True is not a whole number"),
+        ({"eval_batches": 0}, "eval_batches: 0 is not allowed"),
+        ({"eval_batches": "all"}, "eval_batches: 'all' is not a whole number or None"),
+        ({"param_dtype": "bf16"}, "param_dtype: 'bf16' is not allowed; it must be one of float32,"),
+        ({"schedule": "cosin"}, "schedule: 'cosin' is not one of constant, linear, cosine; did"),
+        ({"warmup": 2.5}, "warmup: 2.5 is not allowed"),
+        ({"warmup": 1000.0}, "warmup: 1000 is 1000 of 1000 steps, it must be shorter"),
+        ({"optimizer": "adamv"}, "optimizer: 'adamv' is not adalomo, lomo or an optimizer of"),
+        (
+            {"optimizer_kwargs": ConfigDict({"weight_decy": 1.0})},
+            "optimizer_kwargs: adalomo takes no 'weight_decy'; did you mean 'weight_decay'?",
+        ),
+        (
+            {"optimizer_kwargs": ConfigDict({"weight_decay": -1.0})},
+            "optimizer_kwargs: adalomo refuses {'weight_decay': -1.0}: weight_decay",
+        ),
+    ],
+)
+def test_a_wrong_value_gets_one_line(changes, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}[^\n]*$"):
+        validate(_valid(**changes))
+
+
+def test_numbers_of_the_other_kind_are_fine():
+    validate(_valid(learning_rate=1, warmup=0))
+
+
+def test_to_dict_holds_every_field():
+    assert to_dict(_valid())["data"] == {"path": "text", "text_key": "text", "eval_fraction": 0.05}
