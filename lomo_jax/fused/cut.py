@@ -1,6 +1,6 @@
 """Cuts a traced loss at its layer scans: dense segment, layer scan, dense segment, ..."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,8 +48,14 @@ class Cut(NamedTuple):
     loss: Atom
     aux: list[Atom]
     aux_tree: Any
-    differentiable: frozenset[Atom]  # variables that a trainable parameter reaches
+    differentiable: frozenset[
+        jex.Var
+    ]  # floating-point variables that a trainable parameter reaches
     trainable: list[bool]  # for each parameter: whether it is of floating point
+
+    def differentiates(self, atoms: Sequence[Atom]) -> list[bool]:
+        """For each atom: whether it has a cotangent."""
+        return [isinstance(a, jex.Var) and a in self.differentiable for a in atoms]
 
 
 def cut(loss_fn: Callable[..., Any], params: Any, batch: Any, *, has_aux: bool) -> Cut:

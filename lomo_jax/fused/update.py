@@ -71,7 +71,7 @@ class Updater:
 
 def _add(param: jax.Array, update: jax.Array) -> jax.Array:
     """Their sum in float32 or wider, rounded once, to the dtype of the parameter."""
-    wide = jnp.promote_types(param.dtype, jnp.float32)
+    wide = param.dtype if param.dtype.itemsize > 4 else jnp.float32
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
 
 

@@ -58,7 +58,7 @@ def walk(
     loss, *aux = env.read([cut.loss, *cut.aux])
 
     cotangents = Cotangents()
-    if cut.loss in cut.differentiable:
+    if cut.differentiates([cut.loss])[0]:
         cotangents.add([cut.loss], [jnp.ones_like(loss)])
     new_params, new_states = list(params), list(states)
     for k in reversed(range(len(cut.pieces))):
@@ -76,11 +76,12 @@ def walk(
 
 def _dense(cut: Cut, piece: Dense, env: Environment) -> Callable:
     args = env.read(piece.inputs)
-    diff_in = [v in cut.differentiable for v in piece.inputs]
+    diff_in = cut.differentiates(piece.inputs)
     # The last piece is walked back at once, with what its forward pass computed; an earlier one
     # computes it again when its turn comes.
     if piece is cut.pieces[-1]:
-        diff_out = [v is cut.loss and v in cut.differentiable for v in piece.outputs]
+        is_loss = [v is cut.loss for v in piece.outputs]
+        diff_out = _both(is_loss, cut.differentiates(piece.outputs))
         outputs, vjp = _vjp(piece.function, args, diff_in, diff_out)
     else:
         outputs, vjp = piece.function(*args), None
@@ -117,9 +118,10 @@ def _layers(cut: Cut, piece: Layers, env: Environment) -> Callable:
 
     is_param = [k in piece.xs_params for k in range(len(xs))]
     is_other = [not p for p in is_param]
-    diff_consts = [a in cut.differentiable for a in scan.consts]
-    diff_carry = [v in cut.differentiable for v in scan.carry_out]
-    diff_xs = [a in cut.differentiable for a in scan.xs]
+    diff_consts = cut.differentiates(scan.consts)
+    diff_carry = cut.differentiates(scan.carry_out)
+    diff_xs = cut.differentiates(scan.xs)
+    diff_others = _both(diff_xs, is_other)
     first, step = (0, 1) if scan.reverse else (scan.length - 1, -1)
 
     def pullback(cotangents: Cotangents, updater: Updater, stack, state):
@@ -147,7 +149,7 @@ def _layers(cut: Cut, piece: Layers, env: Environment) -> Callable:
             i = jnp.clip(i + step, 0, scan.length - 1)
             layer, layer_state = _read((stack, state), i)
             carry = (i, stack, state, layer, layer_state, ct_carry, ct_consts)
-            return carry, _pick(ct_xs, [d and o for d, o in zip(diff_xs, is_other, strict=True)])
+            return carry, _pick(ct_xs, diff_others)
 
         carry = (
             jnp.int32(first),
@@ -164,12 +166,11 @@ def _layers(cut: Cut, piece: Layers, env: Environment) -> Callable:
         )
         _, stack, state, _, _, ct_carry, ct_consts = carry
         cotangents.add(_pick(scan.consts, diff_consts), ct_consts)
-        others = [a for a in _pick(scan.xs, is_other) if a in cut.differentiable]
-        cotangents.add(others, ct_others)
-        # A carry may start from something that no parameter reaches, as from zeros.
-        starts = zip(_pick(scan.carry, diff_carry), ct_carry, strict=True)
-        reached = [(a, ct) for a, ct in starts if a in cut.differentiable]
-        cotangents.add([a for a, _ in reached], [ct for _, ct in reached])
+        cotangents.add(_pick(scan.xs, diff_others), ct_others)
+        # A carry that parameters reach may start from something that they do not, such as zeros.
+        starts = _pick(scan.carry, diff_carry)
+        reached = cut.differentiates(starts)
+        cotangents.add(_pick(starts, reached), _pick(ct_carry, reached))
         return stack, state
 
     return pullback
@@ -198,6 +199,10 @@ def _vjp(
 
 def _pick(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
     return [item for item, flag in zip(items, flags, strict=True) if flag]
+
+
+def _both(a: Sequence[bool], b: Sequence[bool]) -> list[bool]:
+    return [x and y for x, y in zip(a, b, strict=True)]
 
 
 def _merge(items: Sequence[Any], new: Sequence[Any], flags: Sequence[bool]) -> list[Any]:

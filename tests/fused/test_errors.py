@@ -1,0 +1,178 @@
+"""What the fused step refuses, and what it says then."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lomo_jax
+
+L, D = 4, 6
+
+
+def layer(x, w):
+    return jnp.tanh(x @ w), None
+
+
+def stack():
+    return jax.random.normal(jax.random.key(0), (L, D, D))
+
+
+def cast_stack(params, x):
+    stacked = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params["layers"])
+    return jax.lax.scan(layer, x.astype(jnp.bfloat16), stacked["w"])[0].astype(jnp.float32).sum()
+
+
+def cast_inside_jit(params, x):
+    return jax.jit(cast_stack)(params, x)
+
+
+def transposed_stack(params, x):
+    return jax.lax.scan(layer, x, params["layers"]["w"].transpose(1, 0, 2)[:D])[0].sum()
+
+
+def used_twice(params, x):
+    w = params["layers"]["w"]
+    return jax.lax.scan(layer, x, w)[0].sum() + jnp.sum(w**2)
+
+
+def scanned_twice(params, x):
+    w = params["layers"]["w"]
+    return jax.lax.scan(layer, jax.lax.scan(layer, x, w)[0], w)[0].sum()
+
+
+def in_cond(params, x):
+    run = lambda x: jax.lax.scan(layer, x, params["layers"]["w"])[0]  # noqa: E731
+    return jax.lax.cond(x.sum() > 0, run, lambda x: x, x).sum()
+
+
+def in_an_outer_scan(params, x):
+    run = lambda x, _: (jax.lax.scan(layer, x, params["layers"]["w"])[0], None)  # noqa: E731
+    return jax.lax.scan(run, x, None, length=2)[0].sum()
+
+
+def in_a_custom_vjp(params, x):
+    @jax.custom_vjp
+    def run(w, x):
+        return jax.lax.scan(layer, x, w)[0]
+
+    run.defvjp(lambda w, x: (run(w, x), None), lambda _, g: (None, g))
+    return run(params["layers"]["w"], x).sum()
+
+
+def indexed_in_a_loop(params, x):
+    body = lambda i, x: jnp.tanh(x @ params["layers"]["w"][i])  # noqa: E731
+    return jax.lax.fori_loop(0, L, body, x).sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "fault", "fix"),
+    [
+        (cast_stack, "`convert_element_type` of the whole stack", "inside the scanned function"),
+        (cast_inside_jit, "`convert_element_type` of the whole stack", "to one layer"),
+        (transposed_stack, "of the whole stack", "with layers on axis 0"),
+        (used_twice, "also used by `integer_pow`|also used by `square`", "a parameter of its own"),
+        (scanned_twice, "also used by `scan`", "a parameter of its own"),
+        (in_cond, "inside `cond`", "take the layer scan out of it"),
+        (in_an_outer_scan, "inside `scan`", "take the layer scan out of it"),
+        (in_a_custom_vjp, "inside `custom_vjp_call", "take the layer scan out of it"),
+        (indexed_in_a_loop, "indexed by layer inside a loop", r"scanned input of lax.scan \(xs\)"),
+    ],
+)
+@pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
+def test_stack_that_cannot_be_fused(make_step, loss, fault, fix):
+    w = stack() if loss is not transposed_stack else jnp.ones((D, L, D))
+    step = make_step(loss, lomo_jax.lomo(0.1))
+    for pattern in (r"parameter \['layers'\]\['w'\] ", fault, fix):
+        with pytest.raises(ValueError, match=pattern) as error:
+            step.init({"layers": {"w": w}}, jnp.ones((2, D)))
+        assert "\n" not in str(error.value)
+
+
+def simple(params, x):
+    return jax.lax.scan(layer, x @ params["in"], params["layers"])[0].sum()
+
+
+def simple_params():
+    return {"in": jnp.eye(D), "layers": stack()}
+
+
+def norm_of_the_last_step():
+    """Mixes parameters through its state only: the norm of one step scales the next update."""
+
+    def init(params):
+        return optax.tree.norm(params)
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda g: -g / state, updates), optax.tree.norm(updates)
+
+    return optax.GradientTransformation(init, update)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+        optax.apply_if_finite(optax.sgd(0.1), 3),
+        norm_of_the_last_step(),
+    ],
+    ids=["clip_by_global_norm", "apply_if_finite", "through_the_state"],
+)
+def test_transformation_that_mixes_parameters(tx):
+    step = lomo_jax.fused_step(simple, tx)
+    with pytest.raises(ValueError, match=r"tx updates parameter .* from .* use clip_norm"):
+        step.init(simple_params(), jnp.ones((2, D)))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adam(1e-3),
+        optax.lion(1e-3),
+        optax.adafactor(1e-3),
+        optax.chain(optax.clip(1.0), optax.sgd(optax.linear_schedule(1.0, 0.0, 10), momentum=0.9)),
+        optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
+        optax.clip_by_block_rms(1.0),
+        lomo_jax.adalomo(1e-3),
+    ],
+    ids=["adam", "lion", "adafactor", "chain", "inject_hyperparams", "block_rms", "adalomo"],
+)
+def test_transformation_that_does_not_mix_parameters(tx, standard_promotion):
+    lomo_jax.fused_step(simple, tx).init(simple_params(), jnp.ones((2, D)))
+
+
+@pytest.mark.parametrize(
+    ("loss", "has_aux", "message"),
+    [
+        (lambda p, x: x @ p["in"], False, r"floating-point scalar, got float32\[2, 6\]"),
+        (lambda p, x: jnp.int32(1), False, r"floating-point scalar, got int32\[\]"),
+        (lambda p, x: (p["in"].sum(), 1), False, "pass has_aux=True"),
+        (lambda p, x: p["in"].sum(), True, r"must return \(loss, aux\)"),
+    ],
+)
+def test_loss_that_is_no_scalar(loss, has_aux, message):
+    step = lomo_jax.fused_step(loss, lomo_jax.lomo(0.1), has_aux=has_aux)
+    with pytest.raises(TypeError, match=message):
+        step.init(simple_params(), jnp.ones((2, D)))
+
+
+def test_state_of_another_transformation():
+    batch, params = jnp.ones((2, D)), simple_params()
+    state = lomo_jax.fused_step(simple, lomo_jax.adalomo(0.1)).init(params, batch)
+    step = lomo_jax.fused_step(simple, lomo_jax.lomo(0.1))
+    with pytest.raises(ValueError, match=r"make it with step.init\(params, batch\)"):
+        step(params, state, batch)
+
+
+def test_init_takes_shapes():
+    batch, params = jnp.ones((2, D)), simple_params()
+    step = lomo_jax.fused_step(simple, lomo_jax.adalomo(0.1))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, batch))
+    abstract = jax.eval_shape(step.init, *shapes)
+    concrete = step.init(params, shapes[1])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), concrete
+    )
+    assert concrete.pieces[1].layers.moments["layers"].row.shape == (L, D)
+    assert concrete.pieces[1].layers.count.shape == (L,)

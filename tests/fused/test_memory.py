@@ -1,0 +1,102 @@
+"""What XLA plans for the fused step on CPU: no copy of a stack, one layer's gradient."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lomo_jax
+
+B, T, D, F, V = 2, 32, 128, 512, 96
+LAYER_INPUT = B * T * D * 4
+LAYER = (2 * D * F + D) * 4
+
+RULES = {
+    "lomo": lambda: lomo_jax.lomo(1e-2, weight_decay=0.1),
+    "adalomo": lambda: lomo_jax.adalomo(1e-2, weight_decay=0.1),
+    "sgd": lambda: optax.sgd(1e-2, momentum=0.9),
+    "adamw": lambda: optax.adamw(1e-3),
+    "lion": lambda: optax.lion(1e-3),
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=1),
+}
+
+
+def loss(params, tokens):
+    def layer(x, w):
+        normed = w["norm"] * x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+        return x + jnp.tanh(normed @ w["up"]) @ w["down"], None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer), params["embedding"][tokens], params["layers"])
+    logits = jax.nn.log_softmax(x[:, :-1] @ params["head"])
+    return -jnp.take_along_axis(logits, tokens[:, 1:, None], -1).mean()
+
+
+def compiled(make_step, tx, num_layers, dtype=jnp.float32):
+    shapes = {
+        "embedding": (V, D),
+        "layers": {
+            "norm": (num_layers, D),
+            "up": (num_layers, D, F),
+            "down": (num_layers, F, D),
+        },
+        "head": (D, V),
+    }
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=is_shape)
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    step = make_step(loss, tx)
+    state = jax.eval_shape(step.init, params, tokens)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens).compile()
+
+
+def temporaries(executable):
+    return executable.memory_analysis().temp_size_in_bytes
+
+
+def copies_of_stacks(executable, num_layers):
+    """Copies in the optimised HLO of anything with a leading layer axis as large as a weight."""
+    pattern = rf"= \w+\[{num_layers},\d{{3,}},\d{{3,}}\]\S* copy(?:-start)?\("
+    return [line for line in executable.as_text().splitlines() if re.search(pattern, line)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_temporaries_grow_by_the_layer_inputs_only(rule, standard_promotion):
+    tx = RULES[rule]()
+    few, many = (compiled(lomo_jax.fused_step, tx, n) for n in (8, 32))
+    assert copies_of_stacks(few, 8) == []
+    assert copies_of_stacks(many, 32) == []
+    growth = temporaries(many) - temporaries(few)
+    assert growth == pytest.approx(24 * LAYER_INPUT, rel=0.02)
+    # A few layers' worth: parameters and gradient, and what the rule computes from them.
+    assert temporaries(few) < 8 * LAYER_INPUT + 6 * LAYER
+    # All that came in goes out in its place.
+    memory = many.memory_analysis()
+    assert memory.alias_size_in_bytes > 0.99 * (memory.argument_size_in_bytes - B * T * 4)
+
+
+def test_the_reference_grows_with_the_parameters():
+    few, many = (compiled(lomo_jax.reference_step, lomo_jax.adalomo(1e-2), n) for n in (8, 32))
+    assert temporaries(many) - temporaries(few) > 24 * LAYER
+
+
+def test_the_search_for_copies_finds_one():
+    """A loop that reads its layer at the top of the body, as one would first write it, copies."""
+
+    def naive(stack, inputs, ct):
+        def body(k, carry):
+            stack, ct = carry
+            i = 7 - k
+            layer = jax.tree.map(lambda w: w[i], stack)
+            block = lambda x, w: x + jnp.tanh(x @ w["up"]) @ w["down"]  # noqa: E731
+            ct, grads = jax.vjp(block, inputs[i], layer)[1](ct)
+            stack = jax.tree.map(lambda w, g: w.at[i].add(-0.1 * g), stack, grads)
+            return stack, ct
+
+        return jax.lax.fori_loop(0, 8, body, (stack, ct))
+
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+    stack = {"up": shape(8, D, F), "down": shape(8, F, D)}
+    lowered = jax.jit(naive, donate_argnums=(0, 2)).lower(stack, shape(8, B, T, D), shape(B, T, D))
+    assert copies_of_stacks(lowered.compile(), 8)
