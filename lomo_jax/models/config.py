@@ -76,12 +76,9 @@ class LlamaConfig:
         Raises:
           ValueError: the architecture or a feature is not supported, or a key is missing.
         """
-        named = hf.get("architectures") or (
-            [_ARCHITECTURE] if hf.get("model_type") == "llama" else []
-        )
-        if list(named) != [_ARCHITECTURE]:
-            found = ", ".join(named) or hf.get("model_type") or "none named"
-            raise ValueError(f"architecture {found} is not supported; supported: {_ARCHITECTURE}")
+        named = ", ".join(hf.get("architectures") or []) or f"model_type {hf.get('model_type')!r}"
+        if named not in (_ARCHITECTURE, "model_type 'llama'"):
+            raise ValueError(f"architecture {named} is not supported; supported: {_ARCHITECTURE}")
         required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
         for key, supported in (required | {"quantization_config": None}).items():
             if hf.get(key, supported) != supported:
@@ -162,5 +159,7 @@ def _rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
 
 def _require_positive(config: Any, name: str) -> None:
     value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}={value!r} must be a number")
     if not value > 0:
         raise ValueError(f"{name}={value} must be greater than 0")

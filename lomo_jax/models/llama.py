@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from lomo_jax.models.config import LlamaConfig
 
-_INIT = nnx.initializers.normal(0.02)
+_NORMAL = nnx.initializers.normal(0.02)
 
 
 class _Context(NamedTuple):
@@ -65,9 +65,7 @@ class Attention(nnx.Module):
         q_BxTxHxh = _rotate(self.q(x_BxTxD).reshape(heads), context)
         k_BxTxKxh = _rotate(self.k(x_BxTxD).reshape(heads), context)
         v_BxTxKxh = self.v(x_BxTxD).reshape(heads)
-        y_BxTxHxh = jax.nn.dot_product_attention(
-            q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, mask=context.mask, is_causal=True
-        )
+        y_BxTxHxh = _attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, context.mask)
         return self.o(y_BxTxHxh.reshape(batch, length, -1))
 
 
@@ -113,12 +111,8 @@ class Llama(nnx.Module):
         self, config: LlamaConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ) -> None:
         self.config = config
-        self.embedding = nnx.Embed(
-            config.vocab_size,
-            config.width,
-            embedding_init=_INIT,
-            param_dtype=param_dtype,
-            rngs=rngs,
+        self.embedding = nnx.Param(
+            _NORMAL(rngs.params(), (config.vocab_size, config.width), param_dtype)
         )
         self.layers = jax.vmap(
             lambda key: Layer(config, param_dtype=param_dtype, rngs=nnx.Rngs(key))
@@ -162,13 +156,14 @@ class Llama(nnx.Module):
         def apply(x_BxTxD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
             return layer(x_BxTxD, context), None
 
-        x_BxTxD, _ = jax.lax.scan(apply, self.embedding(tokens_BxT), self.layers)
+        embedded_BxTxD = jnp.take(self.embedding[...], tokens_BxT, axis=0)
+        x_BxTxD, _ = jax.lax.scan(apply, embedded_BxTxD, self.layers)
         return self.norm(x_BxTxD)
 
     def head(self) -> jax.Array:
         """Returns the output projection w_DxV: the transposed embedding where the two are tied."""
         if self.output is None:
-            return self.embedding.embedding[...].T
+            return self.embedding[...].T
         return self.output.kernel[...]
 
     def __call__(
@@ -203,19 +198,34 @@ def init(
     config: LlamaConfig, seed: int, param_dtype: DTypeLike = jnp.float32
 ) -> tuple[nnx.GraphDef[Llama], nnx.State]:
     """Returns `nnx.split` of a model with random weights, normal with deviation 0.02."""
+    return abstract(config, param_dtype)[0], _init(config, param_dtype, jax.random.key(seed))
 
-    @jax.jit
-    def params(key: jax.Array) -> nnx.State:
-        return nnx.state(Llama(config, param_dtype=param_dtype, rngs=nnx.Rngs(key)))
 
-    graphdef, _ = abstract(config, param_dtype)
-    return graphdef, params(jax.random.key(seed))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(config: LlamaConfig, param_dtype: DTypeLike, key: jax.Array) -> nnx.State:
+    return nnx.state(Llama(config, param_dtype=param_dtype, rngs=nnx.Rngs(key)))
 
 
 def _linear(inputs: int, outputs: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(
-        inputs, outputs, use_bias=False, kernel_init=_INIT, param_dtype=param_dtype, rngs=rngs
+        inputs, outputs, use_bias=False, kernel_init=_NORMAL, param_dtype=param_dtype, rngs=rngs
     )
+
+
+def _attend(
+    q_BxTxHxh: jax.Array, k_BxTxKxh: jax.Array, v_BxTxKxh: jax.Array, mask: jax.Array | None
+) -> jax.Array:
+    dtype = q_BxTxHxh.dtype
+    if dtype == jnp.float16:
+        # JAX's float16 attention asks for a matrix product that CPUs and TPUs do not have.
+        q_BxTxHxh, k_BxTxKxh, v_BxTxKxh = (
+            x.astype(jnp.float32) for x in (q_BxTxHxh, k_BxTxKxh, v_BxTxKxh)
+        )
+    # It also mixes dtypes, even where its caller forbids implicit promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, mask=mask, is_causal=True
+        ).astype(dtype)
 
 
 def _frequencies(config: LlamaConfig) -> np.ndarray:

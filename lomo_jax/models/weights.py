@@ -16,7 +16,7 @@ from lomo_jax.models.config import LlamaConfig
 from lomo_jax.models.llama import abstract
 
 HF_NAMES = {
-    "embedding/embedding": "model.embed_tokens.weight",
+    "embedding": "model.embed_tokens.weight",
     "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
     "layers/attention/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
     "layers/attention/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
@@ -30,7 +30,7 @@ HF_NAMES = {
     "output/kernel": "lm_head.weight",
 }
 GGUF_NAMES = {
-    "embedding/embedding": "token_embd.weight",
+    "embedding": "token_embd.weight",
     "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
     "layers/attention/q/kernel": "blk.{}.attn_q.weight",
     "layers/attention/k/kernel": "blk.{}.attn_k.weight",

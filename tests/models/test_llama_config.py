@@ -1,0 +1,102 @@
+import dataclasses
+
+import pytest
+
+from lomo_jax import models
+
+LLAMA3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008],
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+LLAMA3_CONFIG = models.LlamaConfig(
+    vocab_size=128256,
+    width=2048,
+    mlp_width=8192,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    rope_theta=500000.0,
+    norm_eps=1e-5,
+    max_length=131072,
+    tie_embeddings=True,
+    rope_scaling=models.RopeScaling(32.0, 1.0, 4.0, 8192),
+    bos_id=128000,
+    eos_id=(128001, 128008),
+)
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def test_reads_the_keys_of_transformers_4_and_5():
+    assert models.LlamaConfig.from_hf(LLAMA3) == LLAMA3_CONFIG
+    rope = {**LLAMA3["rope_scaling"], "rope_theta": 500000.0}
+    as_5 = {**without(LLAMA3, "rope_theta", "rope_scaling"), "rope_parameters": rope}
+    assert models.LlamaConfig.from_hf(as_5) == LLAMA3_CONFIG
+
+
+def test_the_first_llama_needs_no_later_key():
+    later = ("architectures", "num_key_value_heads", "rope_theta", "rope_scaling")
+    config = models.LlamaConfig.from_hf(without(LLAMA3, *later, "tie_word_embeddings"))
+    assert config.num_kv_heads == 32
+    assert config.rope_theta == 10000.0
+    assert config.rope_scaling is None
+    assert not config.tie_embeddings
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": None, "eos_id": 2, "head_dim": 128}])
+def test_what_is_written_reads_back(changes):
+    config = dataclasses.replace(LLAMA3_CONFIG, **changes)
+    assert models.LlamaConfig.from_hf(config.to_hf("bfloat16")) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"architectures": None, "model_type": "qwen2"}, "'qwen2' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported: 'silu'"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "key 'factor' is missing"),
+        ({"num_key_value_heads": 5}, "num_heads=32 must be a multiple of num_kv_heads=5"),
+        ({"head_dim": 63}, "head_dim=63 must be even"),
+        ({"num_hidden_layers": 0}, "num_layers=0 must be greater than 0"),
+    ],
+)
+def test_what_is_not_supported_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        models.LlamaConfig.from_hf({**LLAMA3, **changes})
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ValueError, match="key 'vocab_size' is missing"):
+        models.LlamaConfig.from_hf(without(LLAMA3, "vocab_size"))
+
+
+def test_rope_scaling_needs_a_band():
+    with pytest.raises(ValueError, match=r"high_freq_factor=1\.0 must be greater"):
+        models.RopeScaling(8.0, 1.0, 1.0, 8192)
