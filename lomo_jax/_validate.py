@@ -2,30 +2,45 @@
 
 import math
 import numbers
+from typing import Any
 
 import optax
 
 
-def number(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False):
-    """Raises ValueError unless `value` is a real number in [low, high), or (low, high)."""
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if ok and math.isfinite(value) and (low < value if open_low else low <= value) and value < high:
+def number(
+    name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False
+) -> None:
+    """Raises ValueError unless `value` is a real number in [low, high), or in (low, high).
+
+    A scalar JAX array passes unseen, since it may be traced: `optax.inject_hyperparams` makes one
+    of every number.
+    """
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        x = float(value)
+        if math.isfinite(x) and (low < x if open_low else low <= x) and x < high:
+            return
+    elif getattr(value, "shape", None) == ():
         return
     interval = f"{'(' if open_low else '['}{low:g}, {high:g})"
     raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
 
 
-def optional_number(name: str, value: object, **limits):
-    """Like `number`, with None allowed."""
+def optional_number(name: str, value: object, **limits) -> None:
+    """`number`, with None allowed."""
     if value is not None:
         number(name, value, **limits)
 
 
-def learning_rate(value: object) -> optax.Schedule:
-    """Returns `value`, a number >= 0, a scalar array or a schedule, as a schedule."""
+def schedule(name: str, value: Any) -> optax.Schedule:
+    """Returns `value`, a number >= 0 or a schedule, as a schedule."""
     if callable(value):
         return value
-    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
-        return lambda count: value
-    number("learning_rate", value, low=0.0)
+    number(name, value, low=0.0)
     return lambda count: value
+
+
+def params(value: optax.Params | None) -> optax.Params:
+    """Raises ValueError for None."""
+    if value is None:
+        raise ValueError("params are needed: call update(updates, state, params)")
+    return value

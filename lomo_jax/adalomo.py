@@ -1,6 +1,6 @@
 """AdaLomo: factored second moments and grouped normalisation, as an optax transformation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ class Factors(NamedTuple):
 class AdaLomoState(NamedTuple):
     """State of `adalomo`."""
 
-    count: jax.Array  # int32 [], updates made so far: the schedule's argument
+    count: jax.typing.ArrayLike  # int32 [], updates made so far: the schedule's argument
     moments: (
         optax.Params
     )  # per parameter: `Factors` of a matrix, float32 array of a vector or scalar
@@ -81,7 +81,7 @@ def adalomo(
       Lv et al., `AdaLomo: Low-memory Optimization with Adaptive Learning Rate
       <https://arxiv.org/abs/2310.10195>`_, 2023
     """
-    schedule = _validate.learning_rate(learning_rate)
+    schedule = _validate.schedule("learning_rate", learning_rate)
     _validate.number("eps", eps, low=0.0, open_low=True)
     _validate.number("decay_rate", decay_rate, low=0.0, open_low=True)
     _validate.number("clip_threshold", clip_threshold, low=0.0, open_low=True)
@@ -102,13 +102,12 @@ def adalomo(
         return AdaLomoState(count=jnp.zeros([], jnp.int32), moments=jax.tree.map(moment, params))
 
     def update(
-        updates: optax.Updates, state: AdaLomoState, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, AdaLomoState]:
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+        params = _validate.params(params)
         count = optax.safe_increment(state.count)
         lr = jnp.asarray(schedule(state.count), jnp.float32)
-        beta_t = 1.0 - count.astype(jnp.float32) ** -decay_rate if beta is None else beta
+        beta_t = 1.0 - jnp.asarray(count, jnp.float32) ** -decay_rate if beta is None else beta
 
         def average(old, new):
             return beta_t * old + (1.0 - beta_t) * new

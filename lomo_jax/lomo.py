@@ -1,6 +1,7 @@
 """LOMO: stochastic gradient descent with nothing to remember, as an optax transformation."""
 
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from lomo_jax import _validate
 class LomoState(NamedTuple):
     """State of `lomo`."""
 
-    count: jax.Array  # int32 [], updates made so far: the schedule's argument
+    count: jax.typing.ArrayLike  # int32 [], updates made so far: the schedule's argument
 
 
 def lomo(
@@ -45,33 +46,33 @@ def lomo(
       Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
       <https://arxiv.org/abs/2306.09782>`_, 2023
     """
-    schedule = _validate.learning_rate(learning_rate)
+    schedule = _validate.schedule("learning_rate", learning_rate)
     _validate.number("weight_decay", weight_decay, low=0.0)
     _validate.optional_number("clip_value", clip_value, low=0.0, open_low=True)
+    decays = not isinstance(weight_decay, numbers.Real) or weight_decay != 0
 
     def init(params: optax.Params) -> LomoState:
         del params
         return LomoState(count=jnp.zeros([], jnp.int32))
 
     def update(
-        updates: optax.Updates, state: LomoState, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, LomoState]:
         lr = jnp.asarray(schedule(state.count), jnp.float32)
 
-        def descend(g, p=None):
+        def descend(g, decay=0.0):
             g = g.astype(jnp.float32)
             if clip_value is not None:
                 g = jnp.clip(g, -clip_value, clip_value)
-            if p is not None:
-                g = g + weight_decay * p.astype(jnp.float32)
-            return -lr * g
+            return -lr * (g + decay)
 
-        if weight_decay == 0.0:
-            updates = jax.tree.map(descend, updates)
-        elif params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+        if decays:
+            decay = jax.tree.map(
+                lambda p: weight_decay * p.astype(jnp.float32), _validate.params(params)
+            )
+            updates = jax.tree.map(descend, updates, decay)
         else:
-            updates = jax.tree.map(descend, updates, params)
+            updates = jax.tree.map(descend, updates)
         return updates, LomoState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init, update)

@@ -133,7 +133,7 @@ def _variables(atoms) -> dict[jex.Var, None]:
 
 
 def _is_float(var: jex.Var) -> bool:
-    return jnp.issubdtype(var.aval.dtype, jnp.inexact)
+    return jnp.issubdtype(jaxprs.dtype(var), jnp.inexact)
 
 
 def _check_result(shape, has_aux: bool):

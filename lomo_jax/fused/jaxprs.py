@@ -37,6 +37,16 @@ def open_jaxpr(closed) -> jex.Jaxpr:
     return getattr(closed, "jaxpr", closed)
 
 
+def shape(atom: Atom) -> tuple[int, ...]:
+    aval: Any = atom.aval
+    return aval.shape
+
+
+def dtype(atom: Atom) -> Any:
+    aval: Any = atom.aval
+    return aval.dtype
+
+
 def is_scan(eqn: jex.JaxprEqn) -> bool:
     return eqn.primitive.name == "scan"
 

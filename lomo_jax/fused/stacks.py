@@ -57,7 +57,7 @@ class Stacks:
           ValueError: a parameter is used in a way that its layers cannot be updated one by one.
         """
         scans: dict[int, dict[int, int]] = {}
-        producers = {v: eqn for eqn in eqns for v in eqn.outvars}
+        producers: dict[Atom, jex.JaxprEqn] = {v: eqn for eqn in eqns for v in eqn.outvars}
         for eqn in eqns:
             found = self._scanned(eqn, labels)
             xs = jaxprs.read_scan(eqn).xs if found else []
@@ -88,7 +88,7 @@ class Stacks:
             label = jaxprs.label(x, labels)
             if scan.length and not label & self.batch_label:
                 for v, i in self.index.items():
-                    if label >> i & 1 and scan.length in v.aval.shape:
+                    if label >> i & 1 and scan.length in jaxprs.shape(v):
                         found[position] = i
         return found
 
@@ -118,7 +118,7 @@ class Stacks:
         inner = jaxprs.open_jaxpr(scan.body).invars
         for outer, v in zip(scan.consts, inner, strict=False):
             i = self._param(outer)
-            if i is None or scan.length not in v.aval.shape[:1]:
+            if i is None or scan.length not in jaxprs.shape(v)[:1]:
                 continue
             if "dynamic_slice" in jaxprs.users(scan.body, v):
                 raise ValueError(

@@ -28,7 +28,8 @@ class Cotangents(dict):
 
     def take(self, variables: Sequence[jex.Var]) -> list[jax.Array]:
         return [
-            self.pop(v) if v in self else jnp.zeros(v.aval.shape, v.aval.dtype) for v in variables
+            self.pop(v) if v in self else jnp.zeros(jaxprs.shape(v), jaxprs.dtype(v))
+            for v in variables
         ]
 
 
@@ -53,7 +54,8 @@ def walk(
     """
     env = Environment(zip([*cut.params, *cut.batch], [*params, *batch], strict=True))
     pullbacks = [
-        (_dense if isinstance(piece, Dense) else _layers)(cut, piece, env) for piece in cut.pieces
+        _dense(cut, piece, env) if isinstance(piece, Dense) else _layers(cut, piece, env)
+        for piece in cut.pieces
     ]
     loss, *aux = env.read([cut.loss, *cut.aux])
 
