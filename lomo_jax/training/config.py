@@ -43,7 +43,7 @@ class ModelConfig:
 
     path: str | None = None  # Hugging Face directory or .gguf file, of weights and tokenizer
     init: str = "checkpoint"  # or "random": fresh weights; `path` then only gives the tokenizer
-    # With random weights and no path, a token is a byte (transformers' ByT5 tokenizer).
+    # With random weights and no path, a token is a byte.
     architecture: Architecture = dataclasses.field(default_factory=Architecture)
 
 

@@ -44,4 +44,4 @@ def continue_prompt(model: Model, params: nnx.State, prompt: str, max_new_tokens
         tokens = tokens[:-1]
     written = models.generate(model.graphdef, params, np.array([tokens]), max_new_tokens)
     new = written[0, len(tokens) :].tolist()
-    return model.tokenizer.decode(new[: new.index(end)] if end in new else new)
+    return str(model.tokenizer.decode(new[: new.index(end)] if end in new else new))

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lomo_jax import models
 from lomo_jax.data import package_path
@@ -20,7 +23,7 @@ class Model(NamedTuple):
 
     config: models.LlamaConfig
     graphdef: nnx.GraphDef[models.Llama]
-    tokenizer: Any  # of transformers
+    tokenizer: PreTrainedTokenizerBase
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
         """Returns the mean next-token loss of a `data.Batch`, and what it counted."""
@@ -75,7 +78,12 @@ def resolve(path: str) -> str:
     return package_path(*path.removeprefix(_PACKAGE).split("/"))
 
 
-def _byte_tokenizer() -> Any:
-    import transformers
-
-    return transformers.ByT5Tokenizer()
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Returns a tokenizer that needs no training: a token is a byte, or the end of the text."""
+    end = "<|endoftext|>"
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: index for index, token in enumerate([end, *bytes_])}
+    backend = Tokenizer(BPE(tokens, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end)

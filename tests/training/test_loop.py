@@ -1,0 +1,236 @@
+"""Whole runs of a tiny model: what they write, compute, and refuse."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lomo_jax import data, models
+from lomo_jax.training import Architecture, Config, DataConfig, ModelConfig, loop
+from lomo_jax.training import model as model_lib
+from lomo_jax.training.errors import NonFiniteError
+from lomo_jax.training.optimizer import make_schedule
+
+_WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "red", "house", "sea"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # optax's cosine schedule mixes dtypes
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """Sixty documents of words in random order."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [json.dumps({"text": " ".join(rng.choice(_WORDS, 60))}) for _ in range(60)]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def _config(text: str, folder: Path, **changes) -> Config:
+    fields: dict[str, Any] = {
+        "model": ModelConfig(
+            init="random",
+            architecture=Architecture(
+                vocab_size=257,
+                width=32,
+                mlp_width=64,
+                num_layers=2,
+                num_heads=4,
+                num_kv_heads=2,
+                head_dim=8,
+                max_length=64,
+            ),
+        ),
+        "data": DataConfig(text, eval_fraction=0.1),
+        "learning_rate": 3e-2,
+        "batch_size": 4,
+        "sequence_length": 32,
+        "steps": 12,
+        "param_dtype": "float32",
+        "eval_every": 5,
+        "log_every": 4,
+        "workdir": str(folder),
+    }
+    return Config(**fields | changes)
+
+
+def _records(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _column(workdir: Path, key: str) -> dict[int, float]:
+    return {record["step"]: record[key] for record in _records(workdir) if key in record}
+
+
+def _batches(config: Config):
+    model, params = model_lib.load(config)
+    assert config.data.path is not None
+    train, held_out = data.text_dataset(
+        config.data.path,
+        model.tokenizer,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        eval_fraction=config.data.eval_fraction,
+    )
+    return model, params, train, list(held_out)
+
+
+def _plain_loss(model: model_lib.Model, params: nnx.State, batch: Any):
+    """The loss from all the logits at once, and the weighted number of right guesses."""
+    logits = nnx.merge(model.graphdef, params)(
+        batch["tokens"], batch["positions"], batch["segments"]
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    right = (logits.argmax(-1) == batch["targets"]) * batch["weights"]
+    return (losses * batch["weights"]).sum() / batch["weights"].sum(), right.sum()
+
+
+class _Run(NamedTuple):
+    config: Config
+    workdir: Path
+    output: str
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory) -> _Run:
+    """A run with SGD that has ended."""
+    workdir = tmp_path_factory.mktemp("run") / "new" / "folder"
+    config = _config(
+        text, workdir, optimizer="sgd", learning_rate=0.5, prompt="the cat", prompt_tokens=5
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        loop.train(config)
+    return _Run(config, workdir, output.getvalue())
+
+
+def test_metrics_have_the_logged_steps_and_the_evaluations(finished):
+    workdir = finished.workdir
+    assert list(_column(workdir, "loss")) == [1, 4, 8, 12]
+    assert list(_column(workdir, "eval_loss")) == [0, 5, 10, 12]
+    assert list(_column(workdir, "eval_accuracy")) == [0, 5, 10, 12]
+    assert all(speed > 0 for speed in _column(workdir, "tokens_per_second").values())
+    schedule = make_schedule("cosine", 0.5, 12, 0.03)
+    for step, rate in _column(workdir, "learning_rate").items():
+        np.testing.assert_allclose(rate, np.asarray(schedule(step - 1)), rtol=1e-5)
+
+
+def test_losses_are_those_of_a_plain_loop(finished):
+    model, params, train, held_out = _batches(finished.config)
+    schedule = make_schedule("cosine", 0.5, 12, 0.03)
+    plain_loss = functools.partial(_plain_loss, model)
+    evaluate = jax.jit(plain_loss)
+    value_and_grad = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
+    losses, eval_losses, accuracies = {}, {}, {}
+    for step in range(13):
+        if step in (0, 5, 10, 12):
+            weights = np.array([batch["weights"].sum() for batch in held_out])
+            results = [evaluate(params, batch) for batch in held_out]
+            loss, right = np.array(results, dtype=np.float64).T
+            eval_losses[step] = loss @ weights / weights.sum()
+            accuracies[step] = right.sum() / weights.sum()
+        (loss, _), grads = value_and_grad(params, next(train))
+        if step + 1 in (1, 4, 8, 12):
+            losses[step + 1] = float(loss)
+        rate = np.asarray(schedule(step))
+        params = jax.tree.map(lambda p, g, rate=rate: p - rate * g, params, grads)
+
+    workdir = finished.workdir
+    assert _column(workdir, "loss") == pytest.approx(losses, rel=1e-5)
+    assert _column(workdir, "eval_loss") == pytest.approx(eval_losses, rel=1e-5)
+    assert _column(workdir, "eval_accuracy") == pytest.approx(accuracies, rel=1e-5)
+    assert eval_losses[12] < 0.9 * eval_losses[0]
+
+
+def test_the_export_is_the_trained_model(finished):
+    again = dataclasses.replace(
+        finished.config,
+        model=ModelConfig(str(finished.workdir / "export")),
+        workdir=str(finished.workdir.parent / "again"),
+        steps=1,
+    )
+    loop.train(again)
+    first = _column(Path(again.workdir), "eval_loss")[0]
+    assert first == pytest.approx(_column(finished.workdir, "eval_loss")[12], rel=1e-6)
+
+
+def test_the_reference_step_gives_the_same_run(text, tmp_path):
+    for fused in (True, False):
+        loop.train(_config(text, tmp_path / str(fused), fused=fused))
+    fused_losses, losses = (_column(tmp_path / str(fused), "eval_loss") for fused in (True, False))
+    assert fused_losses == pytest.approx(losses, rel=1e-5)
+    assert losses[12] < losses[0]
+
+
+def test_off_a_terminal_the_run_is_told_in_plain_lines(finished):
+    lines = finished.output.splitlines()
+    assert [line[:9].rstrip() for line in lines if line[:9].strip()] == [
+        *("model", "text", "step", "held out", "sample"),
+        *("step 1", "step 4", "held out", "step 8", "held out", "step 12", "held out"),
+        *("sample", "exported"),
+    ]
+    assert sum(line.startswith("sample    the cat") for line in lines) == 2
+    assert "\x1b" not in finished.output
+
+
+@pytest.fixture
+def export(tmp_path) -> dict[str, bytes]:
+    """The files of an earlier run's export in the workdir, by name."""
+    config = models.LlamaConfig(32, 8, 8, 1, 1, 1, 8)
+    _, params = models.init(config, 0)
+    models.save(tmp_path / "export", config, params)
+    return {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (9, r"^loss is (nan|inf) at step [23]: .*$"),
+        (1, r"^held-out loss is (nan|inf) at step 1: .*$"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, export, steps, message):
+    config = _config(
+        text, tmp_path, optimizer="sgd", learning_rate=1e30, schedule="constant", steps=steps
+    )
+    with pytest.raises(NonFiniteError, match=message):
+        loop.train(config)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()} == export
+    assert 1 in _column(tmp_path, "loss")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 65}, "sequence_length: 65 is longer than the model allows, 64 tokens"),
+        ({"data": DataConfig("missing.txt")}, "missing.txt does not exist"),
+        ({"data": DataConfig("package://no_such_package/x")}, "'no_such_package' is not installed"),
+        ({"model": ModelConfig("missing")}, "missing does not exist"),
+        ({"workdir": f"{__file__}/runs"}, "workdir: '.*' cannot be written: Not a directory"),
+        (
+            {
+                "model": ModelConfig(
+                    init="random", architecture=Architecture(vocab_size=200, num_layers=1)
+                )
+            },
+            "the tokenizer has 257 tokens, but the model only 200",
+        ),
+    ],
+)
+def test_a_run_that_cannot_start_says_why_in_one_line(text, tmp_path, changes, message):
+    with pytest.raises((ValueError, OSError), match=f"^[^\n]*{message}[^\n]*$"):
+        loop.train(_config(text, tmp_path, **changes))
+    assert not (tmp_path / "metrics.jsonl").exists()
