@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from lomo_jax.models.llama import Llama
 

@@ -178,9 +178,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
-        return json.loads(file.read_text())
+        value = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return value
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -138,7 +138,10 @@ def _places(params: nnx.State, names: Mapping[str, str]) -> dict[str, _Place]:
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transposed")
 def _fill(stack: jax.Array, tensor: jax.Array, layer: int | None, *, transposed: bool) -> jax.Array:
     tensor = (tensor.T if transposed else tensor).astype(stack.dtype)
-    return tensor if layer is None else stack.at[layer].set(tensor)
+    if layer is None:
+        return tensor
+    # Not stack.at[layer].set: its check of bounds makes XLA copy the whole stack.
+    return jax.lax.dynamic_update_index_in_dim(stack, tensor, layer, axis=0)
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))

@@ -67,7 +67,7 @@ def test_a_low_precision_model_follows_the_float32_one(dtype):
     error = logits_of(rounded, tokens_of(2, 7)) - logits
     relative = jnp.linalg.norm(error) / jnp.linalg.norm(logits)
     # Three layers of a dozen independent roundings each, and the rounding of the weights.
-    assert 0 < relative < 10 * jnp.finfo(dtype).eps
+    assert 0 < relative < 6 * jnp.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("config", [CONFIG, TIED, ROPE_SCALED])
@@ -116,17 +116,15 @@ def test_only_differences_of_positions_matter():
 
 
 def test_grouped_heads_equal_full_heads_that_repeat_the_shared_ones():
-    grouped = build()
-    graphdef, _ = models.abstract(dataclasses.replace(CONFIG, num_kv_heads=4))
-    params = nnx.clone(nnx.state(grouped))
-    for name in ("k", "v"):
-        kernel = params["layers"]["attention"][name]["kernel"]
-        heads = kernel[...].reshape(CONFIG.num_layers, CONFIG.width, 2, CONFIG.head_dim)
-        repeated = jnp.repeat(heads, 2, axis=2)
-        kernel.set_value(repeated.reshape(CONFIG.num_layers, CONFIG.width, -1))
-    full = nnx.merge(graphdef, params)
+    full = nnx.clone(build())
+    for projection in (full.layers.attention.k, full.layers.attention.v):
+        heads_LxDxKxh = projection.kernel[...].reshape(
+            CONFIG.num_layers, CONFIG.width, CONFIG.num_kv_heads, CONFIG.head_dim
+        )
+        heads_LxDxHxh = jnp.repeat(heads_LxDxKxh, 2, axis=2)
+        projection.kernel.set_value(heads_LxDxHxh.reshape(CONFIG.num_layers, CONFIG.width, -1))
     chex.assert_trees_all_close(
-        logits_of(full, tokens_of(2, 6)), logits_of(grouped, tokens_of(2, 6)), atol=1e-5
+        logits_of(full, tokens_of(2, 6)), logits_of(build(), tokens_of(2, 6)), atol=1e-5
     )
 
 
@@ -171,9 +169,11 @@ def test_init_is_what_abstract_says_and_depends_on_the_seed():
     assert graphdef == abstract_graphdef
     chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params)
     chex.assert_trees_all_equal(params, models.init(CONFIG, 0, jnp.bfloat16)[1])
-    other = models.init(CONFIG, 1, jnp.bfloat16)[1]
-    kernel_LxDxF = params["layers"]["mlp"]["up"]["kernel"][...].astype(jnp.float32)
-    assert jnp.std(kernel_LxDxF) == pytest.approx(0.02, rel=0.05)
-    assert len(np.unique(kernel_LxDxF[:, 0, 0])) == CONFIG.num_layers
-    other_LxDxF = other["layers"]["mlp"]["up"]["kernel"][...].astype(jnp.float32)
-    assert (other_LxDxF != kernel_LxDxF).mean() > 0.9
+
+    def up(seed):
+        kernel = nnx.merge(*models.init(CONFIG, seed, jnp.bfloat16)).layers.mlp.up.kernel
+        return np.asarray(kernel[...], np.float32)
+
+    assert np.std(up(0)) == pytest.approx(0.02, rel=0.05)
+    assert len(np.unique(up(0)[:, 0, 0])) == CONFIG.num_layers
+    assert (up(1) != up(0)).mean() > 0.9

@@ -1,0 +1,241 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lomo_jax import models
+
+CONFIG = models.LlamaConfig(
+    vocab_size=31,
+    width=16,
+    mlp_width=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    bos_id=1,
+    eos_id=(2, 3),
+)
+TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
+WEIGHTS = "model.safetensors"
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def export(tmp_path):
+    path = tmp_path / "export"
+    models.save(path, CONFIG, models.init(CONFIG, 0)[1])
+    return path
+
+
+def rewrite(path, change):
+    """Applies `change` to the dict of tensors of an export."""
+    tensors = safetensors.numpy.load_file(path / WEIGHTS)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("config", [CONFIG, TIED])
+def test_what_is_saved_loads_bit_for_bit(tmp_path, config, dtype):
+    _, params = models.init(config, 0, dtype)
+    models.save(tmp_path / "export", config, params)
+    loaded_config, loaded = models.load(tmp_path / "export", dtype)
+    assert loaded_config == config
+    chex.assert_trees_all_equal(loaded, params)
+    assert json.loads((tmp_path / "export/config.json").read_text())["torch_dtype"] == (
+        jnp.dtype(dtype).name
+    )
+
+
+def test_weights_are_cast_to_the_asked_dtype_both_ways(tmp_path):
+    _, params = models.init(CONFIG, 0)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    models.save(tmp_path / "float32", CONFIG, params)
+    chex.assert_trees_all_equal(models.load(tmp_path / "float32", jnp.bfloat16)[1], rounded)
+    models.save(tmp_path / "bfloat16", CONFIG, params, dtype=jnp.bfloat16)
+    chex.assert_trees_all_equal(models.load(tmp_path / "bfloat16", jnp.bfloat16)[1], rounded)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_large_model_is_split_over_files(tmp_path, with_index):
+    _, params = models.init(CONFIG, 0)
+    models.save(tmp_path / "export", CONFIG, params, max_shard_bytes=4096)
+    files = sorted((tmp_path / "export").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(file.stat().st_size < 4096 + 2048 for file in files)  # tensors and header
+    index = tmp_path / "export/model.safetensors.index.json"
+    total = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert json.loads(index.read_text())["metadata"]["total_size"] == total
+    if not with_index:
+        index.unlink()
+    chex.assert_trees_all_equal(models.load(tmp_path / "export")[1], params)
+
+
+def test_repeated_heads_of_tied_models_and_old_rotary_tensors_are_passed_over(tmp_path):
+    _, params = models.init(TIED, 0)
+    models.save(tmp_path / "export", TIED, params)
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+
+    rewrite(tmp_path / "export", add)
+    chex.assert_trees_all_equal(models.load(tmp_path / "export")[1], params)
+
+
+class BrokenTokenizer:
+    def save_pretrained(self, path):
+        (Path(path) / "tokenizer.json").write_text("{}")
+        raise OSError("disk full")
+
+
+def test_a_failed_save_leaves_the_earlier_export(export):
+    before = {file.name: file.read_bytes() for file in export.iterdir()}
+    _, params = models.init(CONFIG, 1)
+    with pytest.raises(OSError, match="disk full"):
+        models.save(export, CONFIG, params, tokenizer=BrokenTokenizer())
+    assert {file.name: file.read_bytes() for file in export.iterdir()} == before
+    assert list(export.parent.iterdir()) == [export]
+
+
+def test_a_save_replaces_the_earlier_export_whole(export):
+    (export / "model-00001-of-00002.safetensors").write_bytes(b"from an older export")
+    _, params = models.init(TIED, 1)
+    models.save(export, TIED, params)
+    assert {file.name for file in export.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        WEIGHTS,
+    }
+    chex.assert_trees_all_equal(models.load(export)[1], params)
+    assert list(export.parent.iterdir()) == [export]
+
+
+def test_a_directory_that_is_not_a_model_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not a model directory; choose another"):
+        models.save(tmp_path, CONFIG, models.init(CONFIG, 0)[1])
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_what_is_missing_is_named(export, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist; give a model"):
+        models.load(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"notes\.txt is neither a Hugging Face directory nor"):
+        models.load(tmp_path / "notes.txt")
+    (export / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"export has no \.safetensors file"):
+        models.load(export)
+    (export / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        models.load(export)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    models.save(tmp_path / "export", CONFIG, models.init(CONFIG, 0)[1], max_shard_bytes=4096)
+    next(iter((tmp_path / "export").glob("model-00002-*"))).unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-.* is missing, but .*index"):
+        models.load(tmp_path / "export")
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 4, 100, 2000, -1])
+def test_truncated_weights_are_reported(export, kept_bytes):
+    content = (export / WEIGHTS).read_bytes()
+    (export / WEIGHTS).write_bytes(content[:kept_bytes])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not .*again"):
+        models.load(export)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(Q0), f"lacks the tensor {Q0}$"),
+        (lambda t: (t.pop(Q0), t.pop("model.norm.weight")), f"lacks the tensor {Q0} and 1 more"),
+        (
+            lambda t: t.update({"model.layers.3.mlp.up_proj.weight": np.ones(1, np.float32)}),
+            r"has the tensor model\.layers\.3\.mlp\.up_proj\.weight, for which",
+        ),
+        (
+            lambda t: t.update({Q0: np.ones((16, 8), np.float32)}),
+            rf"the tensor {Q0} has shape \[16, 8\], expected \[16, 16\]",
+        ),
+        (
+            lambda t: t.update({Q0: np.ones((16, 16), np.int8)}),
+            rf"the tensor {Q0} is stored as I8; supported: F32, BF16, F16",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(export, change, message):
+    rewrite(export, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        models.load(export)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"architectures": ["MambaForCausalLM"]}', "json: architecture MambaForCausalLM is not"),
+        ("{", r"config\.json is not JSON"),
+        ('"llama"', r"config\.json is not a JSON object"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(export, content, message):
+    (export / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        models.load(export)
+
+
+def test_a_directory_without_a_tokenizer_is_reported(export):
+    with pytest.raises(FileNotFoundError, match=r"has no tokenizer \(tokenizer\.json"):
+        models.tokenizer(export)
+
+
+PEAK_OF_LOADING = """
+import sys
+import jax.numpy as jnp
+from lomo_jax import models
+
+def status(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+models.load(sys.argv[1], jnp.bfloat16)  # brings in the imports and the compiler
+before = status("VmRSS")
+_, params = models.load(sys.argv[2], jnp.bfloat16)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
+def test_loading_takes_one_copy_of_the_model(tmp_path):
+    def saved(name, width, num_layers):
+        config = dataclasses.replace(
+            CONFIG, width=width, mlp_width=4 * width, num_layers=num_layers, head_dim=width // 4
+        )
+        _, params = models.abstract(config, jnp.bfloat16)
+        params = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), params)
+        models.save(tmp_path / name, config, params)
+        return tmp_path / name, sum(x.nbytes for x in jax.tree.leaves(params))
+
+    warm_up, _ = saved("small", 64, 12)
+    large, model_bytes = saved("large", 1024, 12)
+    output = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_LOADING, warm_up, large],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    # The largest tensor is 3 % of the model; two copies, or float32 on the way, would be 2 or 3.
+    assert 0.95 < int(output) / model_bytes < 1.3

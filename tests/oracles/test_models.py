@@ -1,0 +1,94 @@
+"""Our Llama against that of transformers."""
+
+import dataclasses
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lomo_jax import models
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.oracle
+
+CONFIG = models.LlamaConfig(
+    vocab_size=97,
+    width=48,
+    mlp_width=80,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    max_length=128,
+    bos_id=1,
+    eos_id=2,
+)
+CONFIGS = {
+    "grouped": CONFIG,
+    "full_heads": dataclasses.replace(CONFIG, num_kv_heads=6, rope_theta=5e5, norm_eps=1e-6),
+    "free_head_dim": dataclasses.replace(CONFIG, head_dim=20),
+    "tied": dataclasses.replace(CONFIG, tie_embeddings=True),
+    "llama3_rope": dataclasses.replace(
+        CONFIG, rope_theta=100.0, rope_scaling=models.RopeScaling(8.0, 1.0, 4.0, 32)
+    ),
+}
+TOKENS_BxT = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 100))
+
+
+def random_torch_model(config):
+    """Returns a transformers model with weights large enough for every part to matter."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf("float32")))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.15)
+    return model.eval()
+
+
+def logits_of_torch(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS_BxT)).logits.float().numpy()
+
+
+def logits_of_ours(config, params):
+    return np.array(nnx.merge(models.abstract(config)[0], params)(jnp.array(TOKENS_BxT)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_of_their_weights(tmp_path, name):
+    theirs = random_torch_model(CONFIGS[name])
+    theirs.save_pretrained(tmp_path)
+    config, params = models.load(tmp_path)
+    assert config == CONFIGS[name]
+    expected = logits_of_torch(theirs)
+    assert expected.std() > 0.5
+    chex.assert_trees_all_close(logits_of_ours(config, params), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_of_our_export(tmp_path, name):
+    config = CONFIGS[name]
+    _, params = models.init(config, 0)
+    models.save(tmp_path / "export", config, params, max_shard_bytes=30_000)
+    theirs, info = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert not any(info.values())
+    assert theirs.dtype == torch.float32
+    chex.assert_trees_all_close(
+        logits_of_torch(theirs.eval()), logits_of_ours(config, params), atol=2e-5
+    )
+
+
+def test_logits_of_a_bfloat16_export(tmp_path):
+    _, params = models.init(CONFIG, 0, jnp.bfloat16)
+    models.save(tmp_path / "export", CONFIG, params)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "export").eval()
+    assert theirs.dtype == torch.bfloat16
+    ours = logits_of_ours(CONFIG, params)
+    error = np.linalg.norm(logits_of_torch(theirs) - ours) / np.linalg.norm(ours)
+    assert error < 1e-2
