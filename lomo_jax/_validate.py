@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, cast
 
 import optax
 
@@ -34,9 +34,9 @@ def optional_number(name: str, value: object, **limits) -> None:
 def schedule(name: str, value: Any) -> optax.Schedule:
     """Returns `value`, a number >= 0 or a schedule, as a schedule."""
     if callable(value):
-        return value
+        return cast(optax.Schedule, value)
     number(name, value, low=0.0)
-    return lambda count: value
+    return optax.constant_schedule(value)
 
 
 def params(value: optax.Params | None) -> optax.Params:

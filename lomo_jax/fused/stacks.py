@@ -95,9 +95,9 @@ class Stacks:
     def _refuse_derived(self, i: int, producer: jex.JaxprEqn) -> NoReturn:
         op = producer.primitive.name
         raise ValueError(
-            f"parameter {self.names[i]} reaches the layer scan through `{op}` of the whole stack: "
-            "scan the parameter itself, with layers on axis 0, and apply the operation to one layer "
-            "inside the scanned function"
+            f"parameter {self.names[i]} reaches the layer scan through `{op}` of the whole "
+            "stack: scan the parameter itself, layers on axis 0, and apply the operation to one "
+            "layer inside the scanned function"
         )
 
     def _refuse_shared(self, i: int, eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom]):
@@ -107,8 +107,8 @@ class Stacks:
             users.remove("scan")
             raise ValueError(
                 f"parameter {self.names[i]} is scanned over its layers and also used by "
-                f"`{users[0]}`, so all its layers' gradients would have to be kept: give the second use "
-                "a parameter of its own, or take what it needs out of the scan as ys"
+                f"`{users[0]}`, so the gradients of all layers would have to be kept: give the "
+                "second use a parameter of its own, or take what it needs out of the scan as ys"
             )
 
     def _refuse_indexed(self, eqn: jex.JaxprEqn) -> None:

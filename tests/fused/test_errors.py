@@ -70,7 +70,7 @@ def indexed_in_a_loop(params, x):
     [
         (cast_stack, "`convert_element_type` of the whole stack", "inside the scanned function"),
         (cast_inside_jit, "`convert_element_type` of the whole stack", "to one layer"),
-        (transposed_stack, "of the whole stack", "with layers on axis 0"),
+        (transposed_stack, "of the whole stack", "layers on axis 0"),
         (used_twice, "also used by `integer_pow`|also used by `square`", "a parameter of its own"),
         (scanned_twice, "also used by `scan`", "a parameter of its own"),
         (in_cond, "inside `cond`", "take the layer scan out of it"),

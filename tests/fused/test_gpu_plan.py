@@ -1,0 +1,105 @@
+"""What XLA plans for the fused step on an RTX 3090 that need not be there."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from jax.experimental import topologies
+
+import lomo_jax
+from lomo_jax import models
+from lomo_jax.losses import next_token_loss
+
+pytestmark = pytest.mark.plan
+
+# GpuTargetConfigProto: the compiler's view of the card.
+RTX_3090 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 101376
+  shared_memory_per_core: 102400 core_count: 82 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 936000000000 l2_cache_size: 6291456 clock_rate_ghz: 1.695
+  device_memory_size: 25769803776 cuda_compute_capability { major: 8 minor: 6 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+device_description_str: "NVIDIA GeForce RTX 3090"
+"""
+B, T, D, F, V = 4, 512, 2048, 5504, 32000
+LAYER_INPUT = B * T * D * 2
+LAYER = 2 * (4 * D * D + 3 * D * F)
+
+RULES = {
+    "lomo": lambda: lomo_jax.lomo(1e-2),
+    "adalomo": lambda: lomo_jax.adalomo(1e-3, weight_decay=0.1),
+    "adamw": lambda: optax.adamw(1e-3),
+}
+
+
+@pytest.fixture(scope="module")
+def sharding():
+    pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `cuda`")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="rtx3090", target_config=RTX_3090, topology="1x1x1"
+    )
+    mesh = jax.sharding.Mesh(topology.devices, ("x",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def compiled(make_step, tx, num_layers, sharding):
+    config = models.LlamaConfig(
+        vocab_size=V,
+        width=D,
+        mlp_width=F,
+        num_layers=num_layers,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=128,
+        rope_theta=1e4,
+        norm_eps=1e-5,
+        max_length=2048,
+        tie_embeddings=False,
+    )
+    graphdef, params = models.abstract(config, jnp.bfloat16)
+
+    def loss(params, tokens):
+        llama = nnx.merge(graphdef, params)
+        weights = jnp.ones(tokens.shape, jnp.float32)
+        return next_token_loss(llama.hidden(tokens), llama.head(), tokens, weights)[0]
+
+    step = make_step(loss, tx)
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+    state = jax.eval_shape(step.init, params, tokens)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, state, tokens)
+    )
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+
+
+def copies_of_stacks(executable, num_layers):
+    pattern = rf"= \w+\[{num_layers},\d{{4,}},\d{{4,}}\]\S* copy(?:-start)?\("
+    return [line for line in executable.as_text().splitlines() if re.search(pattern, line)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_copy_of_a_stack_and_one_layer_of_gradient(rule, sharding, standard_promotion):
+    few, many = (compiled(lomo_jax.fused_step, RULES[rule](), n, sharding) for n in (6, 12))
+    assert copies_of_stacks(few, 6) == []
+    assert copies_of_stacks(many, 12) == []
+    growth = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
+    # XLA packs buffers into one heap, and how well depends on their sizes.
+    assert growth < 6 * LAYER_INPUT + 0.25 * LAYER
+
+
+def test_the_reference_grows_with_the_parameters(sharding):
+    few, many = (
+        compiled(lomo_jax.reference_step, lomo_jax.lomo(1e-2), n, sharding) for n in (6, 12)
+    )
+    growth = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
+    assert growth > 6 * LAYER
