@@ -5,19 +5,25 @@
 The config file says what the run does; its docstring gives the command, the hardware and what to
 expect. A field is changed with --config.NAME=VALUE; --print_config shows them all and exits. The
 run writes metrics.jsonl and, at its end, the model in Hugging Face form to --config.workdir.
+An error is one line; `python -X dev train.py ...` shows where it came from.
 """
 
 import sys
 from collections.abc import Sequence
 
-from lomo_jax.training import flags, loop
+from lomo_jax.training import flags
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`; returns the exit status."""
     try:
-        loop.train(flags.parse(argv))
+        config = flags.parse(argv)
+        from lomo_jax.training.loop import train  # slow to import: a typo is told before
+
+        train(config)
     except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

