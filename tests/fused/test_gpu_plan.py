@@ -1,6 +1,7 @@
 """What XLA plans for the fused step on an RTX 3090 that need not be there."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +16,7 @@ from lomo_jax.losses import next_token_loss
 
 pytestmark = pytest.mark.plan
 
-# GpuTargetConfigProto: the compiler's view of the card.
-RTX_3090 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 101376
-  shared_memory_per_core: 102400 core_count: 82 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 936000000000 l2_cache_size: 6291456 clock_rate_ghz: 1.695
-  device_memory_size: 25769803776 cuda_compute_capability { major: 8 minor: 6 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA GeForce RTX 3090"
-"""
+RTX_3090 = Path(__file__).parents[2] / "benchmarks" / "rtx3090.textproto"
 B, T, D, F, V = 4, 512, 2048, 5504, 32000
 LAYER_INPUT = B * T * D * 2
 LAYER = 2 * (4 * D * D + 3 * D * F)
@@ -46,7 +32,10 @@ RULES = {
 def sharding():
     pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `cuda`")
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="rtx3090", target_config=RTX_3090, topology="1x1x1"
+        platform="cuda",
+        topology_name="rtx3090",
+        target_config=RTX_3090.read_text(),
+        topology="1x1x1",
     )
     mesh = jax.sharding.Mesh(topology.devices, ("x",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -1,0 +1,106 @@
+"""Plans what a step needs beside parameters and optimizer state, as the model grows deeper.
+
+    JAX_PLATFORMS=cpu python benchmarks/temporaries.py          # XLA's plan for the CPU
+    JAX_PLATFORMS=cpu python benchmarks/temporaries.py rtx3090  # needs jax[cuda13], but no GPU
+
+Nothing is run, and the figures are the same on every machine that has this version of JAX. The
+model is a stack of gated MLPs in float32, every layer under `jax.checkpoint`, trained with AdaLomo.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+import lomo_jax
+
+B, T, D, F, V = 4, 128, 512, 1376, 4096
+DEPTHS = (8, 16, 32)
+
+
+def layer(x_BxTxD, w):
+    """One layer, pre-normalised."""
+    normal_BxTxD = x_BxTxD * jax.lax.rsqrt(jnp.mean(x_BxTxD**2, -1, keepdims=True) + 1e-6)
+    return x_BxTxD + jax.nn.silu(normal_BxTxD @ w["gate"]) * (normal_BxTxD @ w["up"]) @ w["down"]
+
+
+def loss(params, tokens_BxT, run):
+    """Mean cross-entropy of the next token; `run` takes the layers one after the other."""
+    x_BxTxD = run(params["embedding"][tokens_BxT], params["layers"])
+    log_p_BxTxV = jax.nn.log_softmax(x_BxTxD @ params["head"])
+    return -jnp.take_along_axis(log_p_BxTxV[:, :-1], tokens_BxT[:, 1:, None], -1).mean()
+
+
+def scanned(x_BxTxD, layers):
+    """Layers stacked on axis 0."""
+    return jax.lax.scan(lambda x, w: (jax.checkpoint(layer)(x, w), None), x_BxTxD, layers)[0]
+
+
+def unrolled(x_BxTxD, layers):
+    """Layers in a list."""
+    for w in layers:
+        x_BxTxD = jax.checkpoint(layer)(x_BxTxD, w)
+    return x_BxTxD
+
+
+def device_sharding(name):
+    """Where the arrays are planned to live: None for this machine's CPU, or the GPU `name`."""
+    if name is None:
+        return None
+    config = Path(__file__).with_name(f"{name}.textproto").read_text()
+    devices = topologies.get_topology_desc(
+        platform="cuda", topology_name=name, target_config=config, topology="1x1x1"
+    ).devices
+    return jax.sharding.SingleDeviceSharding(devices[0])
+
+
+def plan(make_step, run, depth, sharding):
+    """Returns (parameters, temporaries) in MiB."""
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
+    if run is scanned:
+        layers = {name: array(depth, *shape) for name, shape in shapes.items()}
+    else:
+        layers = [{name: array(*shape) for name, shape in shapes.items()} for _ in range(depth)]
+    params = {"embedding": array(V, D), "layers": layers, "head": array(D, V)}
+    tokens = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding)
+    step = make_step(lambda params, batch: loss(params, batch, run), lomo_jax.adalomo(1e-3))
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(step.init, params, tokens),
+    )
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens).compile()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    return size / 2**20, compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def main(name=None):
+    """Prints the table, in Markdown."""
+    sharding = device_sharding(name)
+    layer_input = B * T * D * 4 / 2**20
+    print(f"jax {jax.__version__}, {name or 'CPU'} plan, MiB; a layer's input is {layer_input:.0f}")
+    print(
+        "| layers | parameters | fused, scanned | plain, scanned | fused, unrolled | plain, unrolled |"
+    )
+    print("|---|---|---|---|---|---|")
+    for depth in DEPTHS:
+        cells = [
+            plan(make_step, run, depth, sharding)
+            for run in (scanned, unrolled)
+            for make_step in (lomo_jax.fused_step, lomo_jax.reference_step)
+        ]
+        row = [
+            f"{depth}",
+            f"{cells[0][0]:.0f}",
+            *(f"{temporaries:.0f}" for _, temporaries in cells),
+        ]
+        print("|", " | ".join(row), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
