@@ -29,10 +29,17 @@ WEIGHTS = "model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
+def random_params(config, seed=0, dtype=jnp.float32):
+    """Like `models.init`, without compiling it."""
+    rng = np.random.default_rng(seed)
+    _, params = models.abstract(config, dtype)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), dtype), params)
+
+
 @pytest.fixture
 def export(tmp_path):
     path = tmp_path / "export"
-    models.save(path, CONFIG, models.init(CONFIG, 0)[1])
+    models.save(path, CONFIG, random_params(CONFIG, 0))
     return path
 
 
@@ -46,7 +53,7 @@ def rewrite(path, change):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("config", [CONFIG, TIED])
 def test_what_is_saved_loads_bit_for_bit(tmp_path, config, dtype):
-    _, params = models.init(config, 0, dtype)
+    params = random_params(config, 0, dtype)
     models.save(tmp_path / "export", config, params)
     loaded_config, loaded = models.load(tmp_path / "export", dtype)
     assert loaded_config == config
@@ -57,7 +64,7 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path, config, dtype):
 
 
 def test_weights_are_cast_to_the_asked_dtype_both_ways(tmp_path):
-    _, params = models.init(CONFIG, 0)
+    params = random_params(CONFIG, 0)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     models.save(tmp_path / "float32", CONFIG, params)
     chex.assert_trees_all_equal(models.load(tmp_path / "float32", jnp.bfloat16)[1], rounded)
@@ -67,7 +74,7 @@ def test_weights_are_cast_to_the_asked_dtype_both_ways(tmp_path):
 
 @pytest.mark.parametrize("with_index", [True, False])
 def test_a_large_model_is_split_over_files(tmp_path, with_index):
-    _, params = models.init(CONFIG, 0)
+    params = random_params(CONFIG, 0)
     models.save(tmp_path / "export", CONFIG, params, max_shard_bytes=4096)
     files = sorted((tmp_path / "export").glob("*.safetensors"))
     assert len(files) > 2
@@ -82,7 +89,7 @@ def test_a_large_model_is_split_over_files(tmp_path, with_index):
 
 
 def test_repeated_heads_of_tied_models_and_old_rotary_tensors_are_passed_over(tmp_path):
-    _, params = models.init(TIED, 0)
+    params = random_params(TIED, 0)
     models.save(tmp_path / "export", TIED, params)
 
     def add(tensors):
@@ -101,7 +108,7 @@ class BrokenTokenizer:
 
 def test_a_failed_save_leaves_the_earlier_export(export):
     before = {file.name: file.read_bytes() for file in export.iterdir()}
-    _, params = models.init(CONFIG, 1)
+    params = random_params(CONFIG, 1)
     with pytest.raises(OSError, match="disk full"):
         models.save(export, CONFIG, params, tokenizer=BrokenTokenizer())
     assert {file.name: file.read_bytes() for file in export.iterdir()} == before
@@ -110,7 +117,7 @@ def test_a_failed_save_leaves_the_earlier_export(export):
 
 def test_a_save_replaces_the_earlier_export_whole(export):
     (export / "model-00001-of-00002.safetensors").write_bytes(b"from an older export")
-    _, params = models.init(TIED, 1)
+    params = random_params(TIED, 1)
     models.save(export, TIED, params)
     assert {file.name for file in export.iterdir()} == {
         "config.json",
@@ -124,7 +131,7 @@ def test_a_save_replaces_the_earlier_export_whole(export):
 def test_a_directory_that_is_not_a_model_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not a model directory; choose another"):
-        models.save(tmp_path, CONFIG, models.init(CONFIG, 0)[1])
+        models.save(tmp_path, CONFIG, random_params(CONFIG, 0))
     assert (tmp_path / "thesis.tex").exists()
 
 
@@ -143,7 +150,7 @@ def test_what_is_missing_is_named(export, tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    models.save(tmp_path / "export", CONFIG, models.init(CONFIG, 0)[1], max_shard_bytes=4096)
+    models.save(tmp_path / "export", CONFIG, random_params(CONFIG, 0), max_shard_bytes=4096)
     next(iter((tmp_path / "export").glob("model-00002-*"))).unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-.* is missing, but .*index"):
         models.load(tmp_path / "export")

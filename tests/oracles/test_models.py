@@ -3,6 +3,7 @@
 import dataclasses
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ CONFIGS = {
         CONFIG, rope_theta=100.0, rope_scaling=models.RopeScaling(8.0, 1.0, 4.0, 32)
     ),
 }
-TOKENS_BxT = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 100))
+RNG = np.random.default_rng(0)
+TOKENS_BxT = RNG.integers(0, CONFIG.vocab_size, (2, 100))
 
 
 def random_torch_model(config):
@@ -49,13 +51,21 @@ def random_torch_model(config):
     return model.eval()
 
 
+def random_params(config, dtype=jnp.float32):
+    _, params = models.abstract(config, dtype)
+    return jax.tree.map(
+        lambda x: jnp.asarray(RNG.normal(float(x.ndim == 1), 0.15, x.shape), dtype), params
+    )
+
+
 def logits_of_torch(model):
     with torch.no_grad():
         return model(torch.tensor(TOKENS_BxT)).logits.float().numpy()
 
 
 def logits_of_ours(config, params):
-    return np.array(nnx.merge(models.abstract(config)[0], params)(jnp.array(TOKENS_BxT)))
+    model = nnx.merge(models.abstract(config)[0], params)
+    return np.array(jax.jit(model.__call__)(jnp.array(TOKENS_BxT)))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -72,7 +82,7 @@ def test_logits_of_their_weights(tmp_path, name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_of_our_export(tmp_path, name):
     config = CONFIGS[name]
-    _, params = models.init(config, 0)
+    params = random_params(config)
     models.save(tmp_path / "export", config, params, max_shard_bytes=30_000)
     theirs, info = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "export", output_loading_info=True
@@ -85,7 +95,7 @@ def test_logits_of_our_export(tmp_path, name):
 
 
 def test_logits_of_a_bfloat16_export(tmp_path):
-    _, params = models.init(CONFIG, 0, jnp.bfloat16)
+    params = random_params(CONFIG, jnp.bfloat16)
     models.save(tmp_path / "export", CONFIG, params)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "export").eval()
     assert theirs.dtype == torch.bfloat16
