@@ -37,8 +37,8 @@ def read_documents(path: str, *, text_key: str = "text", part_size: int) -> Iter
 
     Args:
       path: a file, a folder (its `.txt`, `.md` and `.jsonl` files, at any depth) or a glob pattern
-        (`**` matches any depth). A `.jsonl` file has one document a line; any other file is one
-        document, or several where it is longer than `part_size`.
+        (`**` matches any depth); hidden files are passed over. A `.jsonl` file has one document a
+        line; any other file is one document, or several where it is longer than `part_size`.
       text_key: the key of a JSON line's text.
       part_size: a file longer than this many characters is cut at the first blank line after
         them, and so on; at any line, or within one, where there is no blank line for as long again.
@@ -50,7 +50,8 @@ def read_documents(path: str, *, text_key: str = "text", part_size: int) -> Iter
     """
     empty = True
     for file in _files(path):
-        texts = _json_lines(file, text_key) if file.suffix == ".jsonl" else _parts(file, part_size)
+        is_jsonl = file.suffix.lower() == ".jsonl"
+        texts = _json_lines(file, text_key) if is_jsonl else _parts(file, part_size)
         try:
             for text in texts:
                 if text.strip():
@@ -67,18 +68,17 @@ def read_documents(path: str, *, text_key: str = "text", part_size: int) -> Iter
 
 def _files(path: str) -> list[Path]:
     root = Path(path).expanduser()
-    if root.is_file():
-        return [root]
+    pattern = f"{glob.escape(str(root))}/**/*" if root.is_dir() else str(root)
+    matches = [root] if root.is_file() else map(Path, sorted(glob.glob(pattern, recursive=True)))
+    files = [file for file in matches if file.is_file()]
     if root.is_dir():
-        files = sorted(p for p in root.rglob("*") if p.suffix in _FOLDER_SUFFIXES and p.is_file())
+        files = [file for file in files if file.suffix.lower() in _FOLDER_SUFFIXES]
         if not files:
             raise FileNotFoundError(
-                f"{path} has no {', '.join(_FOLDER_SUFFIXES)} file: name files of another kind with "
-                f"a glob, such as '{root}/**/*.py'"
+                f"{path} has no {', '.join(_FOLDER_SUFFIXES)} file: name files of another kind "
+                f"with a glob, such as {root}/**/*.py"
             )
-        return files
-    files = [p for p in map(Path, sorted(glob.glob(str(root), recursive=True))) if p.is_file()]
-    if not files:
+    elif not files:
         reason = "matches no file" if glob.has_magic(path) else "does not exist"
         raise FileNotFoundError(f"{path} {reason}: give a file, a folder or a glob of UTF-8 text")
     return files
@@ -89,11 +89,11 @@ def _parts(file: Path, size: int) -> Iterator[str]:
     length = 0
     with file.open(encoding="utf-8-sig") as lines:
         for line in iter(lambda: lines.readline(size), ""):
+            part.append(line)
+            length += len(line)
             if length >= size and (not line.strip() or length >= 2 * size):
                 yield "".join(part)
                 part, length = [], 0
-            part.append(line)
-            length += len(line)
     yield "".join(part)
 
 
@@ -110,8 +110,13 @@ def _json_lines(file: Path, key: str) -> Iterator[str]:
             if not isinstance(record, dict) or key not in record:
                 found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise ValueError(f"{where} has no {key!r} (found: {found}): set text_key")
-            if not isinstance(record[key], str):
+            text = record[key]
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: {key!r} is {type(text).__name__}, not text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
                 raise ValueError(
-                    f"{where}: {key!r} is {type(record[key]).__name__}, not text: set text_key"
-                )
-            yield record[key]
+                    f"{where}: {key!r} has half of a surrogate pair, {error.object[error.start]!a}"
+                ) from error
+            yield text

