@@ -1,15 +1,13 @@
 """Fine-tunes all of LLaMA-7B with AdaLomo on one 24 GB GPU.
 
-    python train.py --config configs/llama7b.py \
-      --config.model.path=DIR --config.data.path=TEXT --config.workdir=runs/llama7b
+    python train.py --config configs/llama7b.py --config.model.path=DIR --config.data.path=TEXT
 
-Needs:
-  model.path: A Hugging Face directory of LLaMA-7B, or of another model of the family: its shape is
-    read from there.
-  data.path: Text to train on: a file, a folder or a glob of .txt, .md or .jsonl.
+DIR is a Hugging Face directory of LLaMA-7B, or of another model of the family: its shape is read
+from there. TEXT is a file, a folder or a glob; without it the run trains on the Python standard
+library, which stands in for the Python code of the paper.
 
-Without a checkpoint, `--config.model.init=random` runs the same step on random weights of
-LLaMA-7B's shape (a token is then a byte), to try memory and speed.
+To try memory and speed without a checkpoint, `--config.model.init=random` in the place of
+`--config.model.path=DIR` runs the same step on random weights; a token is then a byte.
 
 Hardware: one NVIDIA GPU with 24 GB for batches of 8 x 512 tokens; larger batches and sequences
 where there is more. Host memory for one copy of the weights, 13 GB.
@@ -21,12 +19,15 @@ cosine to 0, 3 % warm-up, bfloat16, no clipping, evaluation every 100 steps. The
 Expect: not yet run on such a GPU.
 """
 
-from lomo_jax.training import Config
+import sysconfig
+
+from lomo_jax.training import Config, DataConfig
 
 
 def get_config() -> Config:
     """Returns the run's config."""
     return Config(
+        data=DataConfig(path=f"{sysconfig.get_path('stdlib')}/*.py"),
         optimizer="adalomo",
         learning_rate=1e-3,
         schedule="cosine",

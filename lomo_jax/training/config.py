@@ -18,6 +18,7 @@ from lomo_jax.training.optimizer import make_optimizer, make_schedule
 
 INITS = ("checkpoint", "random")
 DTYPES = ("float32", "bfloat16", "float16")
+_ALSO = {float: int, ConfigDict: dict}
 
 
 @dataclasses.dataclass
@@ -77,9 +78,7 @@ class Config:
     seed: int = 0
 
     eval_every: int = 100  # steps; 0: only before the first and after the last one
-    eval_batches: int | None = (
-        None  # at most so many batches an evaluation; None: all held-out text
-    )
+    eval_batches: int | None = None  # of held-out text, at most, in an evaluation; None: all
     log_every: int = 10  # steps
     prompt: str = ""  # continued before and after training, and shown; "": nothing is
     prompt_tokens: int = 48  # length of that continuation
@@ -98,8 +97,8 @@ def validate(config: Config) -> None:
     """
     for name, value, kind in _walk(config):
         allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        # An int is a fine float; True is no fine int.
-        accepted = (*allowed, int) if float in allowed else allowed
+        # An int is a fine float and a dict a fine ConfigDict, but True is no fine int.
+        accepted = (*allowed, *(also for k, also in _ALSO.items() if k in allowed))
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
             raise ConfigError(f"{name}: {value!r} is not {describe(kind)}")
     for name, rule, allowed in _RULES:
@@ -119,7 +118,7 @@ def validate(config: Config) -> None:
             "data.path: missing; set --config.data.path to the text: a file, a folder or a glob"
         )
     schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
-    make_optimizer(config.optimizer, schedule, config.optimizer_kwargs.to_dict())
+    make_optimizer(config.optimizer, schedule, dict(config.optimizer_kwargs))
 
 
 def field_type(name: str) -> Any:
@@ -164,7 +163,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return value.to_dict() if isinstance(value, ConfigDict) else value
+        return dict(value) if isinstance(value, ConfigDict) else value
 
     return plain(config)
 

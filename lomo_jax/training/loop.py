@@ -115,7 +115,7 @@ def _load_text(config: Config, tokenizer: Any) -> tuple[Any, list[data.Batch]]:
 def _compile(config: Config, model: Model, params: nnx.State, batch: data.Batch) -> tuple[Any, Any]:
     """Returns the step, compiled to update parameters and state in place, and its first state."""
     schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
-    tx = make_optimizer(config.optimizer, schedule, config.optimizer_kwargs.to_dict())
+    tx = make_optimizer(config.optimizer, schedule, dict(config.optimizer_kwargs))
     make_step = lomo_jax.fused_step if config.fused else lomo_jax.reference_step
     step = make_step(model.loss, tx, has_aux=True)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)

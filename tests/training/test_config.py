@@ -161,8 +161,8 @@ def test_a_wrong_value_gets_one_line(changes, message):
         validate(_valid(**changes))
 
 
-def test_numbers_of_the_other_kind_are_fine():
-    validate(_valid(learning_rate=1, warmup=0))
+def test_values_of_a_kindred_type_are_fine():
+    validate(_valid(learning_rate=1, warmup=0, optimizer_kwargs={"weight_decay": 0.1}))
 
 
 def test_to_dict_holds_every_field():
