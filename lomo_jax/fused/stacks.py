@@ -67,8 +67,7 @@ class Stacks:
             if found:
                 scans[id(eqn)] = found
             else:
-                self._refuse_indexed(eqn)
-                self._refuse_nested(eqn, eqn.invars, eqn.primitive.name)
+                self._refuse_hidden(eqn, eqn.invars)
         for found in scans.values():
             for i in found.values():
                 self._refuse_shared(i, eqns, results)
@@ -111,39 +110,44 @@ class Stacks:
                 "second use a parameter of its own, or take what it needs out of the scan as ys"
             )
 
-    def _refuse_indexed(self, eqn: jex.JaxprEqn) -> None:
-        if not jaxprs.is_scan(eqn):
-            return
-        scan = jaxprs.read_scan(eqn)
-        inner = jaxprs.open_jaxpr(scan.body).invars
-        for outer, v in zip(scan.consts, inner, strict=False):
-            i = self._param(outer)
-            if i is None or scan.length not in jaxprs.shape(v)[:1]:
-                continue
-            if "dynamic_slice" in jaxprs.users(scan.body, v):
-                raise ValueError(
-                    f"parameter {self.names[i]} is indexed by layer inside a loop: make it a "
-                    "scanned input of lax.scan (xs) instead"
-                )
+    def _refuse_hidden(
+        self, eqn: jex.JaxprEqn, operands: Sequence[Atom | None], inside: str | None = None
+    ) -> None:
+        """Refuses loops over layers, in `eqn` and below it, that are no layer scans.
 
-    def _refuse_nested(self, eqn: jex.JaxprEqn, operands: Sequence[Atom | None], top: str) -> None:
+        Args:
+          eqn: an equation of the loss, or of a jaxpr inside it.
+          operands: what its operands are in the loss itself; None for what they are not.
+          inside: the operation around `eqn` that cannot be cut open, if there is one.
+        """
+        if jaxprs.is_scan(eqn):
+            scan = jaxprs.read_scan(eqn)
+            stacks = [self._param(a) for a in operands]
+            consts = jaxprs.open_jaxpr(scan.body).invars[: len(scan.consts)]
+            for i, v in zip(stacks, consts, strict=False):
+                if i is None or scan.length not in jaxprs.shape(v)[:1]:
+                    continue
+                if "dynamic_slice" in jaxprs.users(scan.body, v):
+                    raise ValueError(
+                        f"parameter {self.names[i]} is indexed by layer inside a loop: make it a "
+                        "scanned input of lax.scan (xs) instead"
+                    )
+            for i in stacks[len(stacks) - len(scan.xs) :]:
+                if inside and i is not None:
+                    raise ValueError(
+                        f"parameter {self.names[i]} is scanned over its layers inside `{inside}`, "
+                        "which cannot be cut open: take the layer scan out of it"
+                    )
+        if inside is None and jaxprs.called_jaxpr(eqn) is None:
+            inside = eqn.primitive.name
         for body in jaxprs.bodies(eqn):
             inner = jaxprs.open_jaxpr(body)
-            if len(inner.invars) > len(operands):
-                continue
-            # A branch of `cond` lacks the first operand.
-            env = dict(zip(inner.invars, operands[-len(inner.invars) or None :], strict=False))
-            for e in inner.eqns:
-                outer = [None if isinstance(a, jex.Literal) else env.get(a) for a in e.invars]
-                num_xs = len(jaxprs.read_scan(e).xs) if jaxprs.is_scan(e) else 0
-                for x in outer[len(outer) - num_xs :]:
-                    i = self._param(x)
-                    if i is not None:
-                        raise ValueError(
-                            f"parameter {self.names[i]} is scanned over its layers inside `{top}`, "
-                            "which cannot be cut open: take the layer scan out of it"
-                        )
-                self._refuse_nested(e, outer, top)
+            if len(inner.invars) <= len(operands):
+                # A branch of `cond` lacks the first operand.
+                env = dict(zip(inner.invars[::-1], operands[::-1], strict=False))
+                for e in inner.eqns:
+                    outer = [None if isinstance(a, jex.Literal) else env.get(a) for a in e.invars]
+                    self._refuse_hidden(e, outer, inside)
 
     def _param(self, atom: Atom | None) -> int | None:
         return self.index.get(atom) if isinstance(atom, jex.Var) else None

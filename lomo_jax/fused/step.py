@@ -30,7 +30,7 @@ class StepOutput(NamedTuple):
     finite: jax.Array  # bool [], whether the loss is finite
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """A training step `(params, state, batch) -> (params, state, StepOutput)`, to be jitted.
 

@@ -65,6 +65,14 @@ def indexed_in_a_loop(params, x):
     return jax.lax.fori_loop(0, L, body, x).sum()
 
 
+def in_cond_inside_jit(params, x):
+    return jax.jit(in_cond)(params, x)
+
+
+def indexed_in_a_loop_inside_jit(params, x):
+    return jax.jit(indexed_in_a_loop)(params, x)
+
+
 @pytest.mark.parametrize(
     ("loss", "fault", "fix"),
     [
@@ -74,8 +82,10 @@ def indexed_in_a_loop(params, x):
         (used_twice, "also used by `integer_pow`|also used by `square`", "a parameter of its own"),
         (scanned_twice, "also used by `scan`", "a parameter of its own"),
         (in_cond, "inside `cond`", "take the layer scan out of it"),
+        (in_cond_inside_jit, "inside `cond`", "take the layer scan out of it"),
         (in_an_outer_scan, "inside `scan`", "take the layer scan out of it"),
         (in_a_custom_vjp, "inside `custom_vjp_call", "take the layer scan out of it"),
+        (indexed_in_a_loop_inside_jit, "indexed by layer inside a loop", "scanned input"),
         (indexed_in_a_loop, "indexed by layer inside a loop", r"scanned input of lax.scan \(xs\)"),
     ],
 )
