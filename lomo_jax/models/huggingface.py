@@ -108,8 +108,10 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / _WEIGHTS).is_file():
         return [directory / _WEIGHTS]
     if (directory / _INDEX).is_file():
-        index = _read_json(directory / _INDEX)
-        files = [directory / name for name in sorted(set(index["weight_map"].values()))]
+        weight_map = _read_json(directory / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{directory / _INDEX} has no weight_map; download it again")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
         for file in files:
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing, but {_INDEX} names it; download it")

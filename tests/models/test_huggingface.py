@@ -156,6 +156,13 @@ def test_a_missing_shard_is_named(tmp_path):
         models.load(tmp_path / "export")
 
 
+def test_an_index_without_its_map_is_reported(tmp_path):
+    models.save(tmp_path / "export", CONFIG, random_params(CONFIG), max_shard_bytes=4096)
+    (tmp_path / "export/model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+        models.load(tmp_path / "export")
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 4, 100, 2000, -1])
 def test_truncated_weights_are_reported(export, kept_bytes):
     content = (export / WEIGHTS).read_bytes()
