@@ -22,6 +22,7 @@ class Display:
             TimeRemainingColumn(compact=True),
             console=self._console,
             disable=not self._console.is_terminal,
+            transient=True,
         )
         self._task = self._bar.add_task("", total=steps)
 

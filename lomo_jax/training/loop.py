@@ -36,6 +36,7 @@ def train(config: Config) -> None:
       NonFiniteError: The loss became NaN or infinite.
       FileNotFoundError, ValueError: The checkpoint or the text cannot be read.
     """
+    started = time.perf_counter()
     workdir = _make_workdir(config)
     with Display(config.steps) as display:
         display.status("reading the model")
@@ -49,9 +50,10 @@ def train(config: Config) -> None:
         display.line("text", f"{config.data.path}, {len(held_out)} held-out batches")
 
         display.status("compiling the step")
-        start = time.perf_counter()
+        compiling = time.perf_counter()
         step_fn, state = _compile(config, model, params, held_out[0])
-        display.line("step", f"{config.optimizer}, compiled in {time.perf_counter() - start:.0f} s")
+        seconds = time.perf_counter() - compiling
+        display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
 
         evaluate = make_evaluate(model, held_out)
         with Recorder(config, model.config, workdir, display) as recorder:
@@ -75,7 +77,8 @@ def train(config: Config) -> None:
         _show_sample(config, display, model, params)
         display.status("exporting")
         models.save(workdir / "export", model.config, params, tokenizer=model.tokenizer)
-        display.line("exported", str(workdir / "export"))
+        minutes = (time.perf_counter() - started) / 60
+        display.line("exported", f"{workdir / 'export'}, {minutes:.1f} minutes in all")
 
 
 def _make_workdir(config: Config) -> Path:
