@@ -63,16 +63,13 @@ class PackedRows:
     bytes a piece and 8 a row; tokens are read from the array when a row is asked for.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, spans: np.ndarray, sequence_length: int, *, multiple_of: int = 1
-    ):
+    def __init__(self, tokens: np.ndarray, spans: np.ndarray, sequence_length: int):
         """Packs.
 
         Args:
           tokens: [total] integers, all documents one after the other; may be a memory map.
           spans: [documents, 2] int64, where each document starts and ends in `tokens`.
           sequence_length: T.
-          multiple_of: rows of padding are added until their number is a multiple of this.
         """
         starts, num_targets = spans[:, 0], np.maximum(spans[:, 1] - spans[:, 0] - 1, 0)
         num_pieces = -(-num_targets // sequence_length)
@@ -87,7 +84,6 @@ class PackedRows:
         self._starts = (starts[document] + offsets)[order]
         self._lengths = lengths[order]
         num_rows = int(row_of_piece.max(initial=-1)) + 1
-        num_rows += -num_rows % multiple_of
         self._first_piece = np.searchsorted(row_of_piece[order], np.arange(num_rows + 1))
         self.sequence_length = sequence_length
         self.num_targets = int(num_targets.sum())

@@ -1,5 +1,6 @@
 """Text to train on, with a part held out by document."""
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -66,8 +67,8 @@ def text_dataset(
 
     Returns:
       The training batches, an endless iterator whose `get_state()` and `set_state()` give and
-      restore the position; and the held-out batches, a finite dataset that can be iterated again
-      and again, whose last batch is filled up with rows of weight 0. See `Batch`.
+      restore the position; and the held-out batches, a finite dataset that gives the same ones
+      whenever it is iterated, the last filled up with rows of weight 0. See `Batch`.
 
     Raises:
       FileNotFoundError: a path does not exist or matches no file.
@@ -93,7 +94,7 @@ def text_dataset(
     _, distinct = np.unique(hashes, return_index=True)  # sorted by hash: a fixed random order
     training, held_out = _hold_out(spans[distinct], eval_fraction)
     train_rows = PackedRows(tokens, training, sequence_length)
-    eval_rows = PackedRows(tokens, held_out, sequence_length, multiple_of=batch_size)
+    eval_rows = PackedRows(tokens, held_out, sequence_length)
     if train_rows.num_targets < sequence_length:
         raise ValueError(
             f"the training text has {train_rows.num_targets} tokens to predict, less than one "
@@ -119,7 +120,10 @@ def text_dataset(
     # There is no remainder, but grain finds the number of batches with it in floating point, where
     # that of an endless dataset, batched by one, overflows.
     train = train.batch(batch_size, drop_remainder=True).to_iter_dataset(_NO_THREADS)
-    evaluation = grain.MapDataset.source(eval_rows).batch(batch_size).to_iter_dataset(_NO_THREADS)
+    # In a random order, so that the first batches are a fair sample of all.
+    evaluation = grain.MapDataset.source(eval_rows).shuffle(0)
+    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    evaluation = evaluation.batch(batch_size, batch_fn=pad).to_iter_dataset(_NO_THREADS)
     return iter(train), evaluation
 
 

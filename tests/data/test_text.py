@@ -141,6 +141,16 @@ def test_evaluation_is_finite_and_repeatable_and_filled_up(corpus, tokenizer):
     assert not first[-1]["weights"][-1].any()  # 10 documents do not fill 7 or 14 rows here
 
 
+def test_first_evaluation_batches_are_of_many_documents(tokenizer, tmp_path):
+    """A document's full rows are packed one after the other; batches take them from anywhere."""
+    path = tmp_path / "a.jsonl"
+    texts = (" ".join(f"w{i}" for i in range(n, n + 4 * T + 1)) for n in range(0, 4000, 100))
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    _, evaluation = load(path, tokenizer, eval_fraction=0.5, batch_size=8)
+    first = next(iter(evaluation))["tokens"][:, 0]
+    assert len(set(first // 100)) > 4
+
+
 def test_same_text_is_taken_once(tokenizer, tmp_path):
     texts = [f"w{i} w{i + 1} w{i + 2}" for i in range(0, 300, 3)]
     path = tmp_path / "a.jsonl"
