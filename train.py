@@ -8,6 +8,7 @@ run writes metrics.jsonl and, at its end, the model in Hugging Face form to --co
 An error is one line; `python -X dev train.py ...` shows where it came from.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`; returns the exit status."""
     try:
         config = flags.parse(argv)
+        # transformers, of which this uses the tokenizers, warns that there is no PyTorch.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from lomo_jax.training.loop import train  # slow to import: a typo is told before
 
         train(config)

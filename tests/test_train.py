@@ -94,6 +94,7 @@ def tiny(tmp_path) -> list[str]:
 def test_a_run_writes_metrics_and_export(tiny, tmp_path):
     result = _train(*tiny, "--config.learning_rate=1e-2")
     assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     records = _records(tmp_path / "run")
     assert [record["step"] for record in records] == [0, 1, 2, 2]
     config, _ = models.load(tmp_path / "run" / "export")
