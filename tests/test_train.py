@@ -156,8 +156,7 @@ def test_quickstart_learns_within_its_budget(quickstart):
 
 @pytest.mark.slow
 @pytest.mark.oracle
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
-def test_quickstart_export_is_the_same_model_in_transformers(quickstart, dtype, tolerance):
+def test_quickstart_export_is_the_same_model_in_transformers(quickstart):
     torch = pytest.importorskip("torch")
     import transformers
 
@@ -165,12 +164,24 @@ def test_quickstart_export_is_the_same_model_in_transformers(quickstart, dtype, 
     tokenizer = transformers.AutoTokenizer.from_pretrained(export)
     text = "The quality of mercy is not strained; it droppeth as the gentle rain from heaven."
     tokens = np.array([tokenizer(text)["input_ids"]])
-    theirs_model = transformers.AutoModelForCausalLM.from_pretrained(
-        export, dtype=getattr(torch, dtype), attn_implementation="eager"
-    )
-    with torch.no_grad():
-        theirs = theirs_model(torch.tensor(tokens)).logits.float().numpy()
-    config, params = models.load(export, dtype)
-    graphdef, _ = models.abstract(config, dtype)
-    ours = np.asarray(nnx.merge(graphdef, params)(jnp.asarray(tokens)))
-    assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+    def theirs(dtype: str) -> np.ndarray:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            export, dtype=getattr(torch, dtype), attn_implementation="eager"
+        )
+        with torch.no_grad():
+            return model(torch.tensor(tokens)).logits.float().numpy()
+
+    def ours(dtype: str) -> np.ndarray:
+        config, params = models.load(export, dtype)
+        graphdef, _ = models.abstract(config, dtype)
+        return np.asarray(nnx.merge(graphdef, params)(jnp.asarray(tokens)))
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+    exact = theirs("float32")
+    assert distance(ours("float32"), exact) <= 1e-4
+    # In bfloat16 thirty layers of rounding never come out the same: transformers' own two kinds of
+    # attention are 1.7 % apart here. Ours may be no farther from the exact logits than theirs.
+    assert distance(ours("bfloat16"), exact) <= 1.2 * distance(theirs("bfloat16"), exact) <= 0.04
