@@ -68,12 +68,19 @@ def cut(loss_fn: Callable[..., Any], params: Any, batch: Any, *, has_aux: bool) 
       has_aux: see `loss_fn`.
 
     Raises:
-      TypeError: the loss is not a floating-point scalar.
+      TypeError: the loss is not a floating-point scalar, or a parameter is not an array.
       ValueError: a parameter is used in a way that its layers cannot be updated one by one.
     """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"parameter {jax.tree_util.keystr(path)} is {leaf!r}, not an array: wrap it in "
+                "jnp.asarray"
+            )
     closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, batch)
     aux_tree = _check_result(shape, has_aux)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path for path, _ in leaves]
     inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
     param_vars, batch_vars = inputs[: len(paths)], inputs[len(paths) :]
     trainable = [_is_float(v) for v in param_vars]
@@ -81,7 +88,8 @@ def cut(loss_fn: Callable[..., Any], params: Any, batch: Any, *, has_aux: bool) 
     stacks = Stacks([jax.tree_util.keystr(path) for path in paths], param_vars, trainable)
     labels = stacks.labels(batch_vars)
     eqns, results = jaxprs.inline(closed, inputs, labels, lambda eqn: stacks.in_call(eqn, labels))
-    scans = stacks.find(eqns, results, labels)
+    eqns = jaxprs.live(eqns, results)
+    scans = stacks.find(eqns, results[0], labels)
     return Cut(
         params=param_vars,
         batch=batch_vars,
@@ -105,31 +113,26 @@ def _pieces(closed, eqns, results, scans, stacks: Stacks) -> list[Dense | Layers
             groups[-1].append(eqn)
     groups = [group for group in groups if group] or [[]]
 
-    used = [_variables(a for eqn in group for a in eqn.invars) for group in groups]
+    used = [jaxprs.variables(a for eqn in group for a in eqn.invars) for group in groups]
     first_use = dict.fromkeys(stacks.index.values(), 0)  # one that is not used has a zero gradient
     for k in reversed(range(len(groups))):
         first_use.update({stacks.index[v]: k for v in used[k] if v in stacks.index})
 
+    stacked = {i for xs_params in scans.values() for i in xs_params.values()}
     pieces: list[Dense | Layers] = []
     for k, group in enumerate(groups):
-        owned = [i for i, first in first_use.items() if first == k]
+        owned = [i for i, first in first_use.items() if first == k and i not in stacked]
         xs_params = scans.get(id(group[0])) if group else None
         if xs_params:
-            dense = [i for i in owned if i not in xs_params.values()]
-            pieces.append(Layers(jaxprs.read_scan(group[0]), xs_params, dense))
+            pieces.append(Layers(jaxprs.read_scan(group[0]), xs_params, owned))
         else:
-            defined = _variables(v for eqn in group for v in eqn.outvars)
-            later = _variables(results).keys() | {v for u in used[k + 1 :] for v in u}
+            defined = jaxprs.variables(v for eqn in group for v in eqn.outvars)
+            later = jaxprs.variables(results).keys() | {v for u in used[k + 1 :] for v in u}
             inputs = [v for v in used[k] if v not in defined]
             outputs = [v for v in defined if v in later]
             function = jaxprs.as_function(closed, group, inputs, outputs)
             pieces.append(Dense(function, inputs, outputs, owned))
     return pieces
-
-
-def _variables(atoms) -> dict[jex.Var, None]:
-    """The set of the variables among `atoms`, in order."""
-    return dict.fromkeys(a for a in atoms if not isinstance(a, jex.Literal))
 
 
 def _is_float(var: jex.Var) -> bool:

@@ -6,7 +6,7 @@ versions of JAX that lomo_jax supports (0.10 to 0.12); this module is the only o
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.extend.core as jex
@@ -45,6 +45,11 @@ def shape(atom: Atom) -> tuple[int, ...]:
 def dtype(atom: Atom) -> Any:
     aval: Any = atom.aval
     return aval.dtype
+
+
+def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
+    """The set of the variables among `atoms`, in order."""
+    return dict.fromkeys(a for a in atoms if isinstance(a, jex.Var))
 
 
 def is_scan(eqn: jex.JaxprEqn) -> bool:
@@ -148,7 +153,7 @@ def as_function(template, eqns, inputs: Sequence[jex.Var], outputs: Sequence[Ato
 
 
 def dependence(closed, inputs: Sequence[int]) -> list[int]:
-    """Which inputs each output of a closed jaxpr depends on, values and not shapes, never too few.
+    """Which inputs each output of a closed jaxpr depends on, in value or derivative; never too few.
 
     Args:
       closed: a closed jaxpr.
@@ -162,6 +167,16 @@ def dependence(closed, inputs: Sequence[int]) -> list[int]:
     for eqn in jaxpr.eqns:
         env.update(zip(eqn.outvars, eqn_dependence(eqn, env), strict=True))
     return [label(a, env) for a in jaxpr.outvars]
+
+
+def live(eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom]) -> list[jex.JaxprEqn]:
+    """The equations that `results` need, or that have side effects."""
+    needed, kept = set(variables(results)), []
+    for eqn in reversed(eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            needed.update(variables(eqn.invars))
+    return kept[::-1]
 
 
 def label(atom: Atom, env: Mapping[jex.Var, int]) -> int:
@@ -181,9 +196,14 @@ def eqn_dependence(eqn: jex.JaxprEqn, env: Mapping[jex.Var, int]) -> list[int]:
             if grown == carry:
                 return carry + outputs[num_carry:]
             inputs[num_consts : num_consts + num_carry] = grown
-    inner = bodies(eqn)
-    if len(inner) == 1 and len(open_jaxpr(inner[0]).invars) == len(inputs):
-        return dependence(inner[0], inputs)
+    if called := called_jaxpr(eqn):
+        return dependence(called, inputs)
+    if eqn.primitive.name == "cond":
+        branches = [dependence(branch, inputs[1:]) for branch in eqn.params["branches"]]
+        return [
+            functools.reduce(operator.or_, outs, inputs[0]) for outs in zip(*branches, strict=True)
+        ]
+    # Not inside `custom_vjp` and its kin: a derivative may use an input that the value does not.
     return [functools.reduce(operator.or_, inputs, 0)] * len(eqn.outvars)
 
 

@@ -44,7 +44,7 @@ class Stacks:
     def find(
         self,
         eqns: Sequence[jex.JaxprEqn],
-        results: Sequence[Atom],
+        loss: Atom,
         labels: Mapping[jex.Var, int],
     ) -> dict[int, dict[int, int]]:
         """Finds the layer scans.
@@ -68,16 +68,18 @@ class Stacks:
                 scans[id(eqn)] = found
             else:
                 self._refuse_hidden(eqn, eqn.invars)
+        # What only aux needs takes no gradient.
+        for_loss = jaxprs.live(eqns, [loss])
         for found in scans.values():
             for i in found.values():
-                self._refuse_shared(i, eqns, results)
+                self._refuse_shared(i, for_loss)
         return scans
 
     def _scanned(self, eqn: jex.JaxprEqn, labels: Mapping[jex.Var, int]) -> dict[int, int]:
         """The parameters that a scan's xs are, or are computed from without the batch, by position.
 
-        An axis as long as the scan tells a stack of layers from, say, an embedding that is scanned
-        in chunks; the batch tells it from an activation.
+        The batch tells them from activations. Three axes, or the shape that a cast or a transpose
+        leaves, tell a stack of layers from, say, an embedding that is scanned in chunks.
         """
         if not jaxprs.is_scan(eqn):
             return {}
@@ -85,10 +87,13 @@ class Stacks:
         found = {}
         for position, x in enumerate(scan.xs):
             label = jaxprs.label(x, labels)
-            if scan.length and not label & self.batch_label:
-                for v, i in self.index.items():
-                    if label >> i & 1 and scan.length in jaxprs.shape(v):
-                        found[position] = i
+            if not scan.length or label & self.batch_label:
+                continue
+            for v, i in self.index.items():
+                shape, x_shape = jaxprs.shape(v), jaxprs.shape(x)
+                rearranged = scan.length in shape and sorted(shape) == sorted(x_shape)
+                if label >> i & 1 and (x is v or len(shape) > 2 or rearranged):
+                    found[position] = i
         return found
 
     def _refuse_derived(self, i: int, producer: jex.JaxprEqn) -> NoReturn:
@@ -99,9 +104,8 @@ class Stacks:
             "layer inside the scanned function"
         )
 
-    def _refuse_shared(self, i: int, eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom]):
+    def _refuse_shared(self, i: int, eqns: Sequence[jex.JaxprEqn]) -> None:
         users = [eqn.primitive.name for eqn in eqns for a in eqn.invars if a is self.params[i]]
-        users += ["the result of the loss" for a in results if a is self.params[i]]
         if len(users) > 1:
             users.remove("scan")
             raise ValueError(

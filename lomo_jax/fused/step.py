@@ -61,12 +61,7 @@ class Step:
         """Makes one step; see `fused_step`."""
         plan = self._cut(params, batch)
         updaters = self._updaters(params, plan)
-        expected = jax.tree.structure(jax.eval_shape(self.init, params, batch))
-        if jax.tree.structure(state) != expected:
-            raise ValueError(
-                "state is not of this loss, tx and tree of parameters: make it with "
-                "step.init(params, batch)"
-            )
+        _check_state(state, jax.eval_shape(self.init, params, batch))
         params, states, loss, aux = self._run(plan, updaters, params, state.pieces, batch)
         return params, StepState(tuple(states)), StepOutput(loss, aux, None, jnp.isfinite(loss))
 
@@ -129,6 +124,24 @@ class ReferenceStep(Step):
                     new_leaves[i] = leaf
             new_states.append(PieceState(*new_pair))
         return jax.tree.unflatten(treedef, new_leaves), new_states, loss, aux
+
+
+def _check_state(state: Any, expected: StepState) -> None:
+    """Raises ValueError unless `state` has the structure, shapes and dtypes that are expected."""
+    fault = "is not of this loss, tx and tree of parameters"
+    if jax.tree.structure(state) == jax.tree.structure(expected):
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        for (path, leaf), like in zip(leaves, jax.tree.leaves(expected), strict=True):
+            found = jax.typeof(leaf)
+            if (found.shape, found.dtype) != (like.shape, like.dtype):
+                fault = (
+                    f"has {found.dtype}{list(found.shape)} at {jax.tree_util.keystr(path)}, not "
+                    f"{like.dtype}{list(like.shape)}"
+                )
+                break
+        else:
+            return
+    raise ValueError(f"state {fault}: make it with step.init(params, batch)")
 
 
 def fused_step(

@@ -49,8 +49,10 @@ class Updater:
         if not self.indices:
             return [], state
         updates, state = self.tx.update(self._tree(grads), state, self._tree(leaves))
-        pairs = zip(leaves, jax.tree.leaves(updates), strict=True)
-        return [_add(leaf, update) for leaf, update in pairs], state
+        # By index and not in the order of the tree: a scan may take its parameters in any order.
+        updates = self.treedef.flatten_up_to(updates)
+        pairs = zip(self.indices, leaves, strict=True)
+        return [_add(leaf, updates[i]) for i, leaf in pairs], state
 
     def apply_stacked(
         self, grads: Sequence[jax.Array], state: Any, leaves: Sequence[jax.Array]

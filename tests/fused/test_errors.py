@@ -65,6 +65,14 @@ def indexed_in_a_loop(params, x):
     return jax.lax.fori_loop(0, L, body, x).sum()
 
 
+def reshaped_stack(params, x):
+    return jax.lax.scan(layer, x, params["layers"]["w"].reshape(-1, D, D))[0].sum()
+
+
+def half_a_stack(params, x):
+    return jax.lax.scan(layer, x, params["layers"]["w"][: L // 2])[0].sum()
+
+
 def in_cond_inside_jit(params, x):
     return jax.jit(in_cond)(params, x)
 
@@ -82,6 +90,8 @@ def indexed_in_a_loop_inside_jit(params, x):
         (used_twice, "also used by `integer_pow`|also used by `square`", "a parameter of its own"),
         (scanned_twice, "also used by `scan`", "a parameter of its own"),
         (in_cond, "inside `cond`", "take the layer scan out of it"),
+        (reshaped_stack, "`reshape` of the whole stack", "inside the scanned function"),
+        (half_a_stack, "`slice` of the whole stack", "inside the scanned function"),
         (in_cond_inside_jit, "inside `cond`", "take the layer scan out of it"),
         (in_an_outer_scan, "inside `scan`", "take the layer scan out of it"),
         (in_a_custom_vjp, "inside `custom_vjp_call", "take the layer scan out of it"),
@@ -91,7 +101,9 @@ def indexed_in_a_loop_inside_jit(params, x):
 )
 @pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
 def test_stack_that_cannot_be_fused(make_step, loss, fault, fix):
-    w = stack() if loss is not transposed_stack else jnp.ones((D, L, D))
+    w = {transposed_stack: jnp.ones((D, L, D)), reshaped_stack: jnp.ones((2, 2, D, D))}.get(
+        loss, stack()
+    )
     step = make_step(loss, lomo_jax.lomo(0.1))
     for pattern in (r"parameter \['layers'\]\['w'\] ", fault, fix):
         with pytest.raises(ValueError, match=pattern) as error:
@@ -144,9 +156,21 @@ def test_transformation_that_mixes_parameters(tx):
         optax.chain(optax.clip(1.0), optax.sgd(optax.linear_schedule(1.0, 0.0, 10), momentum=0.9)),
         optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
         optax.clip_by_block_rms(1.0),
+        optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+        optax.novograd(0.1),
         lomo_jax.adalomo(1e-3),
     ],
-    ids=["adam", "lion", "adafactor", "chain", "inject_hyperparams", "block_rms", "adalomo"],
+    ids=[
+        "adam",
+        "lion",
+        "adafactor",
+        "chain",
+        "inject_hyperparams",
+        "block_rms",
+        "MultiSteps",
+        "novograd",
+        "adalomo",
+    ],
 )
 def test_transformation_that_does_not_mix_parameters(tx, standard_promotion):
     lomo_jax.fused_step(simple, tx).init(simple_params(), jnp.ones((2, D)))
@@ -173,6 +197,21 @@ def test_state_of_another_transformation():
     step = lomo_jax.fused_step(simple, lomo_jax.lomo(0.1))
     with pytest.raises(ValueError, match=r"make it with step.init\(params, batch\)"):
         step(params, state, batch)
+
+
+def test_state_of_another_depth():
+    batch, params = jnp.ones((2, D)), simple_params()
+    step = lomo_jax.fused_step(simple, lomo_jax.adalomo(0.1))
+    state = step.init(params, batch)
+    deeper = params | {"layers": jnp.ones((L + 1, D, D))}
+    with pytest.raises(ValueError, match=r"state has int32\[4\] at .*count, not int32\[5\]"):
+        step(deeper, state, batch)
+
+
+def test_parameter_that_is_no_array():
+    step = lomo_jax.fused_step(lambda p, x: p["gain"] * x.sum(), lomo_jax.lomo(0.1))
+    with pytest.raises(TypeError, match=r"parameter \['gain'\] is 1.5, not an array"):
+        step.init({"gain": 1.5}, jnp.ones(3))
 
 
 def test_init_takes_shapes():

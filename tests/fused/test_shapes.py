@@ -242,6 +242,50 @@ def custom_jvp_in_the_body():
 
 
 @shape
+def stacks_scanned_in_another_order_than_the_tree_has():
+    def loss(params, x):
+        body = lambda x, w: (x + jnp.tanh(x @ w[0]) @ w[1], None)  # noqa: E731
+        return squared(jax.lax.scan(body, x, (params["b"], params["a"]))[0])
+
+    return loss, {"a": normal(0, L, D, D), "b": normal(1, L, D, D)}, inputs()
+
+
+@shape
+def derivative_of_what_the_value_ignores():
+    """A load-balancing loss whose gradient is attached to activations that it does not change."""
+
+    @jax.custom_vjp
+    def attach(x, extra):
+        return x
+
+    attach.defvjp(lambda x, extra: (x, None), lambda _, g: (g, jnp.ones(())))
+
+    @jax.custom_jvp
+    def zero(w):
+        return jnp.zeros(())
+
+    zero.defjvp(lambda primals, tangents: (jnp.zeros(()), tangents[0].sum()))
+
+    def loss(params, x):
+        x = attach(x, jnp.sum(params["router"] ** 2))
+        x, _ = jax.lax.scan(lambda x, w: (block(x, w), None), x, params["layers"])
+        return squared(x) + zero(params["free"])
+
+    params = {"router": normal(2, D), "layers": stack(), "free": normal(3, D)}
+    return loss, params, inputs()
+
+
+@shape
+def stack_used_by_what_nobody_needs():
+    def loss(params, x):
+        _ = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+        _ = jax.lax.scan(lambda x, w: (x @ w["up"] @ w["down"], None), x, params)
+        return squared(jax.lax.scan(lambda x, w: (block(x, w), None), x, params)[0])
+
+    return loss, stack(), inputs()
+
+
+@shape
 def encoder_and_decoder():
     def loss(params, batch):
         def encode(x, w):
@@ -315,9 +359,9 @@ def chunks_of_a_matrix():
         def chunk(total, w):
             return total + jnp.exp(x @ w.T).sum(), None
 
-        return jnp.log(jax.lax.scan(chunk, 0.0, params["head"].reshape(2, -1, D))[0])
+        return jnp.log(jax.lax.scan(chunk, 0.0, params["head"].reshape(D, -1, D))[0])
 
-    return loss, {"layers": stack(), "head": normal(3, 10, D)}, inputs()
+    return loss, {"layers": stack(), "head": normal(3, 2 * D, D)}, inputs()
 
 
 @shape
@@ -450,9 +494,17 @@ def nnx_in_a_jax_scan():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_gradient(name, assert_steps_agree):
+def test_gradient(name, assert_steps_agree, assert_close):
     loss, params, batch = SHAPES[name]()
-    assert_steps_agree(loss, optax.sgd(1.0), params, [batch])
+    (new, _), _ = assert_steps_agree(loss, optax.sgd(1.0), params, [batch])
+    # The reference shares code with the fused step; the gradient itself does not.
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
+    descent = jax.tree.map(
+        lambda p, g: p - g if is_float(p) else p,
+        params,
+        jax.grad(loss, allow_int=True)(params, batch),
+    )
+    assert_close(new, descent)
 
 
 @pytest.mark.parametrize(
@@ -490,13 +542,14 @@ def test_aux(assert_steps_agree):
     def loss(params, x):
         layers = lambda x, w: (block(x, w), x.mean())  # noqa: E731
         x, means = jax.lax.scan(layers, x @ params["in"], params["layers"])
-        aux = {"means": means, "count": 3, "inner": (x, params["in"]), "nothing": None}
+        norms = [jnp.linalg.norm(w) for w in params["layers"].values()]
+        aux = {"means": means, "count": 3, "inner": (x, params["in"]), "norms": norms, "no": None}
         return squared(x), aux
 
     params = {"in": normal(2, D, D), "layers": stack()}
     _, out = assert_steps_agree(loss, optax.sgd(1.0), params, [inputs()], has_aux=True)
     assert out.aux["count"] == 3
-    assert out.aux["nothing"] is None
+    assert out.aux["no"] is None
     assert out.aux["inner"][1].shape == (D, D)
 
 
