@@ -1,5 +1,6 @@
 """What a run measures of itself, and the file it goes to."""
 
+import itertools
 import json
 import math
 import time
@@ -31,9 +32,15 @@ _PEAK_TFLOPS = {
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, on disk as soon as it is written."""
+    """`metrics.jsonl`: one JSON object a line, on disk as soon as it is written.
+
+    The file of an earlier run in the same folder is kept, as `metrics-1.jsonl` and so on.
+    """
 
     def __init__(self, path: Path) -> None:
+        if path.exists():
+            numbered = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
+            path.rename(next(other for other in numbered if not other.exists()))
         self._file = path.open("w", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:

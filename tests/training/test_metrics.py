@@ -75,3 +75,12 @@ def test_peaks_go_by_the_kind_of_device(kind, tflops):
 
 def test_an_unknown_device_has_no_peak():
     assert peak_flops("cpu") is None
+
+
+def test_metrics_of_earlier_runs_are_kept(tmp_path):
+    for run in range(3):
+        file = MetricsFile(tmp_path / "metrics.jsonl")
+        file.write({"run": run})
+        file.close()
+    kept = {path.name: json.loads(path.read_text())["run"] for path in tmp_path.iterdir()}
+    assert kept == {"metrics-1.jsonl": 0, "metrics-2.jsonl": 1, "metrics.jsonl": 2}
