@@ -76,7 +76,9 @@ def plan(make_step, run, depth, sharding):
     )
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens).compile()
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    return size / 2**20, compiled.memory_analysis().temp_size_in_bytes / 2**20
+    memory = compiled.memory_analysis()
+    assert memory is not None, "CPU and GPU plan their memory"
+    return size / 2**20, memory.temp_size_in_bytes / 2**20
 
 
 def main(name=None):

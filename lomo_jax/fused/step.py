@@ -48,12 +48,7 @@ class Step:
           params: pytree of arrays, or of `jax.ShapeDtypeStruct` under `jax.eval_shape`.
           batch: pytree of arrays or of `jax.ShapeDtypeStruct`, of the shapes to come.
         """
-        leaves = jax.tree.leaves(params)
-        states = [
-            PieceState(*(updater.init([leaves[i] for i in updater.indices]) for updater in pair))
-            for pair in self._updaters(params, self._cut(params, batch))
-        ]
-        return StepState(tuple(states))
+        return _init_state(params, self._updaters(params, self._cut(params, batch)))
 
     def __call__(
         self, params: Any, state: StepState, batch: Any
@@ -61,7 +56,7 @@ class Step:
         """Makes one step; see `fused_step`."""
         plan = self._cut(params, batch)
         updaters = self._updaters(params, plan)
-        _check_state(state, jax.eval_shape(self.init, params, batch))
+        _check_state(state, jax.eval_shape(lambda params: _init_state(params, updaters), params))
         params, states, loss, aux = self._run(plan, updaters, params, state.pieces, batch)
         return params, StepState(tuple(states)), StepOutput(loss, aux, None, jnp.isfinite(loss))
 
@@ -124,6 +119,15 @@ class ReferenceStep(Step):
                     new_leaves[i] = leaf
             new_states.append(PieceState(*new_pair))
         return jax.tree.unflatten(treedef, new_leaves), new_states, loss, aux
+
+
+def _init_state(params: Any, updaters: list[tuple[Updater, Updater]]) -> StepState:
+    leaves = jax.tree.leaves(params)
+    states = [
+        PieceState(*(updater.init([leaves[i] for i in updater.indices]) for updater in pair))
+        for pair in updaters
+    ]
+    return StepState(tuple(states))
 
 
 def _check_state(state: Any, expected: StepState) -> None:
