@@ -170,6 +170,8 @@ def fused_step(
     The result equals that of `reference_step` up to rounding. A stacked parameter [L, ...] is L
     parameters to `tx`: whatever it computes of a parameter, such as AdaLomo's root mean square, it
     computes of one layer. Its state has the layer axis in front of every array, counts too.
+    Callbacks and prints inside layers happen twice: when a layer is computed, and when it is
+    computed again.
 
     Beside parameters and state a step needs the layer inputs, and one layer's parameters, gradient
     and activations a few times over. A model without a layer scan has all its gradients in one
@@ -181,7 +183,8 @@ def fused_step(
         `params` is a pytree of arrays; leaves that are not of floating point stay as they are.
       tx: an optax transformation that updates each parameter from its own gradient, value and
         state. It sees trees with the paths of `params`, in which leaves of other pieces are
-        `optax.MaskedNode`.
+        `optax.MaskedNode`. One that draws random numbers from a key in its state, such as
+        `optax.add_noise`, draws the same for every layer.
       has_aux: whether `loss_fn` returns something beside the loss.
 
     Returns:
