@@ -131,7 +131,10 @@ class Stacks:
             for i, v in zip(stacks, consts, strict=False):
                 if i is None or scan.length not in jaxprs.shape(v)[:1]:
                     continue
-                if "dynamic_slice" in jaxprs.users(scan.body, v):
+                picks = (
+                    {"dynamic_slice"} if len(jaxprs.shape(v)) < 3 else {"dynamic_slice", "gather"}
+                )
+                if picks.intersection(jaxprs.users(scan.body, v)):
                     raise ValueError(
                         f"parameter {self.names[i]} is indexed by layer inside a loop: make it a "
                         "scanned input of lax.scan (xs) instead"

@@ -65,6 +65,11 @@ def indexed_in_a_loop(params, x):
     return jax.lax.fori_loop(0, L, body, x).sum()
 
 
+def taken_in_a_scan(params, x):
+    body = lambda x, i: layer(x, jnp.take(params["layers"]["w"], i, axis=0))  # noqa: E731
+    return jax.lax.scan(body, x, jnp.arange(L))[0].sum()
+
+
 def reshaped_stack(params, x):
     return jax.lax.scan(layer, x, params["layers"]["w"].reshape(-1, D, D))[0].sum()
 
@@ -90,6 +95,7 @@ def indexed_in_a_loop_inside_jit(params, x):
         (used_twice, "also used by `integer_pow`|also used by `square`", "a parameter of its own"),
         (scanned_twice, "also used by `scan`", "a parameter of its own"),
         (in_cond, "inside `cond`", "take the layer scan out of it"),
+        (taken_in_a_scan, "indexed by layer inside a loop", "scanned input"),
         (reshaped_stack, "`reshape` of the whole stack", "inside the scanned function"),
         (half_a_stack, "`slice` of the whole stack", "inside the scanned function"),
         (in_cond_inside_jit, "inside `cond`", "take the layer scan out of it"),
