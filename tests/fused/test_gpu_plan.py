@@ -86,7 +86,7 @@ def test_no_copy_of_a_stack_and_one_layer_of_gradient(rule, sharding, standard_p
     assert growth < 6 * LAYER_INPUT + 0.25 * LAYER
 
 
-def test_the_reference_grows_with_the_parameters(sharding):
+def test_the_reference_grows_with_the_parameters(sharding, standard_promotion):
     few, many = (
         compiled(lomo_jax.reference_step, lomo_jax.lomo(1e-2), n, sharding) for n in (6, 12)
     )
