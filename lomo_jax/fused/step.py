@@ -62,7 +62,8 @@ class Step:
 
     def _cut(self, params, batch) -> Cut:
         plan = cut(self.loss_fn, params, batch, has_aux=self.has_aux)
-        check_independent(self.tx, params, plan.trainable)
+        stacked = {i for piece in plan.pieces for i in piece.stacked}
+        check_independent(self.tx, params, plan.trainable, stacked)
         return plan
 
     def _updaters(self, params, plan: Cut) -> list[tuple[Updater, Updater]]:

@@ -1,6 +1,6 @@
 """Applies an optax transformation to some of the parameters, each layer of a stack for itself."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +78,10 @@ def _add(param: jax.Array, update: jax.Array) -> jax.Array:
 
 
 def check_independent(
-    tx: optax.GradientTransformation, params: Any, trainable: Sequence[bool]
+    tx: optax.GradientTransformation,
+    params: Any,
+    trainable: Sequence[bool],
+    stacked: Collection[int],
 ) -> None:
     """Raises ValueError if `tx` updates one parameter from the gradient or value of another.
 
@@ -88,7 +91,11 @@ def check_independent(
     leaves = jax.tree_util.tree_leaves_with_path(params)
     indices = [i for i, is_trainable in enumerate(trainable) if is_trainable]
     names = [jax.tree_util.keystr(leaves[i][0]) for i in indices]
-    shapes = [jax.ShapeDtypeStruct(leaves[i][1].shape, leaves[i][1].dtype) for i in indices]
+    # Of a stack tx sees one layer.
+    shapes = [
+        jax.ShapeDtypeStruct(leaves[i][1].shape[i in stacked :], leaves[i][1].dtype)
+        for i in indices
+    ]
     updater = Updater(tx, jax.tree.structure(params), indices)
     state, state_def = jax.tree.flatten(jax.eval_shape(updater.init, shapes))
 

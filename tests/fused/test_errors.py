@@ -205,6 +205,15 @@ def test_state_of_another_transformation():
         step(params, state, batch)
 
 
+def test_tx_sees_one_layer():
+    def only_matrices(params):
+        assert {p.ndim for p in jax.tree.leaves(params)} <= {2}
+        return optax.EmptyState()
+
+    tx = optax.GradientTransformation(only_matrices, lambda g, s, p=None: (g, only_matrices(p)))
+    lomo_jax.fused_step(simple, tx).init(simple_params(), jnp.ones((2, D)))
+
+
 def test_state_of_another_depth():
     batch, params = jnp.ones((2, D)), simple_params()
     step = lomo_jax.fused_step(simple, lomo_jax.adalomo(0.1))
