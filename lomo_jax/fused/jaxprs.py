@@ -13,6 +13,9 @@ import jax.extend.core as jex
 
 Atom = jex.Var | jex.Literal
 
+# From JAX 0.12 on a jaxpr holds its own constants, and this name is one that JAX no longer exports.
+_ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
+
 # Calls that compute the same thing when their body stands in their place. The fused step recomputes
 # layers itself, so a checkpoint around a layer scan has nothing left to add.
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
@@ -78,7 +81,7 @@ def read_scan(eqn: jex.JaxprEqn) -> Scan:
 
 def bodies(eqn: jex.JaxprEqn) -> list[Any]:
     """The jaxprs among the parameters of `eqn`."""
-    kinds = (jex.ClosedJaxpr, jex.Jaxpr)
+    kinds = (_ClosedJaxpr, jex.Jaxpr)
     values = (v if isinstance(v, tuple) else (v,) for v in eqn.params.values())
     return [jaxpr for group in values for jaxpr in group if isinstance(jaxpr, kinds)]
 
@@ -149,7 +152,7 @@ def as_function(template, eqns, inputs: Sequence[jex.Var], outputs: Sequence[Ato
     jaxpr = open_jaxpr(template).replace(
         constvars=[], invars=list(inputs), outvars=list(outputs), eqns=list(eqns)
     )
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
+    return jex.jaxpr_as_fun(_ClosedJaxpr(jaxpr, []))
 
 
 def dependence(closed, inputs: Sequence[int]) -> list[int]:
