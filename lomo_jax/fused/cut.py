@@ -48,9 +48,7 @@ class Cut(NamedTuple):
     loss: Atom
     aux: list[Atom]
     aux_tree: Any
-    differentiable: frozenset[
-        jex.Var
-    ]  # floating-point variables that a trainable parameter reaches
+    differentiable: frozenset[jex.Var]  # floating-point, and reached by a trainable parameter
     trainable: list[bool]  # for each parameter: whether it is of floating point
 
     def differentiates(self, atoms: Sequence[Atom]) -> list[bool]:

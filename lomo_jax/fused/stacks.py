@@ -131,9 +131,9 @@ class Stacks:
             for i, v in zip(stacks, consts, strict=False):
                 if i is None or scan.length not in jaxprs.shape(v)[:1]:
                     continue
-                picks = (
-                    {"dynamic_slice"} if len(jaxprs.shape(v)) < 3 else {"dynamic_slice", "gather"}
-                )
+                # A gather from a matrix may as well look up rows, as of an embedding.
+                is_matrix = len(jaxprs.shape(v)) < 3
+                picks = {"dynamic_slice"} if is_matrix else {"dynamic_slice", "gather"}
                 if picks.intersection(jaxprs.users(scan.body, v)):
                     raise ValueError(
                         f"parameter {self.names[i]} is indexed by layer inside a loop: make it a "

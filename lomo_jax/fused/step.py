@@ -16,9 +16,7 @@ from lomo_jax.fused.walk import walk
 class StepState(NamedTuple):
     """What a step remembers. A pytree of arrays."""
 
-    pieces: tuple[
-        PieceState, ...
-    ]  # state of tx, in the order in which the loss uses the parameters
+    pieces: tuple[PieceState, ...]  # in the order in which the loss uses the parameters
 
 
 class StepOutput(NamedTuple):
@@ -47,6 +45,9 @@ class Step:
         Args:
           params: pytree of arrays, or of `jax.ShapeDtypeStruct` under `jax.eval_shape`.
           batch: pytree of arrays or of `jax.ShapeDtypeStruct`, of the shapes to come.
+
+        Raises:
+          TypeError, ValueError: see `fused_step`.
         """
         return _init_state(params, self._updaters(params, self._cut(params, batch)))
 

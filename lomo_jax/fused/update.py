@@ -13,10 +13,8 @@ from lomo_jax.fused import jaxprs
 class PieceState(NamedTuple):
     """State of `tx` for the parameters of one piece of the loss."""
 
-    dense: Any  # of those that are not stacked, None if there are none
-    layers: (
-        Any  # of the stacked ones, every array with a layer axis in front; None if there are none
-    )
+    dense: Any  # of those that are not stacked; None if there are none
+    layers: Any  # of the stacked ones, with a layer axis in front; None if there are none
 
 
 class Updater:
