@@ -1,7 +1,8 @@
-"""Argument checks shared by the update rules."""
+"""Argument checks shared by the update rules and the steps."""
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any, cast
 
 import optax
@@ -44,3 +45,15 @@ def params(value: optax.Params | None) -> optax.Params:
     if value is None:
         raise ValueError("params are needed: call update(updates, state, params)")
     return value
+
+
+def integer(name: str, value: object, *, low: int) -> None:
+    """Raises ValueError unless `value` is an integer, `low` or more."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} must be a whole number, {low} or more, got {value!r}")
+
+
+def choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

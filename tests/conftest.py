@@ -4,8 +4,12 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import chex
 import jax
+import jax.numpy as jnp
 import pytest
+
+import lomo_jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -16,3 +20,47 @@ def standard_promotion():
     """Lets dtypes mix: for code of others that does so, such as `optax.adamw`."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def assert_close():
+    """Leaves equal to `tolerance` times the largest magnitude of the expected leaf."""
+
+    def check(actual, expected, tolerance=1e-5):
+        chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+
+        def difference(a, e):
+            if not jnp.issubdtype(e.dtype, jnp.inexact):
+                return (a != e).astype(jnp.float32)
+            a, e = a.astype(jnp.float32), e.astype(jnp.float32)
+            scale = jnp.maximum(jnp.max(jnp.abs(e), initial=0.0), 1e-30)
+            return jnp.abs(a - e) / scale
+
+        differences = jax.tree.map(difference, actual, expected)
+        zeros = jax.tree.map(jnp.zeros_like, differences)
+        chex.assert_trees_all_close(differences, zeros, rtol=0, atol=tolerance)
+
+    return check
+
+
+@pytest.fixture
+def assert_steps_agree(assert_close):
+    """Makes steps with fused_step and with reference_step and compares all that they return."""
+
+    def check(loss_fn, tx, params, batches, *, tolerance=1e-5, **options):
+        fused = lomo_jax.fused_step(loss_fn, tx, **options)
+        reference = lomo_jax.reference_step(loss_fn, tx, **options)
+        run_fused, run_reference = jax.jit(fused), jax.jit(reference)
+        actual = (params, fused.init(params, batches[0]))
+        expected = (params, reference.init(params, batches[0]))
+        chex.assert_trees_all_equal(actual, expected)
+        for batch in batches:
+            *actual, actual_out = run_fused(*actual, batch)
+            *expected, expected_out = run_reference(*expected, batch)
+            assert_close(actual_out, expected_out, tolerance)
+        assert_close(actual, expected, tolerance)
+        with pytest.raises(AssertionError):  # a step that does nothing would agree too
+            assert_close(actual[0], params, tolerance)
+        return actual, actual_out
+
+    return check

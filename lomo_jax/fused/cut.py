@@ -7,8 +7,9 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lomo_jax.fused import jaxprs
+from lomo_jax.fused import jaxprs, parameters
 from lomo_jax.fused.jaxprs import Atom
+from lomo_jax.fused.microbatches import WeightedLoss
 from lomo_jax.fused.stacks import Stacks
 
 
@@ -30,7 +31,7 @@ class Layers(NamedTuple):
     """A scan over stacked parameters: one layer's gradient exists at a time."""
 
     scan: jaxprs.Scan
-    xs_params: dict[int, int]  # position among scan.xs -> parameter
+    xs_params: dict[int, int]  # position among scan.xs -> trainable parameter
     dense: list[int]  # parameters that all layers share and whose first use is here
 
     @property
@@ -46,46 +47,60 @@ class Cut(NamedTuple):
     batch: list[jex.Var]
     pieces: list[Dense | Layers]
     loss: Atom
+    weight: Callable[..., list[Any]] | None  # (*batch) -> [weight of a `WeightedLoss`]
     aux: list[Atom]
     aux_tree: Any
     differentiable: frozenset[jex.Var]  # floating-point, and reached by a trainable parameter
-    trainable: list[bool]  # for each parameter: whether it is of floating point
+    of_batch: frozenset[jex.Var]  # reached by the batch
+
+    @property
+    def stacked(self) -> frozenset[int]:
+        """The trainable parameters that are scanned over."""
+        return frozenset(i for piece in self.pieces for i in piece.stacked)
 
     def differentiates(self, atoms: Sequence[Atom]) -> list[bool]:
         """For each atom: whether it has a cotangent."""
         return [isinstance(a, jex.Var) and a in self.differentiable for a in atoms]
 
 
-def cut(loss_fn: Callable[..., Any], params: Any, batch: Any, *, has_aux: bool) -> Cut:
+def cut(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    batch: Any,
+    *,
+    has_aux: bool = False,
+    trainable: Sequence[bool],
+) -> Cut:
     """Traces `loss_fn(params, batch)` and cuts it at every scan that consumes a parameter.
 
     Args:
-      loss_fn: returns a scalar loss, or (loss, aux) with `has_aux`.
+      loss_fn: returns a scalar loss or a `WeightedLoss`, or (either, aux) with `has_aux`.
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
       batch: likewise.
       has_aux: see `loss_fn`.
+      trainable: for each leaf of `params`, whether it has a gradient.
 
     Raises:
-      TypeError: the loss is not a floating-point scalar, or a parameter is not an array.
-      ValueError: a parameter is used in a way that its layers cannot be updated one by one.
+      TypeError: the loss is not a floating-point scalar.
+      ValueError: a parameter is used in a way that its layers cannot be updated one by one, or the
+        weight of the loss depends on one.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for path, leaf in leaves:
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"parameter {jax.tree_util.keystr(path)} is {leaf!r}, not an array: wrap it in "
-                "jnp.asarray"
-            )
     closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, batch)
-    aux_tree = _check_result(shape, has_aux)
-    paths = [path for path, _ in leaves]
+    weighted, aux_tree = _check_result(shape, has_aux)
+    names = parameters.names(params)
     inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
-    param_vars, batch_vars = inputs[: len(paths)], inputs[len(paths) :]
-    trainable = [_is_float(v) for v in param_vars]
+    param_vars, batch_vars = inputs[: len(names)], inputs[len(names) :]
 
-    stacks = Stacks([jax.tree_util.keystr(path) for path in paths], param_vars, trainable)
+    stacks = Stacks(names, param_vars, trainable)
     labels = stacks.labels(batch_vars)
     eqns, results = jaxprs.inline(closed, inputs, labels, lambda eqn: stacks.in_call(eqn, labels))
+    weight = None
+    if weighted:
+        weight_atom = results.pop(1)
+        _check_weight(jaxprs.label(weight_atom, labels), names)
+        weight = jaxprs.as_function(
+            closed, jaxprs.live(eqns, [weight_atom]), batch_vars, [weight_atom]
+        )
     eqns = jaxprs.live(eqns, results)
     scans = stacks.find(eqns, results[0], labels)
     return Cut(
@@ -93,12 +108,13 @@ def cut(loss_fn: Callable[..., Any], params: Any, batch: Any, *, has_aux: bool) 
         batch=batch_vars,
         pieces=_pieces(closed, eqns, results, scans, stacks),
         loss=results[0],
+        weight=weight,
         aux=results[1:],
         aux_tree=aux_tree,
         differentiable=frozenset(
-            v for v, label in labels.items() if label & stacks.param_labels and _is_float(v)
+            v for v, label in labels.items() if label & stacks.trainable_labels and _is_float(v)
         ),
-        trainable=trainable,
+        of_batch=frozenset(v for v, label in labels.items() if label & stacks.batch_label),
     )
 
 
@@ -121,7 +137,7 @@ def _pieces(closed, eqns, results, scans, stacks: Stacks) -> list[Dense | Layers
     for k, group in enumerate(groups):
         owned = [i for i, first in first_use.items() if first == k and i not in stacked]
         xs_params = scans.get(id(group[0])) if group else None
-        if xs_params:
+        if xs_params is not None:
             pieces.append(Layers(jaxprs.read_scan(group[0]), xs_params, owned))
         else:
             defined = jaxprs.variables(v for eqn in group for v in eqn.outvars)
@@ -137,11 +153,21 @@ def _is_float(var: jex.Var) -> bool:
     return jnp.issubdtype(jaxprs.dtype(var), jnp.inexact)
 
 
-def _check_result(shape, has_aux: bool):
-    """Raises TypeError if loss_fn does not return what it should; returns the structure of aux."""
-    if has_aux and not (isinstance(shape, tuple) and len(shape) == 2):
+def _check_result(shape, has_aux: bool) -> tuple[bool, Any]:
+    """Raises TypeError if loss_fn does not return what it should.
+
+    Returns:
+      Whether the loss has a weight, and the structure of aux.
+    """
+    is_pair = isinstance(shape, tuple) and len(shape) == 2 and not isinstance(shape, WeightedLoss)
+    if has_aux and not is_pair:
         raise TypeError(f"with has_aux=True loss_fn must return (loss, aux), got {shape}")
     loss, aux = shape if has_aux else (shape, None)
+    weighted = isinstance(loss, WeightedLoss)
+    if weighted:
+        loss, weight = loss
+        if not isinstance(weight, jax.ShapeDtypeStruct) or weight.shape != ():
+            raise TypeError(f"the weight of a WeightedLoss must be a scalar, got {weight}")
     if not isinstance(loss, jax.ShapeDtypeStruct):
         raise TypeError(
             f"loss_fn must return a scalar, got {loss}: pass has_aux=True if it returns (loss, aux)"
@@ -150,4 +176,13 @@ def _check_result(shape, has_aux: bool):
         raise TypeError(
             f"loss_fn must return a floating-point scalar, got {loss.dtype}{list(loss.shape)}"
         )
-    return jax.tree.structure(aux)
+    return weighted, jax.tree.structure(aux)
+
+
+def _check_weight(label: int, names: Sequence[str]) -> None:
+    of_params = label & ((1 << len(names)) - 1)
+    if of_params:
+        raise ValueError(
+            f"the weight of the loss depends on parameter {names[of_params.bit_length() - 1]}: it "
+            "must be known from the batch alone, such as a count of tokens"
+        )

@@ -10,21 +10,22 @@ from lomo_jax.fused.jaxprs import Atom
 
 
 class Stacks:
-    """The trainable parameters of a traced loss, and how they reach its scans.
+    """The parameters of a traced loss, and how they reach its scans.
 
-    Every variable is labelled with the trainable parameters that it depends on and with whether it
-    depends on the batch, see `jaxprs.dependence`.
+    Every variable is labelled with the parameters that it depends on and with whether it depends on
+    the batch, see `jaxprs.dependence`.
     """
 
     def __init__(self, names: Sequence[str], params: Sequence[jex.Var], trainable: Sequence[bool]):
         self.names, self.params = names, params
         self.index = {v: i for i, v in enumerate(params) if trainable[i]}
-        self.param_labels = sum(1 << i for i in self.index.values())
+        self.frozen = {v: i for i, v in enumerate(params) if not trainable[i]}
+        self.trainable_labels = sum(1 << i for i in self.index.values())
         self.batch_label = 1 << len(params)
 
     def labels(self, batch: Sequence[jex.Var]) -> dict[jex.Var, int]:
         """The labels of the inputs of the loss."""
-        labels = {v: 1 << i for v, i in self.index.items()}
+        labels = {v: 1 << i for i, v in enumerate(self.params)}
         labels.update(dict.fromkeys(batch, self.batch_label))
         return labels
 
@@ -36,7 +37,7 @@ class Stacks:
         jaxpr = jaxprs.open_jaxpr(called)
         env = {v: jaxprs.label(a, labels) for v, a in zip(jaxpr.invars, eqn.invars, strict=True)}
         for inner in jaxpr.eqns:
-            if self._scanned(inner, env) or self.in_call(inner, env):
+            if self._is_layer_scan(inner, env) or self.in_call(inner, env):
                 return True
             env.update(zip(inner.outvars, jaxprs.eqn_dependence(inner, env), strict=True))
         return False
@@ -50,8 +51,8 @@ class Stacks:
         """Finds the layer scans.
 
         Returns:
-          For each layer scan, by the `id` of its equation: parameters by their position among its
-          xs.
+          For each layer scan, by the `id` of its equation: trainable parameters by their position
+          among its xs. There are none if the layers are frozen.
 
         Raises:
           ValueError: a parameter is used in a way that its layers cannot be updated one by one.
@@ -59,12 +60,12 @@ class Stacks:
         scans: dict[int, dict[int, int]] = {}
         producers: dict[Atom, jex.JaxprEqn] = {v: eqn for eqn in eqns for v in eqn.outvars}
         for eqn in eqns:
-            found = self._scanned(eqn, labels)
+            found = self._scanned(eqn, labels, self.index)
             xs = jaxprs.read_scan(eqn).xs if found else []
             for position, i in found.items():
                 if xs[position] is not self.params[i]:
                     self._refuse_derived(i, producers[xs[position]])
-            if found:
+            if self._is_layer_scan(eqn, labels):
                 scans[id(eqn)] = found
             else:
                 self._refuse_hidden(eqn, eqn.invars)
@@ -75,8 +76,17 @@ class Stacks:
                 self._refuse_shared(i, for_loss)
         return scans
 
-    def _scanned(self, eqn: jex.JaxprEqn, labels: Mapping[jex.Var, int]) -> dict[int, int]:
-        """The parameters that a scan's xs are, or are computed from without the batch, by position.
+    def _is_layer_scan(self, eqn: jex.JaxprEqn, labels: Mapping[jex.Var, int]) -> bool:
+        # Frozen layers, too, are computed again from their inputs on the way back.
+        return any(self._scanned(eqn, labels, group) for group in (self.index, self.frozen))
+
+    def _scanned(
+        self,
+        eqn: jex.JaxprEqn,
+        labels: Mapping[jex.Var, int],
+        params: Mapping[jex.Var, int],
+    ) -> dict[int, int]:
+        """Those of `params` that a scan's xs are, or derive from without the batch, by position.
 
         The batch tells them from activations. Three axes, or the shape that a cast or a transpose
         leaves, tell a stack of layers from, say, an embedding that is scanned in chunks.
@@ -89,7 +99,7 @@ class Stacks:
             label = jaxprs.label(x, labels)
             if not scan.length or label & self.batch_label:
                 continue
-            for v, i in self.index.items():
+            for v, i in params.items():
                 shape, x_shape = jaxprs.shape(v), jaxprs.shape(x)
                 rearranged = scan.length in shape and sorted(shape) == sorted(x_shape)
                 if label >> i & 1 and (x is v or len(shape) > 2 or rearranged):

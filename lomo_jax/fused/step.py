@@ -1,157 +1,65 @@
 """fused_step and reference_step."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lomo_jax.fused.cut import Cut, cut
-from lomo_jax.fused.update import PieceState, Updater, check_independent
-from lomo_jax.fused.walk import walk
-
-
-class StepState(NamedTuple):
-    """What a step remembers. A pytree of arrays."""
-
-    pieces: tuple[PieceState, ...]  # in the order in which the loss uses the parameters
-
-
-class StepOutput(NamedTuple):
-    """What a step reports."""
-
-    loss: jax.Array  # [], dtype of the loss; of the parameters before the update
-    aux: Any  # what loss_fn returned beside the loss; None without has_aux
-    grad_norm: jax.Array | None  # None: the global norm is known only where clipping asks for it
-    finite: jax.Array  # bool [], whether the loss is finite
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Step:
-    """A training step `(params, state, batch) -> (params, state, StepOutput)`, to be jitted.
-
-    Made by `fused_step` or `reference_step`.
-    """
-
-    loss_fn: Callable[..., Any]
-    tx: optax.GradientTransformation
-    has_aux: bool = False
-
-    def init(self, params: Any, batch: Any) -> StepState:
-        """Returns the state to start from.
-
-        Args:
-          params: pytree of arrays, or of `jax.ShapeDtypeStruct` under `jax.eval_shape`.
-          batch: pytree of arrays or of `jax.ShapeDtypeStruct`, of the shapes to come.
-
-        Raises:
-          TypeError, ValueError: see `fused_step`.
-        """
-        return _init_state(params, self._updaters(params, self._cut(params, batch)))
-
-    def __call__(
-        self, params: Any, state: StepState, batch: Any
-    ) -> tuple[Any, StepState, StepOutput]:
-        """Makes one step; see `fused_step`."""
-        plan = self._cut(params, batch)
-        updaters = self._updaters(params, plan)
-        _check_state(state, jax.eval_shape(lambda params: _init_state(params, updaters), params))
-        params, states, loss, aux = self._run(plan, updaters, params, state.pieces, batch)
-        return params, StepState(tuple(states)), StepOutput(loss, aux, None, jnp.isfinite(loss))
-
-    def _cut(self, params, batch) -> Cut:
-        plan = cut(self.loss_fn, params, batch, has_aux=self.has_aux)
-        stacked = {i for piece in plan.pieces for i in piece.stacked}
-        check_independent(self.tx, params, plan.trainable, stacked)
-        return plan
-
-    def _updaters(self, params, plan: Cut) -> list[tuple[Updater, Updater]]:
-        treedef = jax.tree.structure(params)
-        return [
-            (
-                Updater(self.tx, treedef, piece.dense),
-                Updater(self.tx, treedef, piece.stacked, layered=True),
-            )
-            for piece in plan.pieces
-        ]
-
-    def _run(self, plan, updaters, params, states, batch):
-        raise NotImplementedError
+from lomo_jax.fused import microbatches as microbatches_lib
+from lomo_jax.fused.base import Result, Step
+from lomo_jax.fused.loss_scale import DynamicLossScale
+from lomo_jax.fused.reference import ReferenceStep
+from lomo_jax.fused.visitors import Measure, Update
+from lomo_jax.fused.walk import Walk
 
 
 class FusedStep(Step):
     """See `fused_step`."""
 
-    def _run(self, plan, updaters, params, states, batch):
-        leaves, treedef = jax.tree.flatten(params)
-        leaves, states, loss, aux = walk(plan, updaters, leaves, states, jax.tree.leaves(batch))
-        params = jax.tree.unflatten(treedef, leaves)
-        return params, states, loss, jax.tree.unflatten(plan.aux_tree, aux)
-
-
-class ReferenceStep(Step):
-    """See `reference_step`."""
-
-    def _run(self, plan, updaters, params, states, batch):
-        leaves, treedef = jax.tree.flatten(params)
-        trainable = [i for i, is_trainable in enumerate(plan.trainable) if is_trainable]
-
-        def loss_of(values):
-            merged = list(leaves)
-            for i, value in zip(trainable, values, strict=True):
-                merged[i] = value
-            result = self.loss_fn(jax.tree.unflatten(treedef, merged), batch)
-            return result if self.has_aux else (result, None)
-
-        grad = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, aux), grads = grad([leaves[i] for i in trainable])
-        grads = dict(zip(trainable, grads, strict=True))
-        new_leaves, new_states = list(leaves), []
-        for pair, pair_state in zip(updaters, states, strict=True):
-            new_pair = []
-            for updater, state in zip(pair, pair_state, strict=True):
-                ids = updater.indices
-                new, state = updater.apply_stacked(
-                    [grads[i] for i in ids], state, [leaves[i] for i in ids]
-                )
-                new_pair.append(state)
-                for i, leaf in zip(ids, new, strict=True):
-                    new_leaves[i] = leaf
-            new_states.append(PieceState(*new_pair))
-        return jax.tree.unflatten(treedef, new_leaves), new_states, loss, aux
-
-
-def _init_state(params: Any, updaters: list[tuple[Updater, Updater]]) -> StepState:
-    leaves = jax.tree.leaves(params)
-    states = [
-        PieceState(*(updater.init([leaves[i] for i in updater.indices]) for updater in pair))
-        for pair in updaters
-    ]
-    return StepState(tuple(states))
-
-
-def _check_state(state: Any, expected: StepState) -> None:
-    """Raises ValueError unless `state` has the structure, shapes and dtypes that are expected."""
-    fault = "is not of this loss, tx and tree of parameters"
-    if jax.tree.structure(state) == jax.tree.structure(expected):
-        leaves = jax.tree_util.tree_leaves_with_path(state)
-        for (path, leaf), like in zip(leaves, jax.tree.leaves(expected), strict=True):
-            found = jax.typeof(leaf)
-            if (found.shape, found.dtype) != (like.shape, like.dtype):
-                fault = (
-                    f"has {found.dtype}{list(found.shape)} at {jax.tree_util.keystr(path)}, not "
-                    f"{like.dtype}{list(like.shape)}"
-                )
-                break
-        else:
-            return
-    raise ValueError(f"state {fault}: make it with step.init(params, batch)")
+    def _run(self, plan, params, states, batch, scale, key):
+        leaves, parts = jax.tree.leaves(params), jax.tree.leaves(batch)
+        share = jnp.ones(1)
+        if self.microbatches > 1:
+            weights = None
+            if plan.cut.weight is not None:
+                (weights,) = jax.lax.map(lambda part: plan.cut.weight(*part), parts)
+            share = microbatches_lib.shares(weights, self.microbatches)
+        walk = Walk(plan.cut, leaves, parts, share if scale is None else share * scale)
+        loss, aux = walk.results()
+        finite, norm = jnp.isfinite(loss).all(), None
+        if self.measures:
+            measure = Measure(leaves, self._factor(scale, None))
+            walk.back(measure)
+            norm = jnp.sqrt(measure.total)
+            finite &= jnp.isfinite(norm)
+        update = Update(
+            plan.updaters,
+            leaves,
+            states,
+            factor=self._factor(scale, norm),
+            key=key,
+            finite=finite if self.dynamic else None,
+            watch=self.dynamic is not None and self.dynamic.skip == "layers",
+        )
+        walk.back(update, after=norm)
+        if update.finite is not None:
+            finite = update.finite
+        aux = jax.tree.unflatten(plan.cut.aux_tree, aux)
+        return Result(update.params, update.states, loss, aux, share, norm, finite)
 
 
 def fused_step(
-    loss_fn: Callable[..., Any], tx: optax.GradientTransformation, *, has_aux: bool = False
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    clip_norm: float | None = None,
+    microbatches: int = 1,
+    loss_scale: float | DynamicLossScale | None = None,
+    rounding: str = "nearest",
+    trainable: Any = None,
 ) -> Step:
     """Turns a loss into a training step that never holds the whole gradient.
 
@@ -204,15 +112,25 @@ def fused_step(
       Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
       <https://arxiv.org/abs/2306.09782>`_, 2023
     """
-    return FusedStep(loss_fn, tx, has_aux)
+    return FusedStep(loss_fn, tx, has_aux, clip_norm, microbatches, loss_scale, rounding, trainable)
 
 
 def reference_step(
-    loss_fn: Callable[..., Any], tx: optax.GradientTransformation, *, has_aux: bool = False
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    clip_norm: float | None = None,
+    microbatches: int = 1,
+    loss_scale: float | DynamicLossScale | None = None,
+    rounding: str = "nearest",
+    trainable: Any = None,
 ) -> Step:
     """The plain computation that `fused_step` is measured against.
 
     Computes the whole gradient with `jax.value_and_grad`, then applies `tx`, to stacked parameters
     under `jax.vmap` over their layers. Arguments, state and results are those of `fused_step`.
     """
-    return ReferenceStep(loss_fn, tx, has_aux)
+    return ReferenceStep(
+        loss_fn, tx, has_aux, clip_norm, microbatches, loss_scale, rounding, trainable
+    )

@@ -1,78 +1,84 @@
-"""Applies an optax transformation to some of the parameters, each layer of a stack for itself."""
+"""Applies an optax transformation to one parameter, a layer of it at a time if it is stacked."""
 
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lomo_jax.fused import jaxprs
-
-
-class PieceState(NamedTuple):
-    """State of `tx` for the parameters of one piece of the loss."""
-
-    dense: Any  # of those that are not stacked; None if there are none
-    layers: Any  # of the stacked ones, with a layer axis in front; None if there are none
+from lomo_jax.fused import jaxprs, parameters
+from lomo_jax.fused.microbatches import widen
+from lomo_jax.fused.rounding import rounds, stochastic_round
 
 
 class Updater:
-    """`tx` for the leaves `indices` of a tree of parameters, stacks of layers if `layered`.
+    """Updates the leaf `index` of a tree of parameters, a stack of layers if `stacked`.
 
     `tx` sees trees with the structure and the paths of the whole tree, the other leaves masked by
-    `optax.MaskedNode`.
+    `optax.MaskedNode`; of a stack it sees one layer.
     """
 
     def __init__(
-        self,
-        tx: optax.GradientTransformation,
-        treedef: Any,
-        indices: Sequence[int],
-        *,
-        layered: bool = False,
+        self, tx: optax.GradientTransformation, treedef: Any, index: int, *, stacked: bool
     ):
-        self.tx, self.treedef, self.indices, self.layered = tx, treedef, indices, layered
+        self.tx, self.treedef, self.index, self.stacked = tx, treedef, index, stacked
 
-    def init(self, leaves: Sequence[Any]) -> Any:
-        """Returns the state for `leaves`, one for each index; None if there is none."""
-        if not self.indices:
-            return None
-        return (jax.vmap(self._init) if self.layered else self._init)(leaves)
+    def init(self, leaf: Any) -> Any:
+        """Returns the state; of a stack with a layer axis in front of every array."""
+
+        def init(leaf):
+            return self.tx.init(_masked(self.treedef, {self.index: leaf}))
+
+        return (jax.vmap(init) if self.stacked else init)(leaf)
 
     def apply(
-        self, grads: Sequence[jax.Array], state: Any, leaves: Sequence[jax.Array]
-    ) -> tuple[list[jax.Array], Any]:
-        """Updates dense parameters, or one layer: returns leaves in their dtype, and the state."""
-        if not self.indices:
-            return [], state
-        updates, state = self.tx.update(self._tree(grads), state, self._tree(leaves))
-        # By index and not in the order of the tree: a scan may take its parameters in any order.
-        updates = self.treedef.flatten_up_to(updates)
-        pairs = zip(self.indices, leaves, strict=True)
-        return [_add(leaf, updates[i]) for i, leaf in pairs], state
+        self,
+        grad: jax.Array,
+        state: Any,
+        leaf: jax.Array,
+        key: jax.Array | None = None,
+        keep: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Updates the parameter, or one layer of it.
 
-    def apply_stacked(
-        self, grads: Sequence[jax.Array], state: Any, leaves: Sequence[jax.Array]
-    ) -> tuple[list[jax.Array], Any]:
-        """`apply`, to all layers at once if they are stacked."""
-        apply = jax.vmap(self.apply) if self.layered and self.indices else self.apply
-        return apply(grads, state, leaves)
+        Args:
+          grad: the gradient, float32 or wider.
+          state: that of this parameter or layer.
+          leaf: parameter or layer. Parameter and update are added in float32 or wider.
+          key: for stochastic rounding of the sum; None rounds to nearest.
+          keep: bool [], True leaves everything as it is; None updates.
 
-    def _init(self, leaves):
-        return self.tx.init(self._tree(leaves))
+        Returns:
+          The new leaf and the new state, in the dtypes that they had.
+        """
+        trees = [_masked(self.treedef, {self.index: x}) for x in (grad, leaf)]
+        updates, new_state = self.tx.update(trees[0], state, trees[1])
+        wide = widen(leaf)
+        wide = wide + self.treedef.flatten_up_to(updates)[self.index].astype(wide.dtype)
+        if key is not None and rounds(leaf.dtype):
+            new = stochastic_round(wide, leaf.dtype, key)
+        else:
+            new = wide.astype(leaf.dtype)
 
-    def _tree(self, leaves):
-        masked: list[Any] = [optax.MaskedNode()] * self.treedef.num_leaves
-        for i, leaf in zip(self.indices, leaves, strict=True):
-            masked[i] = leaf
-        return jax.tree.unflatten(self.treedef, masked)
+        def settle(new, old):
+            new = new if new.dtype == old.dtype else new.astype(old.dtype)
+            return new if keep is None else jnp.where(keep, old, new)
+
+        return jax.tree.map(settle, (new, new_state), (leaf, state))
 
 
-def _add(param: jax.Array, update: jax.Array) -> jax.Array:
-    """Their sum in float32 or wider, rounded once, to the dtype of the parameter."""
-    wide = param.dtype if param.dtype.itemsize > 4 else jnp.float32
-    return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
+def layer_key(key: jax.Array | None, updater: Updater, i: Any = None) -> jax.Array | None:
+    """The key for one parameter, or for layer i of it, from that of the step."""
+    if key is None:
+        return None
+    key = jax.random.fold_in(key, updater.index)
+    return key if i is None else jax.random.fold_in(key, i)
+
+
+def _masked(treedef: Any, leaves: Mapping[int, Any]) -> Any:
+    every = [leaves.get(i, optax.MaskedNode()) for i in range(treedef.num_leaves)]
+    return jax.tree.unflatten(treedef, every)
 
 
 def check_independent(
@@ -86,21 +92,26 @@ def check_independent(
     What counts is how the results of `tx.update` depend on its arguments, in the same step or
     through the state in a later one.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves, treedef = jax.tree.flatten(params)
     indices = [i for i, is_trainable in enumerate(trainable) if is_trainable]
-    names = [jax.tree_util.keystr(leaves[i][0]) for i in indices]
-    # Of a stack tx sees one layer.
+    # Of a stack tx sees one layer, and gradients in float32.
     shapes = [
-        jax.ShapeDtypeStruct(leaves[i][1].shape[i in stacked :], leaves[i][1].dtype)
-        for i in indices
+        jax.ShapeDtypeStruct(leaves[i].shape[i in stacked :], leaves[i].dtype) for i in indices
     ]
-    updater = Updater(tx, jax.tree.structure(params), indices)
-    state, state_def = jax.tree.flatten(jax.eval_shape(updater.init, shapes))
+    grads = [jax.eval_shape(widen, x) for x in shapes]
+
+    def tree(values):
+        return _masked(treedef, dict(zip(indices, values, strict=True)))
+
+    state, state_def = jax.tree.flatten(jax.eval_shape(lambda x: tx.init(tree(x)), shapes))
 
     def update(grads, state, params):
-        return jax.tree.leaves(updater.apply(grads, jax.tree.unflatten(state_def, state), params))
+        state = jax.tree.unflatten(state_def, state)
+        updates, state = tx.update(tree(grads), state, tree(params))
+        updates = treedef.flatten_up_to(updates)
+        return [updates[i] for i in indices], jax.tree.leaves(state)
 
-    closed = jax.make_jaxpr(update)(shapes, state, shapes)
+    closed = jax.make_jaxpr(update)(grads, state, shapes)
     own = [1 << k for k in range(len(indices))]
     of_state = [0] * len(state)
     while True:
@@ -110,11 +121,12 @@ def check_independent(
         if grown == of_state:
             break
         of_state = grown
-    for name, label, mine in zip(names, of_params, own, strict=True):
+    names = parameters.names(params)
+    for i, label, mine in zip(indices, of_params, own, strict=True):
         others = label & ~mine
         if others:
             raise ValueError(
-                f"tx updates parameter {name} from {names[others.bit_length() - 1]}: a "
+                f"tx updates parameter {names[i]} from {names[indices[others.bit_length() - 1]]}: a "
                 "transformation that mixes parameters needs all their gradients at once, which the "
                 "fused step never has; for clipping by global norm use clip_norm"
             )

@@ -1,7 +1,7 @@
-"""Runs a cut loss forward and back, updating each parameter once its gradient is complete."""
+"""Runs a cut loss forward and back, showing every gradient to a visitor once it is complete."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.extend.core as jex
@@ -9,214 +9,267 @@ import jax.numpy as jnp
 
 from lomo_jax.fused import jaxprs
 from lomo_jax.fused.cut import Cut, Dense, Layers
-from lomo_jax.fused.update import PieceState, Updater
+from lomo_jax.fused.microbatches import Piece, add, both, invert, merge, pick, widen
 
 
-class Environment(dict):
-    """Values of variables."""
+class Visitor(Protocol):
+    """What is done with gradients. Parameters are given by their index among the leaves."""
 
-    def read(self, atoms: Sequence[jaxprs.Atom]) -> list[Any]:
-        return [a.val if isinstance(a, jex.Literal) else self[a] for a in atoms]
+    def dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
+        """Takes the gradients of parameters that are not stacked."""
+
+    def start(self, indices: Sequence[int], first: int) -> Any:
+        """Returns what to carry from layer to layer of stacked parameters, from layer `first` on."""
+
+    def layer(self, carry: Any, indices: Sequence[int], i: jax.Array) -> Sequence[jax.Array]:
+        """Returns the parameters of layer i."""
+
+    def visit(
+        self,
+        carry: Any,
+        indices: Sequence[int],
+        i: jax.Array,
+        following: jax.Array,
+        grads: Sequence[jax.Array],
+    ) -> Any:
+        """Takes the gradients of layer i, before layer `following`; returns the new carry."""
+
+    def finish(self, carry: Any, indices: Sequence[int]) -> None:
+        """Takes the last carry."""
 
 
-class Cotangents(dict):
-    """Cotangents of variables, summed as they come, gone when they are taken."""
+class Walk:
+    """A cut loss, run forward; `back` walks it back, once or more.
 
-    def add(self, variables: Sequence[Any], values: Sequence[jax.Array]) -> None:
-        for var, value in zip(variables, values, strict=True):
-            self[var] = self[var] + value if var in self else value
+    Args:
+      cut: the loss, traced with one microbatch.
+      params: leaves of the parameters.
+      batch: leaves of the batch; if there are several microbatches, with their axis in front.
+      seed: the cotangent of the loss, float32 [K], for each of K microbatches.
+    """
 
-    def take(self, variables: Sequence[jex.Var]) -> list[jax.Array]:
+    def __init__(
+        self, cut: Cut, params: Sequence[jax.Array], batch: Sequence[jax.Array], seed: jax.Array
+    ):
+        self.cut, self.microbatches = cut, seed.shape[0]
+        self.values: dict[jex.Var, Any] = dict(
+            zip([*cut.params, *cut.batch], [*params, *batch], strict=True)
+        )
+        loss_varies = self.vary([cut.loss])[0]
+        self.seed = (seed if loss_varies else seed.sum()).astype(jaxprs.dtype(cut.loss))
+        self.passes = [
+            _DensePass(self, piece) if isinstance(piece, Dense) else _LayersPass(self, piece)
+            for piece in cut.pieces
+        ]
+
+    def results(self) -> tuple[jax.Array, list[jax.Array]]:
+        """The loss and the leaves of aux; if there are several microbatches, of each of them."""
+        atoms = [self.cut.loss, *self.cut.aux]
+        values = self.read(atoms)
+        if self.microbatches > 1:
+            values = self.spread(values, self.vary(atoms))
+        return values[0], values[1:]
+
+    def back(self, visitor: Visitor, after: Any = None) -> None:
+        """Walks from the loss back to the parameters.
+
+        Args:
+          visitor: gets the gradient of every trainable parameter.
+          after: an array that a second walk waits for; without it XLA would find that the two walks
+            have work in common, and keep the results of the first for the second.
+        """
+        cotangents = Cotangents(self)
+        if self.cut.differentiates([self.cut.loss])[0]:
+            cotangents.add([self.cut.loss], [self.seed])
+        for run in reversed(self.passes):
+            run.back(cotangents, visitor, after)
+            dense = run.piece.dense
+            if dense:
+                visitor.dense(dense, cotangents.take(self.cut.params[i] for i in dense))
+
+    def read(self, atoms: Iterable[jaxprs.Atom]) -> list[Any]:
+        return [a.val if isinstance(a, jex.Literal) else self.values[a] for a in atoms]
+
+    def vary(self, atoms: Iterable[jaxprs.Atom]) -> list[bool]:
+        """For each atom: whether its value has an axis of microbatches in front."""
+        several = self.microbatches > 1
+        return [several and isinstance(a, jex.Var) and a in self.cut.of_batch for a in atoms]
+
+    def spread(self, values: Sequence[Any], already: Sequence[bool]) -> list[Any]:
+        """Puts the axis of microbatches in front of the values that do not have it already."""
         return [
-            self.pop(v) if v in self else jnp.zeros(jaxprs.shape(v), jaxprs.dtype(v))
-            for v in variables
+            x if varies else jnp.broadcast_to(x, (self.microbatches, *jnp.shape(x)))
+            for x, varies in zip(values, already, strict=True)
         ]
 
 
-def walk(
-    cut: Cut,
-    updaters: Sequence[tuple[Updater, Updater]],
-    params: Sequence[jax.Array],
-    states: Sequence[PieceState],
-    batch: Sequence[jax.Array],
-) -> tuple[list[jax.Array], list[PieceState], jax.Array, list[jax.Array]]:
-    """One fused step.
+class Cotangents(dict):
+    """Cotangents of variables, summed in float32 as they come, gone when they are taken."""
 
-    Args:
-      cut: the loss.
-      updaters: for each piece, the updater of its dense and that of its stacked parameters.
-      params: leaves of the parameters.
-      states: for each piece, the states of its updaters.
-      batch: leaves of the batch.
+    def __init__(self, walk: Walk):
+        self.walk = walk
 
-    Returns:
-      New leaves of the parameters, new states, the loss, leaves of aux.
-    """
-    env = Environment(zip([*cut.params, *cut.batch], [*params, *batch], strict=True))
-    pullbacks = [
-        _dense(cut, piece, env) if isinstance(piece, Dense) else _layers(cut, piece, env)
-        for piece in cut.pieces
-    ]
-    loss, *aux = env.read([cut.loss, *cut.aux])
+    def add(self, variables: Iterable[Any], values: Iterable[jax.Array]) -> None:
+        for var, value in zip(variables, values, strict=True):
+            if var in self:
+                value = widen(self[var]) + widen(value)
+            # The gradient of a parameter is rounded no more on its way to the update.
+            self[var] = value if var in self.walk.cut.params else value.astype(jaxprs.dtype(var))
 
-    cotangents = Cotangents()
-    if cut.differentiates([cut.loss])[0]:
-        cotangents.add([cut.loss], [jnp.ones_like(loss)])
-    new_params, new_states = list(params), list(states)
-    for k in reversed(range(len(cut.pieces))):
-        piece, (dense, stacked), state = cut.pieces[k], updaters[k], states[k]
-        stack, layers_state = pullbacks[k](
-            cotangents, stacked, [params[i] for i in piece.stacked], state.layers
-        )
-        grads = cotangents.take([cut.params[i] for i in piece.dense])
-        leaves, dense_state = dense.apply(grads, state.dense, [params[i] for i in piece.dense])
-        for i, leaf in zip([*piece.stacked, *piece.dense], [*stack, *leaves], strict=True):
-            new_params[i] = leaf
-        new_states[k] = PieceState(dense_state, layers_state)
-    return new_params, new_states, loss, aux
+    def take(self, variables: Iterable[jex.Var]) -> list[jax.Array]:
+        variables = list(variables)
+        zeros = [jnp.zeros(jaxprs.shape(v), jaxprs.dtype(v)) for v in variables]
+        zeros = self.walk.spread(zeros, invert(self.walk.vary(variables)))
+        return [self.pop(v, zero) for v, zero in zip(variables, zeros, strict=True)]
 
 
-def _dense(cut: Cut, piece: Dense, env: Environment) -> Callable:
-    args = env.read(piece.inputs)
-    diff_in = cut.differentiates(piece.inputs)
-    # The last piece is walked back at once, with what its forward pass computed; an earlier one
-    # computes it again when its turn comes.
-    if piece is cut.pieces[-1]:
-        is_loss = [v is cut.loss for v in piece.outputs]
-        diff_out = _both(is_loss, cut.differentiates(piece.outputs))
-        outputs, vjp = _vjp(piece.function, args, diff_in, diff_out)
-    else:
-        outputs, vjp = piece.function(*args), None
-    env.update(zip(piece.outputs, outputs, strict=True))
+class _DensePass:
+    """A dense piece, run forward."""
 
-    def pullback(cotangents: Cotangents, updater: Updater, stack, state):
-        del updater
-        reached = [v in cotangents for v in piece.outputs]
-        if any(reached):
-            back = vjp or _vjp(piece.function, args, diff_in, reached)[1]
-            grads = back(cotangents.take(_pick(piece.outputs, reached)))
-            cotangents.add(_pick(piece.inputs, diff_in), grads)
-        return stack, state
-
-    return pullback
-
-
-def _layers(cut: Cut, piece: Layers, env: Environment) -> Callable:
-    scan = piece.scan
-    body = jex.jaxpr_as_fun(scan.body)
-    consts, init, xs = env.read(scan.consts), env.read(scan.carry), env.read(scan.xs)
-    changed = jaxprs.changed_carry(scan)
-
-    def forward(carry, x):
-        results = body(*consts, *carry, *x)
-        carry_out, y = results[: len(init)], results[len(init) :]
-        return carry_out, (y, _pick(carry, changed))
-
-    # Of the forward pass the input of each layer is kept, and nothing else.
-    carry_out, (ys, layer_inputs) = jax.lax.scan(
-        forward, init, xs, scan.length, scan.reverse, scan.unroll
-    )
-    env.update(zip([*scan.carry_out, *scan.ys], [*carry_out, *ys], strict=True))
-
-    is_param = [k in piece.xs_params for k in range(len(xs))]
-    is_other = [not p for p in is_param]
-    diff_consts = cut.differentiates(scan.consts)
-    diff_carry = cut.differentiates(scan.carry_out)
-    diff_xs = cut.differentiates(scan.xs)
-    diff_others = _both(diff_xs, is_other)
-    first, step = (0, 1) if scan.reverse else (scan.length - 1, -1)
-
-    def pullback(cotangents: Cotangents, updater: Updater, stack, state):
-        diff_ys = [v in cotangents for v in scan.ys]
-
-        def layer_back(carry, x):
-            i, stack, state, layer, layer_state, ct_carry, ct_consts = carry
-            changed_inputs, others, ct_ys = x
-            inputs = _merge(init, changed_inputs, changed)
-            layer_xs = _merge(_merge(xs, layer, is_param), others, is_other)
-            _, vjp = _vjp(
-                body,
-                [*consts, *inputs, *layer_xs],
-                [*diff_consts, *diff_carry, *diff_xs],
-                [*diff_carry, *diff_ys],
+    def __init__(self, walk: Walk, piece: Dense):
+        self.walk, self.piece, cut = walk, piece, walk.cut
+        self.args = walk.read(piece.inputs)
+        self.run = Piece(piece.function, walk.vary(piece.inputs), walk.vary(piece.outputs))
+        self.diff_in = cut.differentiates(piece.inputs)
+        self.grads: list[jax.Array] | None = None
+        has_loss = [v is cut.loss for v in piece.outputs]
+        if piece is cut.pieces[-1] and any(both(has_loss, cut.differentiates(piece.outputs))):
+            # Walked back at once, with what the forward pass computed; an earlier piece computes it
+            # again when its turn comes.
+            outputs, self.grads = self.run.vjp(
+                self.args, self.diff_in, has_loss, [walk.seed], run=True
             )
-            grads = iter(vjp([*ct_carry, *ct_ys]))
-            ct_consts = [c + next(grads) for c in ct_consts]
-            ct_carry = [next(grads) for _ in ct_carry]
-            ct_xs = [next(grads) if d else None for d in diff_xs]
-            layer, layer_state = updater.apply(_pick(ct_xs, is_param), layer_state, layer)
-            stack, state = _write((stack, state), (layer, layer_state), i)
-            # The next layer is read here, after the write. Read at the top of the body, the old
-            # layer would outlive the write, and XLA would copy the whole stack to keep it.
-            i = jnp.clip(i + step, 0, scan.length - 1)
-            layer, layer_state = _read((stack, state), i)
-            carry = (i, stack, state, layer, layer_state, ct_carry, ct_consts)
-            return carry, _pick(ct_xs, diff_others)
+        else:
+            outputs = self.run.run(self.args)
+        walk.values.update(zip(piece.outputs, outputs, strict=True))
 
-        carry = (
+    def back(self, cotangents: Cotangents, visitor: Visitor, after: Any) -> None:
+        del visitor
+        reached = [v in cotangents for v in self.piece.outputs]
+        if not any(reached) or not any(self.diff_in):
+            return
+        ct_outputs = cotangents.take(pick(self.piece.outputs, reached))
+        inputs = pick(self.piece.inputs, self.diff_in)
+        if self.grads is not None and after is None:
+            cotangents.add(inputs, self.grads)
+            return
+        # The second walk takes from the first what it has: the gradients of parameters may be as
+        # large as those, but those of activations are small.
+        known = [self.grads is not None and v not in self.walk.cut.params for v in inputs]
+        wanted = merge(self.diff_in, invert(known), self.diff_in)
+        args = self.args
+        if after is not None:
+            diff_args, _ = jax.lax.optimization_barrier((pick(args, self.diff_in), after))
+            args = merge(args, diff_args, self.diff_in)
+        _, grads = self.run.vjp(args, wanted, reached, ct_outputs)
+        cotangents.add(pick(inputs, known), pick(self.grads or known, known))
+        cotangents.add(pick(inputs, invert(known)), grads)
+
+
+class _LayersPass:
+    """A layer scan, run forward."""
+
+    def __init__(self, walk: Walk, piece: Layers):
+        self.walk, self.piece, cut, scan = walk, piece, walk.cut, piece.scan
+        vary_carry = walk.vary(scan.carry_out)
+        self.vary_xs, self.vary_ys = walk.vary(scan.xs), walk.vary(scan.ys)
+        self.body = Piece(
+            jex.jaxpr_as_fun(scan.body),
+            [*walk.vary(scan.consts), *vary_carry, *self.vary_xs],
+            [*vary_carry, *self.vary_ys],
+        )
+        # A carry that the batch reaches may start from something that it does not, such as zeros.
+        spreads = both(vary_carry, invert(walk.vary(scan.carry)))
+        self.consts, self.init = walk.read(scan.consts), walk.read(scan.carry)
+        self.init = walk.spread(self.init, invert(spreads))
+        self.xs = _swap(walk.read(scan.xs), self.vary_xs)
+        self.changed = jaxprs.changed_carry(scan)
+        self.diff_consts = cut.differentiates(scan.consts)
+        self.diff_carry = cut.differentiates(scan.carry_out)
+        self.diff_xs = cut.differentiates(scan.xs)
+        self.diff_in = [*self.diff_consts, *self.diff_carry, *self.diff_xs]
+
+        def layer(carry, x):
+            results = self.body.run([*self.consts, *carry, *x])
+            carry_out, ys = results[: len(carry)], results[len(carry) :]
+            return carry_out, (ys, pick(carry, self.changed))
+
+        # Of the forward pass the input of each layer is kept, and nothing else.
+        carry_out, (ys, self.layer_inputs) = jax.lax.scan(
+            layer, self.init, self.xs, scan.length, scan.reverse, scan.unroll
+        )
+        walk.values.update(zip(scan.carry_out, carry_out, strict=True))
+        walk.values.update(zip(scan.ys, _swap(ys, self.vary_ys), strict=True))
+
+    def back(self, cotangents: Cotangents, visitor: Visitor, after: Any) -> None:
+        del after
+        scan, stacked = self.piece.scan, self.piece.stacked
+        reached = any(v in cotangents for v in [*scan.carry_out, *scan.ys])
+        if not stacked and not (reached and any(self.diff_in)):
+            return
+        diff_ys = [v in cotangents for v in scan.ys]
+        is_param = [k in self.piece.xs_params for k in range(len(scan.xs))]
+        diff_others = both(self.diff_xs, invert(is_param))
+        first, step = (0, 1) if scan.reverse else (scan.length - 1, -1)
+
+        def layer_back(loop, x):
+            i, carry, ct_carry, ct_consts = loop
+            changed_inputs, others, ct_ys = x
+            inputs = merge(self.init, changed_inputs, self.changed)
+            layer_xs = merge(others, visitor.layer(carry, stacked, i), is_param)
+            _, grads = self.body.vjp(
+                [*self.consts, *inputs, *layer_xs],
+                self.diff_in,
+                [*self.diff_carry, *diff_ys],
+                [*ct_carry, *ct_ys],
+            )
+            grads = iter(grads)
+            ct_consts = [add(c, next(grads)) for c in ct_consts]
+            ct_carry = [next(grads).astype(c.dtype) for c in ct_carry]
+            ct_xs = [next(grads) if d else None for d in self.diff_xs]
+            following = jnp.clip(i + step, 0, scan.length - 1)
+            carry = visitor.visit(carry, stacked, i, following, pick(ct_xs, is_param))
+            return (following, carry, ct_carry, ct_consts), pick(ct_xs, diff_others)
+
+        ct_consts = [
+            jnp.zeros_like(c if varies else widen(c))
+            for c, varies in zip(
+                pick(self.consts, self.diff_consts),
+                self.walk.vary(pick(scan.consts, self.diff_consts)),
+                strict=True,
+            )
+        ]
+        loop = (
             jnp.int32(first),
-            stack,
-            state,
-            *_read((stack, state), first),
-            cotangents.take(_pick(scan.carry_out, diff_carry)),
-            [jnp.zeros_like(c) for c in _pick(consts, diff_consts)],
+            visitor.start(stacked, first),
+            cotangents.take(pick(scan.carry_out, self.diff_carry)),
+            ct_consts,
         )
-        ct_ys = cotangents.take(_pick(scan.ys, diff_ys))
-        back_xs = (layer_inputs, _pick(xs, is_other), ct_ys)
-        carry, ct_others = jax.lax.scan(
-            layer_back, carry, back_xs, scan.length, reverse=not scan.reverse
+        # None, which has no leaves, stands for the parameters.
+        others = merge(self.xs, [None] * len(stacked), is_param)
+        ct_ys = _swap(cotangents.take(pick(scan.ys, diff_ys)), pick(self.vary_ys, diff_ys))
+        (_, carry, ct_carry, ct_consts), ct_others = jax.lax.scan(
+            layer_back,
+            loop,
+            (self.layer_inputs, others, ct_ys),
+            scan.length,
+            reverse=not scan.reverse,
         )
-        _, stack, state, _, _, ct_carry, ct_consts = carry
-        cotangents.add(_pick(scan.consts, diff_consts), ct_consts)
-        cotangents.add(_pick(scan.xs, diff_others), ct_others)
-        # A carry that parameters reach may start from something that they do not, such as zeros.
-        starts = _pick(scan.carry, diff_carry)
-        reached = cut.differentiates(starts)
-        cotangents.add(_pick(starts, reached), _pick(ct_carry, reached))
-        return stack, state
-
-    return pullback
-
-
-def _vjp(
-    function: Callable[..., list[Any]],
-    args: Sequence[Any],
-    diff_in: Sequence[bool],
-    diff_out: Sequence[bool],
-) -> tuple[list[Any], Callable[[list[jax.Array]], tuple[jax.Array, ...]]]:
-    """`jax.vjp` from the inputs in `diff_in` to the outputs in `diff_out`.
-
-    Returns:
-      All outputs, and the map from cotangents of these outputs to those of these inputs.
-    """
-    is_aux = [not d for d in diff_out]
-
-    def active(*inputs):
-        outputs = function(*_merge(args, inputs, diff_in))
-        return _pick(outputs, diff_out), _pick(outputs, is_aux)
-
-    outputs, vjp, aux = jax.vjp(active, *_pick(args, diff_in), has_aux=True)
-    return _merge(_merge([None] * len(diff_out), outputs, diff_out), aux, is_aux), vjp
+        visitor.finish(carry, stacked)
+        cotangents.add(pick(scan.consts, self.diff_consts), ct_consts)
+        cotangents.add(
+            pick(scan.xs, diff_others), _swap(ct_others, pick(self.vary_xs, diff_others))
+        )
+        starts = pick(scan.carry, self.diff_carry)
+        # As in `spreads`, and a carry that parameters reach may start from something else, too.
+        sums = both(
+            self.walk.vary(pick(scan.carry_out, self.diff_carry)), invert(self.walk.vary(starts))
+        )
+        ct_starts = [widen(c).sum(0) if s else c for c, s in zip(ct_carry, sums, strict=True)]
+        differentiable = self.walk.cut.differentiates(starts)
+        cotangents.add(pick(starts, differentiable), pick(ct_starts, differentiable))
 
 
-def _pick(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    return [item for item, flag in zip(items, flags, strict=True) if flag]
-
-
-def _both(a: Sequence[bool], b: Sequence[bool]) -> list[bool]:
-    return [x and y for x, y in zip(a, b, strict=True)]
-
-
-def _merge(items: Sequence[Any], new: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    """`items` with the flagged ones replaced by `new`, in order."""
-    replacements = iter(new)
-    return [next(replacements) if flag else item for item, flag in zip(items, flags, strict=True)]
-
-
-def _read(stacks: Any, i: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacks)
-
-
-def _write(stacks: Any, layer: Any, i: Any) -> Any:
-    write = jax.lax.dynamic_update_index_in_dim
-    return jax.tree.map(lambda x, new: write(x, new, i, axis=0), stacks, layer)
+def _swap(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
+    """Swaps the axes of layers and of microbatches of the flagged ones."""
+    return [jnp.swapaxes(x, 0, 1) if flag else x for x, flag in zip(items, flags, strict=True)]

@@ -111,7 +111,7 @@ def test_stack_that_cannot_be_fused(make_step, loss, fault, fix):
         loss, stack()
     )
     step = make_step(loss, lomo_jax.lomo(0.1))
-    for pattern in (r"parameter \['layers'\]\['w'\] ", fault, fix):
+    for pattern in ("parameter layers/w ", fault, fix):
         with pytest.raises(ValueError, match=pattern) as error:
             step.init({"layers": {"w": w}}, jnp.ones((2, D)))
         assert "\n" not in str(error.value)
@@ -225,7 +225,7 @@ def test_state_of_another_depth():
 
 def test_parameter_that_is_no_array():
     step = lomo_jax.fused_step(lambda p, x: p["gain"] * x.sum(), lomo_jax.lomo(0.1))
-    with pytest.raises(TypeError, match=r"parameter \['gain'\] is 1.5, not an array"):
+    with pytest.raises(TypeError, match=r"parameter gain is 1.5, not an array"):
         step.init({"gain": 1.5}, jnp.ones(3))
 
 
@@ -238,5 +238,6 @@ def test_init_takes_shapes():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
         lambda x: (x.shape, x.dtype), concrete
     )
-    assert concrete.pieces[1].layers.moments["layers"].row.shape == (L, D)
-    assert concrete.pieces[1].layers.count.shape == (L,)
+    assert concrete.optimizer["layers"].moments["layers"].row.shape == (L, D)
+    assert concrete.optimizer["layers"].count.shape == (L,)
+    assert concrete.optimizer["in"].moments["in"].row.shape == (D,)

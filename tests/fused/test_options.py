@@ -1,0 +1,82 @@
+"""Every option, and every pair of options, against the plain computation."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lomo_jax
+
+L, B, T, D, F, V, STEPS = 3, 8, 4, 6, 8, 11, 10
+
+
+def normal(seed, *shape):
+    return 0.4 * jax.random.normal(jax.random.key(seed), shape)
+
+
+def make_params():
+    return {
+        "embedding": normal(0, V, D),
+        "layers": {"up": normal(1, L, D, F), "down": normal(2, L, F, D), "gain": normal(3, L, D)},
+        "mix": normal(4, D, D),
+        "bias": normal(5, D),
+    }
+
+
+def make_batches():
+    """Of uneven lengths, and with another dropout key each."""
+    batches = []
+    for step in range(STEPS):
+        tokens, lengths, dropout = jax.random.split(jax.random.key(100 + step), 3)
+        batches.append(
+            {
+                "tokens": jax.random.randint(tokens, (B, T), 0, V),
+                "length": jax.random.randint(lengths, (B,), 1, T),
+                "dropout": dropout,
+            }
+        )
+    return batches
+
+
+def loss_fn(params, batch):
+    """Tied embeddings, a matrix that all layers share, dropout, and a mean over uneven sequences."""
+    tokens = batch["tokens"]
+
+    def layer(x, scanned):
+        w, key = scanned
+        h = jnp.tanh(x @ w["up"]) @ w["down"] * w["gain"]
+        h = jnp.where(jax.random.bernoulli(key, 0.8, h.shape), h / 0.8, 0.0)
+        return x + h @ params["mix"], jnp.mean(h * h)
+
+    keys = jax.random.split(batch["dropout"], L)
+    x, sizes = jax.lax.scan(layer, params["embedding"][tokens], (params["layers"], keys))
+    logits = jax.nn.log_softmax((x + params["bias"]) @ params["embedding"].T)
+    losses = -jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+    weights = (jnp.arange(1, T) <= batch["length"][:, None]).astype(jnp.float32)
+    loss = jnp.sum(losses * weights) / weights.sum()
+    return lomo_jax.WeightedLoss(loss, weights.sum()), {"sizes": sizes, "tokens": tokens[0]}
+
+
+OPTIONS = {
+    "microbatches": {"microbatches": 4},
+    "clip_norm": {"clip_norm": 0.3},
+    "loss_scale": {"loss_scale": 1000.0},
+    # The first steps overflow float32, and some later ones again.
+    "dynamic": {"loss_scale": lomo_jax.DynamicLossScale(2.0**126, 3, 2.0**4)},
+    "dynamic_layers": {"loss_scale": lomo_jax.DynamicLossScale(2.0**126, 3, 2.0**4, skip="layers")},
+    "stochastic": {"rounding": "stochastic"},
+    "trainable": {"trainable": lambda name: name not in ("layers/up", "bias")},
+}
+NAMES = [(name,) for name in OPTIONS] + [
+    (a, b)
+    for a, b in itertools.combinations(OPTIONS, 2)
+    if OPTIONS[a].keys().isdisjoint(OPTIONS[b]) and {a, b} != {"clip_norm", "dynamic_layers"}
+]
+
+
+@pytest.mark.parametrize("names", NAMES, ids="-".join)
+def test_options(names, assert_steps_agree):
+    options = {key: value for name in names for key, value in OPTIONS[name].items()}
+    tx = lomo_jax.adalomo(0.05, weight_decay=0.1)
+    assert_steps_agree(loss_fn, tx, make_params(), make_batches(), has_aux=True, **options)
