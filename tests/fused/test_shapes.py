@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
@@ -16,7 +17,7 @@ L, B, T, D, F, V = 4, 2, 3, 6, 8, 11
 
 
 def normal(seed, *shape, scale=0.4):
-    return scale * jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def stack(seed=0, length=L):
