@@ -56,18 +56,23 @@ def device_sharding(name):
     return jax.sharding.SingleDeviceSharding(devices[0])
 
 
-def plan(make_step, run, depth, sharding):
-    """Returns (parameters, temporaries) in MiB."""
+def parameters(run, depth, dtype=jnp.float32, sharding=None):
+    """Shapes of the parameters, the layers stacked or in a list as `run` takes them."""
 
     def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
     if run is scanned:
         layers = {name: array(depth, *shape) for name, shape in shapes.items()}
     else:
         layers = [{name: array(*shape) for name, shape in shapes.items()} for _ in range(depth)]
-    params = {"embedding": array(V, D), "layers": layers, "head": array(D, V)}
+    return {"embedding": array(V, D), "layers": layers, "head": array(D, V)}
+
+
+def plan(make_step, run, depth, sharding):
+    """Returns (parameters, temporaries) in MiB."""
+    params = parameters(run, depth, sharding=sharding)
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding)
     step = make_step(lambda params, batch: loss(params, batch, run), lomo_jax.adalomo(1e-3))
     state = jax.tree.map(

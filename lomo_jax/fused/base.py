@@ -89,16 +89,19 @@ class Step:
             )
         _validate.integer("microbatches", self.microbatches, low=1)
         _validate.choice("rounding", self.rounding, ROUNDINGS)
-        if self.dynamic is None and self.loss_scale is not None:
-            if not (_is_number(self.loss_scale) and 0 < self.loss_scale < math.inf):
-                raise ValueError(
-                    "loss_scale must be a number above 0 or a lomo_jax.DynamicLossScale, got "
-                    f"{self.loss_scale!r}"
-                )
+        if not (
+            self.dynamic
+            or self.loss_scale is None
+            or (_is_number(self.loss_scale) and 0 < self.loss_scale < math.inf)
+        ):
+            raise ValueError(
+                "loss_scale must be a number above 0 or a lomo_jax.DynamicLossScale, got "
+                f"{self.loss_scale!r}"
+            )
         if self.dynamic and self.dynamic.skip == "layers" and self.clip_norm is not None:
             raise ValueError(
-                "DynamicLossScale(skip='layers') saves the walk that finds out whether the gradient "
-                "is finite, but clip_norm makes that walk anyway: use skip='step'"
+                "DynamicLossScale(skip='layers') saves the walk that tells whether the gradient is "
+                "finite, but clip_norm makes that walk anyway: use skip='step'"
             )
 
     @property

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.extend.core as jex
 
 Atom = jex.Var | jex.Literal
@@ -153,6 +154,30 @@ def as_function(template, eqns, inputs: Sequence[jex.Var], outputs: Sequence[Ato
         constvars=[], invars=list(inputs), outvars=list(outputs), eqns=list(eqns)
     )
     return jex.jaxpr_as_fun(_ClosedJaxpr(jaxpr, []))
+
+
+def evaluate_late(function: Callable[..., Any], args: Sequence[Any], zero: Any) -> Any:
+    """`function(*args)`, in which arrays of zeros are made from `zero`, a scalar 0.
+
+    Zeros depend on nothing, so XLA makes those of gradients that are summed up, as large as the
+    parameters, far too early, and all that look alike at once. `zero` may depend on something.
+    """
+    closed, result = jax.make_jaxpr(function, return_shape=True)(*args)
+    inputs = [jex.Var(v.aval) for v in open_jaxpr(closed).invars]
+    eqns, results = inline(closed, inputs, {}, lambda eqn: eqn.primitive.name in ("jit", "pjit"))
+    zeros: dict[Any, jex.Var] = {}
+    for k, eqn in enumerate(eqns):
+        if eqn.primitive.name == "broadcast_in_dim" and _is_zero(eqn.invars[0]):
+            var = zeros.setdefault(dtype(eqn.invars[0]), jex.Var(eqn.invars[0].aval))
+            eqns[k] = eqn.replace(invars=[var, *eqn.invars[1:]])
+    late = as_function(closed, eqns, [*zeros.values(), *inputs], results)
+    outputs = late(*(zero.astype(d) for d in zeros), *jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(result), outputs)
+
+
+def _is_zero(atom: Atom) -> bool:
+    is_known = isinstance(atom, jex.Literal) and not isinstance(atom.val, jax.core.Tracer)
+    return is_known and shape(atom) == () and bool(atom.val == 0)
 
 
 def dependence(closed, inputs: Sequence[int]) -> list[int]:

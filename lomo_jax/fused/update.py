@@ -125,8 +125,9 @@ def check_independent(
     for i, label, mine in zip(indices, of_params, own, strict=True):
         others = label & ~mine
         if others:
+            other = names[indices[others.bit_length() - 1]]
             raise ValueError(
-                f"tx updates parameter {names[i]} from {names[indices[others.bit_length() - 1]]}: a "
+                f"tx updates parameter {names[i]} from {other}: a "
                 "transformation that mixes parameters needs all their gradients at once, which the "
                 "fused step never has; for clipping by global norm use clip_norm"
             )

@@ -19,7 +19,7 @@ class Visitor(Protocol):
         """Takes the gradients of parameters that are not stacked."""
 
     def start(self, indices: Sequence[int], first: int) -> Any:
-        """Returns what to carry from layer to layer of stacked parameters, from layer `first` on."""
+        """Returns what to carry over the layers of stacked parameters, from layer `first` on."""
 
     def layer(self, carry: Any, indices: Sequence[int], i: jax.Array) -> Sequence[jax.Array]:
         """Returns the parameters of layer i."""
@@ -70,22 +70,28 @@ class Walk:
             values = self.spread(values, self.vary(atoms))
         return values[0], values[1:]
 
-    def back(self, visitor: Visitor, after: Any = None) -> None:
-        """Walks from the loss back to the parameters.
-
-        Args:
-          visitor: gets the gradient of every trainable parameter.
-          after: an array that a second walk waits for; without it XLA would find that the two walks
-            have work in common, and keep the results of the first for the second.
-        """
+    def back(self, visitor: Visitor) -> None:
+        """Walks from the loss back to the parameters; `visitor` gets their gradients."""
         cotangents = Cotangents(self)
         if self.cut.differentiates([self.cut.loss])[0]:
             cotangents.add([self.cut.loss], [self.seed])
         for run in reversed(self.passes):
-            run.back(cotangents, visitor, after)
+            run.back(cotangents, visitor)
             dense = run.piece.dense
             if dense:
                 visitor.dense(dense, cotangents.take(self.cut.params[i] for i in dense))
+
+    def again(self, value: jax.Array) -> jax.Array:
+        """Makes the next walk wait for `value`, which the last one computed, and returns it.
+
+        The caller must use what is returned. Otherwise XLA finds that the two walks have work in
+        common, and keeps large results of the first for the second.
+        """
+        runs = [run for run in self.passes if isinstance(run, _DensePass)]
+        args, value = jax.lax.optimization_barrier(([run.args for run in runs], value))
+        for run, run_args in zip(runs, args, strict=True):
+            run.args, run.first = run_args, False
+        return value
 
     def read(self, atoms: Iterable[jaxprs.Atom]) -> list[Any]:
         return [a.val if isinstance(a, jex.Literal) else self.values[a] for a in atoms]
@@ -131,39 +137,49 @@ class _DensePass:
         self.args = walk.read(piece.inputs)
         self.run = Piece(piece.function, walk.vary(piece.inputs), walk.vary(piece.outputs))
         self.diff_in = cut.differentiates(piece.inputs)
-        self.grads: list[jax.Array] | None = None
-        has_loss = [v is cut.loss for v in piece.outputs]
-        if piece is cut.pieces[-1] and any(both(has_loss, cut.differentiates(piece.outputs))):
+        self.first, self.grads = True, None
+        has_loss = both([v is cut.loss for v in piece.outputs], cut.differentiates(piece.outputs))
+        if piece is cut.pieces[-1] and any(has_loss):
             # Walked back at once, with what the forward pass computed; an earlier piece computes it
             # again when its turn comes.
-            outputs, self.grads = self.run.vjp(
-                self.args, self.diff_in, has_loss, [walk.seed], run=True
+            outputs, self.grads = self._vjp(self.diff_in, has_loss, [walk.seed], run=True)
+            # The layers wait for the loss: computed last, it would keep the logits until then.
+            inputs = pick(piece.inputs, self.diff_in)
+            is_activation = [v not in cut.params for v in inputs]
+            outputs, activations = jax.lax.optimization_barrier(
+                (outputs, pick(self.grads, is_activation))
             )
+            self.grads = merge(self.grads, activations, is_activation)
         else:
             outputs = self.run.run(self.args)
         walk.values.update(zip(piece.outputs, outputs, strict=True))
 
-    def back(self, cotangents: Cotangents, visitor: Visitor, after: Any) -> None:
+    def back(self, cotangents: Cotangents, visitor: Visitor) -> None:
         del visitor
         reached = [v in cotangents for v in self.piece.outputs]
         if not any(reached) or not any(self.diff_in):
             return
         ct_outputs = cotangents.take(pick(self.piece.outputs, reached))
         inputs = pick(self.piece.inputs, self.diff_in)
-        if self.grads is not None and after is None:
-            cotangents.add(inputs, self.grads)
-            return
-        # The second walk takes from the first what it has: the gradients of parameters may be as
-        # large as those, but those of activations are small.
-        known = [self.grads is not None and v not in self.walk.cut.params for v in inputs]
-        wanted = merge(self.diff_in, invert(known), self.diff_in)
-        args = self.args
-        if after is not None:
-            diff_args, _ = jax.lax.optimization_barrier((pick(args, self.diff_in), after))
-            args = merge(args, diff_args, self.diff_in)
-        _, grads = self.run.vjp(args, wanted, reached, ct_outputs)
-        cotangents.add(pick(inputs, known), pick(self.grads or known, known))
-        cotangents.add(pick(inputs, invert(known)), grads)
+        known = [False] * len(inputs)
+        if self.grads is not None:
+            # A second walk computes the gradients of parameters again, which may be as large as
+            # the parameters; those of activations are small enough to keep.
+            known = [self.first or v not in self.walk.cut.params for v in inputs]
+            cotangents.add(pick(inputs, known), pick(self.grads, known))
+        if not all(known):
+            wanted = merge(self.diff_in, invert(known), self.diff_in)
+            _, grads = self._vjp(wanted, reached, ct_outputs)
+            cotangents.add(pick(inputs, invert(known)), grads)
+
+    def _vjp(self, diff_in, diff_out, cotangents, *, run=False):
+        """`Piece.vjp`, not before its arguments are there."""
+        args, cotangents, zero = jax.lax.optimization_barrier(
+            (self.args, cotangents, jnp.float32(0))
+        )
+        return jaxprs.evaluate_late(
+            lambda *args: self.run.vjp(args, diff_in, diff_out, cotangents, run=run), args, zero
+        )
 
 
 class _LayersPass:
@@ -201,8 +217,7 @@ class _LayersPass:
         walk.values.update(zip(scan.carry_out, carry_out, strict=True))
         walk.values.update(zip(scan.ys, _swap(ys, self.vary_ys), strict=True))
 
-    def back(self, cotangents: Cotangents, visitor: Visitor, after: Any) -> None:
-        del after
+    def back(self, cotangents: Cotangents, visitor: Visitor) -> None:
         scan, stacked = self.piece.scan, self.piece.stacked
         reached = any(v in cotangents for v in [*scan.carry_out, *scan.ys])
         if not stacked and not (reached and any(self.diff_in)):

@@ -27,21 +27,19 @@ def make_params():
 
 def make_batches():
     """Of uneven lengths, and with another dropout key each."""
-    batches = []
     rng = np.random.default_rng(9)
-    for step in range(STEPS):
-        batches.append(
-            {
-                "tokens": rng.integers(0, V, (B, T), np.int32),
-                "length": rng.integers(1, T, B, np.int32),
-                "dropout": jax.random.key(step),
-            }
-        )
-    return batches
+    return [
+        {
+            "tokens": rng.integers(0, V, (B, T), np.int32),
+            "length": rng.integers(1, T, B, np.int32),
+            "dropout": jax.random.key(step),
+        }
+        for step in range(STEPS)
+    ]
 
 
 def loss_fn(params, batch):
-    """Tied embeddings, a matrix that all layers share, dropout, and a mean over uneven sequences."""
+    """Tied embeddings, a matrix that all layers share, dropout, a mean over uneven sequences."""
     tokens = batch["tokens"]
 
     def layer(x, scanned):
