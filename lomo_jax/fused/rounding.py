@@ -12,9 +12,10 @@ def rounds(dtype: jax.typing.DTypeLike) -> bool:
 def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) -> jax.Array:
     """Rounds to one of the two neighbours in `dtype`, so that the mean is `x`.
 
-    The nearer neighbour is the likelier one, in proportion; what `dtype` can hold stays as it is.
-    The mean is exact for numbers in the normal range of `dtype`; below it, it is `x` up to
-    `2**-13` of the distance between the neighbours.
+    The nearer neighbour is the likelier one, in proportion, and what `dtype` can hold stays as it
+    is. Below the normal range of float16 the mean is `x` up to `2**-13` of the distance between the
+    neighbours. Numbers of bfloat16 below `2**-119` go to the nearest neighbour: float32 cannot hold
+    the distance.
 
     Args:
       x: float32 [...].
@@ -32,12 +33,11 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
     exponent_bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
     power = jax.lax.bitcast_convert_type(exponent_bits, jnp.float32)  # of two, at most |x|
     # All powers of two, and what they divide has no more bits than float32: nothing rounds here.
-    spacing = jnp.maximum(
-        power * jnp.float32(info.eps), max(float(info.smallest_subnormal), float(wide.tiny))
-    )
+    spacing = jnp.maximum(power * jnp.float32(info.eps), jnp.float32(info.smallest_subnormal))
     # As many random bits as are dropped: one more, and their sum with x would be rounded.
     dropped = wide.nmant - info.nmant
     bits = jax.random.bits(key, x.shape, jnp.uint16) >> (16 - dropped)
     threshold = bits.astype(jnp.float32) * jnp.float32(2.0**-dropped)
     rounded = jnp.floor(x / spacing + threshold) * spacing
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
+    is_exact = jnp.isfinite(x) & (spacing >= wide.tiny)
+    return jnp.where(is_exact, rounded, x).astype(dtype)

@@ -1,5 +1,6 @@
 """What XLA plans for the fused step on an RTX 3090 that need not be there."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -84,6 +85,31 @@ def test_no_copy_of_a_stack_and_one_layer_of_gradient(rule, sharding, standard_p
     growth = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
     # XLA packs buffers into one heap, and how well depends on their sizes.
     assert growth < 6 * LAYER_INPUT + 0.25 * LAYER
+
+
+OPTIONS = {
+    "microbatches": {"microbatches": 4},
+    "clip_norm": {"clip_norm": 1.0},
+    "all": {
+        "microbatches": 4,
+        "clip_norm": 1.0,
+        "loss_scale": lomo_jax.DynamicLossScale(),
+        "rounding": "stochastic",
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_hold_one_layer_of_gradient_too(name, sharding, standard_promotion):
+    step = functools.partial(lomo_jax.fused_step, **OPTIONS[name])
+    few, many = (compiled(step, lomo_jax.adalomo(1e-3), n, sharding) for n in (6, 12))
+    assert copies_of_stacks(few, 6) == []
+    assert copies_of_stacks(many, 12) == []
+    growth = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
+    assert growth < 6 * LAYER_INPUT + 0.25 * LAYER
+    # The gradient of the head, in float32 if it is summed up, and as much again while it is made.
+    head = V * D * (4 if "microbatches" in OPTIONS[name] else 2)
+    assert few.memory_analysis().temp_size_in_bytes < 6 * LAYER_INPUT + 2 * head + 3 * LAYER
 
 
 def test_the_reference_grows_with_the_parameters(sharding, standard_promotion):

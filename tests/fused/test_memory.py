@@ -1,5 +1,6 @@
 """What XLA plans for the fused step on CPU: no copy of a stack, one layer's gradient."""
 
+import functools
 import re
 
 import jax
@@ -51,6 +52,20 @@ def compiled(make_step, tx, num_layers, dtype=jnp.float32):
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens).compile()
 
 
+OPTIONS = {
+    "microbatches": {"microbatches": 2},
+    "clip_norm": {"clip_norm": 1.0},
+    "dynamic": {"loss_scale": lomo_jax.DynamicLossScale()},
+    "dynamic_layers": {"loss_scale": lomo_jax.DynamicLossScale(skip="layers")},
+    "all": {
+        "microbatches": 2,
+        "clip_norm": 1.0,
+        "loss_scale": lomo_jax.DynamicLossScale(),
+        "rounding": "stochastic",
+    },
+}
+
+
 def temporaries(executable):
     return executable.memory_analysis().temp_size_in_bytes
 
@@ -72,6 +87,19 @@ def test_temporaries_grow_by_the_layer_inputs_only(rule, standard_promotion):
     # A few layers' worth: parameters and gradient, and what the rule computes from them.
     assert temporaries(few) < 8 * LAYER_INPUT + 6 * LAYER
     # All that came in goes out in its place.
+    memory = many.memory_analysis()
+    assert memory.alias_size_in_bytes > 0.99 * (memory.argument_size_in_bytes - B * T * 4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_hold_one_layer_of_gradient_too(name):
+    step = functools.partial(lomo_jax.fused_step, **OPTIONS[name])
+    few, many = (compiled(step, lomo_jax.adalomo(1e-2), n) for n in (8, 32))
+    assert copies_of_stacks(few, 8) == []
+    assert copies_of_stacks(many, 32) == []
+    growth = temporaries(many) - temporaries(few)
+    assert growth == pytest.approx(24 * LAYER_INPUT, rel=0.02)
+    assert temporaries(few) < 8 * LAYER_INPUT + 8 * LAYER
     memory = many.memory_analysis()
     assert memory.alias_size_in_bytes > 0.99 * (memory.argument_size_in_bytes - B * T * 4)
 

@@ -53,13 +53,13 @@ def loss_fn(params, batch):
     logits = jax.nn.log_softmax((x + params["bias"]) @ params["embedding"].T)
     losses = -jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)[..., 0]
     weights = (jnp.arange(1, T) <= batch["length"][:, None]).astype(jnp.float32)
-    loss = jnp.sum(losses * weights) / weights.sum()
+    loss = 100 * jnp.sum(losses * weights) / weights.sum()
     return lomo_jax.WeightedLoss(loss, weights.sum()), {"sizes": sizes, "tokens": tokens[0]}
 
 
 OPTIONS = {
     "microbatches": {"microbatches": 4},
-    "clip_norm": {"clip_norm": 0.3},
+    "clip_norm": {"clip_norm": 10.0},
     "loss_scale": {"loss_scale": 1000.0},
     # The first steps overflow float32, and some later ones again.
     "dynamic": {"loss_scale": lomo_jax.DynamicLossScale(2.0**126, 3, 2.0**4)},
@@ -79,3 +79,57 @@ def test_options(names, assert_steps_agree):
     options = {key: value for name in names for key, value in OPTIONS[name].items()}
     tx = lomo_jax.adalomo(0.05, weight_decay=0.1)
     assert_steps_agree(loss_fn, tx, make_params(), make_batches(), has_aux=True, **options)
+
+
+@pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
+def test_the_first_steps_overflow_and_some_later_ones(make_step):
+    """What the comparisons with "dynamic" rest on."""
+    step = make_step(loss_fn, lomo_jax.adalomo(0.05), has_aux=True, **OPTIONS["dynamic"])
+    params, batches = make_params(), make_batches()
+    state = step.init(params, batches[0])
+    run, finite = jax.jit(step), []
+    for batch in batches:
+        params, state, out = run(params, state, batch)
+        finite.append(bool(out.finite))
+    assert not finite[0]
+    assert True in finite
+    assert False in finite[finite.index(True) :]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm must be a number above 0, .* got 0.0"),
+        ({"clip_norm": float("nan")}, "clip_norm must be a number above 0, .* got nan"),
+        ({"clip_norm": True}, "clip_norm must be a number above 0, .* got True"),
+        ({"clip_norm": "1"}, "clip_norm must be a number above 0, .* got '1'"),
+        ({"microbatches": 0}, "microbatches must be a whole number, 1 or more, got 0"),
+        ({"microbatches": 2.0}, "microbatches must be a whole number, 1 or more, got 2.0"),
+        ({"loss_scale": 0.0}, "loss_scale must be a number above 0 or .*Dynamic.* got 0.0"),
+        ({"loss_scale": float("inf")}, "loss_scale must be a number above 0 or .* got inf"),
+        (
+            {"loss_scale": "dynamic"},
+            "loss_scale must be a number .*DynamicLossScale, got 'dynamic'",
+        ),
+        ({"rounding": "up"}, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
+        (
+            OPTIONS["clip_norm"] | OPTIONS["dynamic_layers"],
+            r"DynamicLossScale\(skip='layers'\) saves the walk .* clip_norm makes .* skip='step'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
+def test_option_that_makes_no_sense(make_step, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_step(loss_fn, lomo_jax.lomo(0.1), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_state_of_other_options():
+    params, batch = make_params(), make_batches()[0]
+    plain = lomo_jax.fused_step(loss_fn, lomo_jax.lomo(0.1), has_aux=True)
+    state = plain.init(params, batch)
+    for name in ("dynamic", "stochastic", "trainable"):
+        step = lomo_jax.fused_step(loss_fn, lomo_jax.lomo(0.1), has_aux=True, **OPTIONS[name])
+        with pytest.raises(ValueError, match=r"state is not of this .* make it with step.init"):
+            step(params, state, batch)
