@@ -60,7 +60,7 @@ class Result(NamedTuple):
     states: dict[int, Any]  # of the optimizer, by the index of the parameter
     loss: jax.Array  # [], or of each of several microbatches [K]
     aux: Any  # likewise, as loss_fn returns it
-    share: jax.Array  # float32 [K], of each microbatch in the loss
+    share: jax.Array  # [K], of each microbatch in the loss; float32, or float64 for such a loss
     norm: jax.Array | None  # of the gradient, float32 [], if it was measured
     finite: jax.Array  # bool []
 
@@ -82,21 +82,17 @@ class Step:
     trainable: Any = None
 
     def __post_init__(self):
-        if self.clip_norm is not None and not (_is_number(self.clip_norm) and self.clip_norm > 0):
+        clip_norm, scale = self.clip_norm, self.loss_scale
+        if clip_norm is not None and not _is_positive(clip_norm):
             raise ValueError(
                 "clip_norm must be a number above 0, or infinity to measure the norm only, got "
-                f"{self.clip_norm!r}"
+                f"{clip_norm!r}"
             )
         _validate.integer("microbatches", self.microbatches, low=1)
         _validate.choice("rounding", self.rounding, ROUNDINGS)
-        if not (
-            self.dynamic
-            or self.loss_scale is None
-            or (_is_number(self.loss_scale) and 0 < self.loss_scale < math.inf)
-        ):
+        if not (self.dynamic or scale is None or (_is_positive(scale) and scale != math.inf)):
             raise ValueError(
-                "loss_scale must be a number above 0 or a lomo_jax.DynamicLossScale, got "
-                f"{self.loss_scale!r}"
+                f"loss_scale must be a number above 0 or a lomo_jax.DynamicLossScale, got {scale!r}"
             )
         if self.dynamic and self.dynamic.skip == "layers" and self.clip_norm is not None:
             raise ValueError(
@@ -134,10 +130,10 @@ class Step:
         """Makes one step; see `fused_step`."""
         plan = self._plan(params, batch)
         _check_state(state, jax.eval_shape(lambda params: self._init(plan, params), params))
-        key = new_key = None
+        key = new_rounding = None
         if state.rounding is not None:
-            new_key, key = jax.random.split(jax.random.wrap_key_data(state.rounding))
-            new_key = jax.random.key_data(new_key)
+            following, key = jax.random.split(jax.random.wrap_key_data(state.rounding))
+            new_rounding = jax.random.key_data(following)
         scale = state.loss_scale.scale if state.loss_scale else self.loss_scale
         result = self._run(
             plan,
@@ -150,15 +146,19 @@ class Step:
         new_loss_scale = None
         if self.dynamic and state.loss_scale:
             new_loss_scale = self.dynamic.update(state.loss_scale, result.finite)
-            if new_key is not None:  # a step that is skipped draws no numbers
-                new_key = jnp.where(result.finite, new_key, state.rounding)
+            # A step that is skipped draws no numbers.
+            new_rounding = jax.tree.map(
+                lambda new, old: jnp.where(result.finite, new, old), new_rounding, state.rounding
+            )
         loss = result.loss
         if self.microbatches > 1:
-            loss = jnp.vdot(result.share, loss.astype(jnp.float32)).astype(loss.dtype)
+            loss = jnp.vdot(result.share, microbatches.widen(loss)).astype(loss.dtype)
         return (
             jax.tree.unflatten(jax.tree.structure(params), result.params),
             StepState(
-                {plan.names[i]: new for i, new in result.states.items()}, new_loss_scale, new_key
+                {plan.names[i]: new for i, new in result.states.items()},
+                new_loss_scale,
+                new_rounding,
             ),
             StepOutput(
                 loss,
@@ -221,8 +221,8 @@ class Step:
         return factor
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) > 0
 
 
 def _check_state(state: Any, expected: StepState) -> None:

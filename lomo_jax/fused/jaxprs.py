@@ -176,8 +176,10 @@ def evaluate_late(function: Callable[..., Any], args: Sequence[Any], zero: Any) 
 
 
 def _is_zero(atom: Atom) -> bool:
-    is_known = isinstance(atom, jex.Literal) and not isinstance(atom.val, jax.core.Tracer)
-    return is_known and shape(atom) == () and bool(atom.val == 0)
+    # A jax.Array may be traced, and is no literal of the program.
+    if not isinstance(atom, jex.Literal) or isinstance(atom.val, jax.Array):
+        return False
+    return shape(atom) == () and bool(atom.val == 0)
 
 
 def dependence(closed, inputs: Sequence[int]) -> list[int]:

@@ -57,11 +57,12 @@ def split(batch: Any, microbatches: int) -> Any:
     return jax.tree_util.tree_map_with_path(split_leaf, batch)
 
 
-def shares(weights: jax.Array | None, microbatches: int) -> jax.Array:
-    """How much of the loss each microbatch makes, float32 [K], from its weight; even for None."""
+def shares(weights: jax.Array | None, microbatches: int, loss_dtype: Any) -> jax.Array:
+    """How much of the loss each microbatch makes, [K], from its weight; even for None."""
+    dtype = np.promote_types(loss_dtype, np.float32)
     if weights is None:
-        return jnp.full(microbatches, 1 / microbatches, jnp.float32)
-    weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
+        return jnp.full(microbatches, 1 / microbatches, dtype)
+    weights = jax.lax.stop_gradient(weights.astype(dtype))
     total = weights.sum()
     return weights / jnp.where(total == 0, 1, total)
 

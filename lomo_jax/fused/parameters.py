@@ -54,7 +54,7 @@ def trainable(params: Any, which: Any) -> list[bool]:
                 f"trainable must be True or False for each parameter, not {choice!r} for {name}"
             )
     result = [
-        choice and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        bool(choice) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         for choice, leaf in zip(chosen, leaves, strict=True)
     ]
     if not any(result):

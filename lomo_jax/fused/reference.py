@@ -1,12 +1,11 @@
 """The plain computation that the fused step is measured against."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
-from lomo_jax.fused import microbatches
+from lomo_jax.fused import jaxprs, microbatches
 from lomo_jax.fused.base import Result, Step
+from lomo_jax.fused.cut import Layers
 from lomo_jax.fused.update import layer_key
 from lomo_jax.fused.visitors import all_finite, prepare, sum_of_squares
 
@@ -16,7 +15,7 @@ class ReferenceStep(Step):
 
     def _run(self, plan, params, states, batch, scale, key):
         leaves = jax.tree.leaves(params)
-        grads, share, loss, aux = self._gradient(params, batch, list(plan.updaters), scale)
+        grads, share, loss, aux = self._gradient(plan, params, batch, scale)
         finite, norm = jnp.isfinite(loss).all(), None
         if self.measures:
             factor = self._factor(scale, None)
@@ -27,7 +26,7 @@ class ReferenceStep(Step):
         states = dict(states)
         # In the order of the walk, which matters to skip="layers" only.
         for piece in reversed(plan.cut.pieces):
-            if piece.stacked:
+            if isinstance(piece, Layers) and piece.stacked:
                 keep = None
                 if self.dynamic:
                     go_on = jnp.broadcast_to(finite, (piece.scan.length,))
@@ -58,9 +57,10 @@ class ReferenceStep(Step):
                     )
         return Result(leaves, states, loss, aux, share, norm, finite)
 
-    def _gradient(self, params, batch, indices: Sequence[int], scale):
+    def _gradient(self, plan, params, batch, scale):
         """Returns gradients by index, share, loss and aux."""
         leaves, treedef = jax.tree.flatten(params)
+        indices = list(plan.updaters)
         trained = [leaves[i] for i in indices]
         seed = jnp.float32(1.0) if scale is None else scale
 
@@ -73,16 +73,18 @@ class ReferenceStep(Step):
             return seed.astype(loss.dtype) * loss, (loss, weight, aux)
 
         gradient = jax.grad(seeded, has_aux=True)
+        dtype = jaxprs.dtype(plan.cut.loss)
         if self.microbatches == 1:
             grads, (loss, _, aux) = gradient(trained, batch, seed)
-            return dict(zip(indices, grads, strict=True)), jnp.ones(1), loss, aux
+            share = microbatches.shares(None, 1, dtype)
+            return dict(zip(indices, grads, strict=True)), share, loss, aux
 
         weights = jax.lax.map(lambda part: seeded(trained, part, seed)[1][1], batch)
-        share = microbatches.shares(weights, self.microbatches)
+        share = microbatches.shares(weights, self.microbatches, dtype)
 
         def accumulate(totals, x):
             part, part_share = x
-            grads, (loss, _, aux) = gradient(trained, part, part_share * seed)
+            grads, (loss, _, aux) = gradient(trained, part, part_share * seed.astype(share.dtype))
             return list(map(microbatches.add, totals, grads)), (loss, aux)
 
         zeros = [jnp.zeros_like(microbatches.widen(x)) for x in trained]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lomo_jax.fused import jaxprs
 from lomo_jax.fused import microbatches as microbatches_lib
 from lomo_jax.fused.base import Result, Step
 from lomo_jax.fused.loss_scale import DynamicLossScale
@@ -20,13 +21,13 @@ class FusedStep(Step):
 
     def _run(self, plan, params, states, batch, scale, key):
         leaves, parts = jax.tree.leaves(params), jax.tree.leaves(batch)
-        share = jnp.ones(1)
-        if self.microbatches > 1:
-            weights = None
-            if plan.cut.weight is not None:
-                (weights,) = jax.lax.map(lambda part: plan.cut.weight(*part), parts)
-            share = microbatches_lib.shares(weights, self.microbatches)
-        walk = Walk(plan.cut, leaves, parts, share if scale is None else share * scale)
+        weights, weight = None, plan.cut.weight
+        if weight is not None and self.microbatches > 1:
+            (weights,) = jax.lax.map(lambda part: weight(*part), parts)
+        share = microbatches_lib.shares(weights, self.microbatches, jaxprs.dtype(plan.cut.loss))
+        walk = Walk(
+            plan.cut, leaves, parts, share if scale is None else share * scale.astype(share.dtype)
+        )
         loss, aux = walk.results()
         finite, norm = jnp.isfinite(loss).all(), None
         if self.measures:

@@ -23,6 +23,7 @@ class Visitor(Protocol):
 
     def layer(self, carry: Any, indices: Sequence[int], i: jax.Array) -> Sequence[jax.Array]:
         """Returns the parameters of layer i."""
+        ...
 
     def visit(
         self,
@@ -45,7 +46,7 @@ class Walk:
       cut: the loss, traced with one microbatch.
       params: leaves of the parameters.
       batch: leaves of the batch; if there are several microbatches, with their axis in front.
-      seed: the cotangent of the loss, float32 [K], for each of K microbatches.
+      seed: the cotangent of the loss, [K], for each of K microbatches.
     """
 
     def __init__(

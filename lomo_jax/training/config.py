@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lomo_jax.fused.base import ROUNDINGS
 from lomo_jax.training.errors import ConfigError, did_you_mean
 from lomo_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -70,6 +71,10 @@ class Config:
     schedule: str = "cosine"  # or "linear", both to 0 at the end of the run, or "constant"
     warmup: float = 0.03  # below 1 a fraction of `steps`, from 1 on a number of steps
     fused: bool = True  # False runs reference_step: the whole gradient at once
+    microbatches: int = 1  # parts of a batch that go through a layer one after the other
+    clip_norm: float | None = None  # of the gradient over all parameters; takes 1.7 times as long
+    dynamic_loss_scale: bool = False  # for float16: skips steps that overflow; as long as clip_norm
+    rounding: str = "nearest"  # or "stochastic", which keeps small updates of bfloat16 weights
 
     batch_size: int = 8  # sequences a step
     sequence_length: int = 512  # tokens
@@ -112,6 +117,10 @@ def validate(config: Config) -> None:
         raise ConfigError(
             "model.path: missing; set --config.model.path to a Hugging Face directory or a .gguf "
             "file, or train random weights with --config.model.init=random"
+        )
+    if config.batch_size % config.microbatches:
+        raise ConfigError(
+            f"microbatches: {config.microbatches} does not divide batch_size={config.batch_size}"
         )
     if config.data.path is None:
         raise ConfigError(
@@ -208,6 +217,9 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a fraction of `steps` below 1, or a whole number of steps",
     ),
     ("batch_size", _positive, _POSITIVE),
+    ("microbatches", _positive, _POSITIVE),
+    ("clip_norm", _positive, _POSITIVE),
+    ("rounding", ROUNDINGS.__contains__, "one of " + ", ".join(ROUNDINGS)),
     ("sequence_length", _positive, _POSITIVE),
     ("steps", _positive, _POSITIVE),
     ("seed", lambda x: 0 <= x < 2**31, "between 0 and 2**31 - 1"),

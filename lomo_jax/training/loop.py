@@ -119,8 +119,21 @@ def _compile(config: Config, model: Model, params: nnx.State, batch: data.Batch)
     """Returns the step, compiled to update parameters and state in place, and its first state."""
     schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
     tx = make_optimizer(config.optimizer, schedule, dict(config.optimizer_kwargs))
+
+    def loss(params: nnx.State, batch: Any) -> tuple[lomo_jax.WeightedLoss, Any]:
+        mean, metrics = model.loss(params, batch)
+        return lomo_jax.WeightedLoss(mean, metrics.weight), metrics
+
     make_step = lomo_jax.fused_step if config.fused else lomo_jax.reference_step
-    step = make_step(model.loss, tx, has_aux=True)
+    step = make_step(
+        loss,
+        tx,
+        has_aux=True,
+        clip_norm=config.clip_norm,
+        microbatches=config.microbatches,
+        loss_scale=lomo_jax.DynamicLossScale() if config.dynamic_loss_scale else None,
+        rounding=config.rounding,
+    )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     state = jax.jit(lambda params: step.init(params, shapes))(params)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, shapes).compile()

@@ -51,15 +51,19 @@ class Recorder:
         Raises:
           NonFiniteError: Its loss is NaN or infinite.
         """
-        loss, aux = jax.device_get((out.loss, out.aux))
+        loss, metrics, norm = jax.device_get((out.loss, out.aux, out.grad_norm))
         self._stopwatch.step()
         self._check_finite("loss", float(loss), step)
         learning_rate = float(self._learning_rates[step - 1])
         self._shown |= {"loss": float(loss), "learning_rate": learning_rate}
+        if norm is not None:
+            self._shown["grad_norm"] = float(norm)
         logged = step in (1, self._config.steps) or step % self._config.log_every == 0
         if logged:
             self._shown |= self._stopwatch.read() | device_memory()
-            self._file.write({"step": step, **self._shown, "accuracy": float(aux.accuracy)})
+            # There is one of each for every microbatch.
+            accuracy = np.average(np.ravel(metrics.accuracy), weights=np.ravel(metrics.weight))
+            self._file.write({"step": step, **self._shown, "accuracy": float(accuracy)})
         self._display.step(step, self._shown, logged=logged)
 
     def evaluation(self, step: int, result: Evaluation) -> None:

@@ -103,9 +103,15 @@ def test_one_trainable_parameter(trained, assert_steps_agree):
     batches = [normal(seed, B, D) for seed in range(3)]
     params = make_params()
     params.pop("count")
-    assert_steps_agree(
-        make_loss(), optax.sgd(0.5), params, batches, trainable=lambda name: name == trained
-    )
+    for loss_scale in (None, lomo_jax.DynamicLossScale(skip="layers")):
+        assert_steps_agree(
+            make_loss(),
+            optax.sgd(0.5),
+            params,
+            batches,
+            trainable=lambda name: name == trained,
+            loss_scale=loss_scale,
+        )
 
 
 def test_frozen_layers_in_between_keep_their_inputs_only():

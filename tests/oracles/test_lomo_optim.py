@@ -52,13 +52,15 @@ def losses_of_torch(checkpoint, batches, make_optimizer, learning_rates, monkeyp
     optimizer = make_optimizer(model)
     losses = []
     for tokens, learning_rate in zip(torch.as_tensor(batches), learning_rates, strict=True):
+        if optimizer.clip_grad_norm is not None:
+            optimizer.grad_norm(model(input_ids=tokens, labels=tokens).loss)
         loss = model(input_ids=tokens, labels=tokens).loss
         losses.append(loss.item())
         optimizer.fused_backward(loss, learning_rate)
     return losses
 
 
-def losses_of_jax(checkpoint, batches, tx):
+def losses_of_jax(checkpoint, batches, tx, **options):
     config, params = models.load(checkpoint, jnp.float32)
     graphdef, _ = models.abstract(config)
 
@@ -68,7 +70,7 @@ def losses_of_jax(checkpoint, batches, tx):
         weights = jnp.ones(tokens.shape).at[:, -1].set(0.0)
         return next_token_loss(model.hidden(tokens), model.head(), targets, weights)[0]
 
-    step = lomo_jax.fused_step(loss_fn, tx)
+    step = lomo_jax.fused_step(loss_fn, tx, **options)
     state = step.init(params, batches[0])
     run = jax.jit(step, donate_argnums=(0, 1))
     losses = []
@@ -98,3 +100,23 @@ def test_loss_of_every_step(rule, clip_value, weight_decay, checkpoint, batches,
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
     if clip_value is None:  # with it the steps are too small to learn much
         assert expected[-1] < 0.9 * expected[0]
+
+
+@pytest.mark.parametrize(("rule", "peak"), [("lomo", 0.3), ("adalomo", 0.05)])
+def test_loss_of_every_step_clipped_by_norm(rule, peak, checkpoint, batches, monkeypatch):
+    clip_norm = 0.5
+    learning_rates = peak * np.linspace(1.0, 0.5, STEPS)
+    torch_rule = {"lomo": lomo_optim.Lomo, "adalomo": lomo_optim.AdaLomo}[rule]
+    expected = losses_of_torch(
+        checkpoint,
+        batches,
+        lambda model: torch_rule(model, clip_grad_norm=clip_norm),
+        learning_rates,
+        monkeypatch,
+    )
+    tx = getattr(lomo_jax, rule)(lambda count: jnp.asarray(learning_rates)[count])
+    # Microbatches, which theirs does not have, change nothing.
+    actual = losses_of_jax(checkpoint, batches, tx, clip_norm=clip_norm, microbatches=2)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+    unclipped = losses_of_jax(checkpoint, batches, tx)
+    assert abs(unclipped[-1] - expected[-1]) > 1e-3 * expected[-1]

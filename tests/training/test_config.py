@@ -141,6 +141,13 @@ def test_a_missing_config_file_gets_one_line(argv):
         ({"steps": True}, "steps: True is not a whole number"),
         ({"eval_batches": 0}, "eval_batches: 0 is not allowed"),
         ({"eval_batches": "all"}, "eval_batches: 'all' is not a whole number or None"),
+        ({"microbatches": 3}, "microbatches: 3 does not divide batch_size=8"),
+        ({"microbatches": 0}, "microbatches: 0 is not allowed"),
+        ({"clip_norm": 0.0}, "clip_norm: 0.0 is not allowed"),
+        (
+            {"rounding": "up"},
+            "rounding: 'up' is not allowed; it must be one of nearest, stochastic",
+        ),
         ({"param_dtype": "bf16"}, "param_dtype: 'bf16' is not allowed; it must be one of float32,"),
         ({"schedule": "cosin"}, "schedule: 'cosin' is not one of constant, linear, cosine; did"),
         ({"warmup": 2.5}, "warmup: 2.5 is not allowed"),

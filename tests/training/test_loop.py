@@ -175,6 +175,25 @@ def test_the_reference_step_gives_the_same_run(text, tmp_path):
     assert losses[12] < losses[0]
 
 
+def test_microbatches_are_the_same_run(text, tmp_path):
+    for microbatches in (1, 4):
+        workdir = tmp_path / str(microbatches)
+        loop.train(_config(text, workdir, microbatches=microbatches, clip_norm=0.1))
+    for key in ("loss", "eval_loss", "accuracy", "grad_norm"):
+        one, four = (_column(tmp_path / str(microbatches), key) for microbatches in (1, 4))
+        assert len(one) == 4
+        assert four == pytest.approx(one, rel=1e-4)
+
+
+def test_float16_with_a_loss_scale_and_stochastic_rounding(text, tmp_path):
+    config = _config(
+        text, tmp_path, param_dtype="float16", dynamic_loss_scale=True, rounding="stochastic"
+    )
+    loop.train(config)
+    losses = _column(tmp_path, "eval_loss")
+    assert losses[12] < losses[0]
+
+
 def test_off_a_terminal_the_run_is_told_in_plain_lines(finished):
     lines = finished.output.splitlines()
     assert [line[:9].rstrip() for line in lines if line[:9].strip()] == [
