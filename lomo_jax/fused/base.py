@@ -1,7 +1,6 @@
 """What the fused step and the reference have in common: arguments, state and results."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import optax
 from lomo_jax import _validate
 from lomo_jax.fused import microbatches, parameters
 from lomo_jax.fused.cut import Cut, cut
-from lomo_jax.fused.loss_scale import DynamicLossScale, LossScaleState
+from lomo_jax.fused.loss_scale import HIGH, LOW, DynamicLossScale, LossScaleState
 from lomo_jax.fused.update import Updater, check_independent
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -88,11 +87,18 @@ class Step:
                 "clip_norm must be a number above 0, or infinity to measure the norm only, got "
                 f"{clip_norm!r}"
             )
+        if not hasattr(self.tx, "update"):
+            raise TypeError(
+                f"tx must be an optax transformation, such as optax.sgd(0.1), got {self.tx!r}"
+            )
         _validate.integer("microbatches", self.microbatches, low=1)
         _validate.choice("rounding", self.rounding, ROUNDINGS)
-        if not (self.dynamic or scale is None or (_is_positive(scale) and scale != math.inf)):
+        if not (isinstance(scale, DynamicLossScale) or scale is None) and not (
+            _is_positive(scale) and LOW <= scale <= HIGH
+        ):
             raise ValueError(
-                f"loss_scale must be a number above 0 or a lomo_jax.DynamicLossScale, got {scale!r}"
+                "loss_scale must be a number in [2**-126, 2**126] or a lomo_jax.DynamicLossScale, "
+                f"got {scale!r}"
             )
         if self.dynamic and self.dynamic.skip == "layers" and self.clip_norm is not None:
             raise ValueError(
@@ -152,7 +158,7 @@ class Step:
             )
         loss = result.loss
         if self.microbatches > 1:
-            loss = jnp.vdot(result.share, microbatches.widen(loss)).astype(loss.dtype)
+            loss = jnp.sum(result.share * microbatches.widen(loss)).astype(loss.dtype)
         return (
             jax.tree.unflatten(jax.tree.structure(params), result.params),
             StepState(
@@ -171,8 +177,13 @@ class Step:
     def _plan(self, params: Any, batch: Any) -> Plan:
         trainable = parameters.trainable(params, self.trainable)
         if self.microbatches > 1:
-            parts = jax.eval_shape(lambda x: microbatches.split(x, self.microbatches), batch)
-            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+            # Not from shapes and dtypes: a Python scalar of the batch has a weak type.
+            batch = jax.eval_shape(
+                lambda x: jax.tree.map(
+                    lambda part: part[0], microbatches.split(x, self.microbatches)
+                ),
+                batch,
+            )
         pieces = cut(self.loss_fn, params, batch, has_aux=self.has_aux, trainable=trainable)
         check_independent(self.tx, params, trainable, pieces.stacked)
         treedef = jax.tree.structure(params)

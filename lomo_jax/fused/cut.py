@@ -166,8 +166,10 @@ def _check_result(shape, has_aux: bool) -> tuple[bool, Any]:
     weighted = isinstance(loss, WeightedLoss)
     if weighted:
         loss, weight = loss
-        if not isinstance(weight, jax.ShapeDtypeStruct) or weight.shape != ():
-            raise TypeError(f"the weight of a WeightedLoss must be a scalar, got {weight}")
+        if getattr(weight, "shape", None) != () or not (
+            jnp.issubdtype(weight.dtype, jnp.floating) or jnp.issubdtype(weight.dtype, jnp.integer)
+        ):
+            raise TypeError(f"the weight of a WeightedLoss must be a real scalar, got {weight}")
     if not isinstance(loss, jax.ShapeDtypeStruct):
         raise TypeError(
             f"loss_fn must return a scalar, got {loss}: pass has_aux=True if it returns (loss, aux)"

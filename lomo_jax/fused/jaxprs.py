@@ -199,11 +199,13 @@ def dependence(closed, inputs: Sequence[int]) -> list[int]:
     return [label(a, env) for a in jaxpr.outvars]
 
 
-def live(eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom]) -> list[jex.JaxprEqn]:
-    """The equations that `results` need, or that have side effects."""
+def live(
+    eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom], *, effects: bool = True
+) -> list[jex.JaxprEqn]:
+    """The equations that `results` need and, with `effects`, those that have side effects."""
     needed, kept = set(variables(results)), []
     for eqn in reversed(eqns):
-        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+        if (effects and eqn.effects) or not needed.isdisjoint(eqn.outvars):
             kept.append(eqn)
             needed.update(variables(eqn.invars))
     return kept[::-1]

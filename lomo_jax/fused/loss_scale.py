@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from lomo_jax import _validate
 
 SKIPS = ("step", "layers")
+# Gradients are multiplied by the reciprocal: both are normal numbers of float32.
+LOW, HIGH = 2.0**-126, 2.0**126
 
 
 class LossScaleState(NamedTuple):
@@ -32,7 +34,7 @@ class DynamicLossScale:
     step is skipped.
 
     Args:
-      initial: the first scale.
+      initial: the first scale, `minimum` or more.
       growth_interval: good steps until the scale grows.
       factor: what the scale is divided and multiplied by, above 1. With a power of two scaling is
         exact.
@@ -54,10 +56,10 @@ class DynamicLossScale:
     skip: str = "step"
 
     def __post_init__(self):
-        _validate.number("initial", self.initial, low=0.0, open_low=True)
+        _validate.number("minimum", self.minimum, low=LOW, high=HIGH)
+        _validate.number("initial", self.initial, low=self.minimum, high=2 * HIGH)
         _validate.integer("growth_interval", self.growth_interval, low=1)
         _validate.number("factor", self.factor, low=1.0, open_low=True)
-        _validate.number("minimum", self.minimum, low=0.0, open_low=True)
         _validate.choice("skip", self.skip, SKIPS)
 
     def init(self) -> LossScaleState:
@@ -73,8 +75,7 @@ class DynamicLossScale:
         """
         good_steps = state.good_steps + 1
         grows = good_steps >= self.growth_interval
-        # Gradients are multiplied by the reciprocal, which must stay in float32's normal range.
-        grown = jnp.minimum(state.scale * self.factor, 2.0**126)
+        grown = jnp.minimum(state.scale * self.factor, HIGH)
         after_good = LossScaleState(
             jnp.where(grows, grown, state.scale),
             jnp.where(grows, 0, good_steps),

@@ -18,7 +18,8 @@ class WeightedLoss(NamedTuple):
     Returned by a loss function in place of the scalar. `fused_step` minimises
     `sum(weight * loss) / sum(weight)` over the microbatches: with the mean over a microbatch's
     tokens and their number, that is the mean over all tokens of the batch, however unevenly padding
-    or answers are spread.
+    or answers are spread. Where the weight is 0 loss and gradient must be finite: divide by
+    `jnp.maximum(number, 1)`.
     """
 
     loss: jax.Array  # floating-point [], the mean over this microbatch
@@ -43,6 +44,11 @@ def split(batch: Any, microbatches: int) -> Any:
             return jax.random.split(x, microbatches)
         if x.ndim == 0:
             return jnp.broadcast_to(x, (microbatches,))
+        if x.shape == (2,) and x.dtype == jnp.uint32:
+            raise ValueError(
+                f"batch leaf {jax.tree_util.keystr(path) or 'batch'} looks like a key of "
+                "jax.random.PRNGKey, which microbatches would cut in two: use jax.random.key"
+            )
         if x.shape[0] % microbatches:
             raise ValueError(
                 f"batch leaf {jax.tree_util.keystr(path) or 'batch'} has a leading axis of "

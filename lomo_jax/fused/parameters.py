@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def names(params: Any) -> list[str]:
@@ -49,7 +50,7 @@ def trainable(params: Any, which: Any) -> list[bool]:
                 f"params nor a prefix of it, {jax.tree.structure(params)}"
             ) from error
     for name, choice in zip(labels, chosen, strict=True):
-        if not isinstance(choice, bool):
+        if not isinstance(choice, bool | np.bool_):
             raise ValueError(
                 f"trainable must be True or False for each parameter, not {choice!r} for {name}"
             )

@@ -70,6 +70,7 @@ class ReferenceStep(Step):
             result = self.loss_fn(jax.tree.unflatten(treedef, merged.values()), part)
             loss, aux = result if self.has_aux else (result, None)
             loss, weight = loss if isinstance(loss, microbatches.WeightedLoss) else (loss, None)
+            loss = jnp.asarray(loss)
             return seed.astype(loss.dtype) * loss, (loss, weight, aux)
 
         gradient = jax.grad(seeded, has_aux=True)

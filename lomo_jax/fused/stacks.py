@@ -69,8 +69,8 @@ class Stacks:
                 scans[id(eqn)] = found
             else:
                 self._refuse_hidden(eqn, eqn.invars)
-        # What only aux needs takes no gradient.
-        for_loss = jaxprs.live(eqns, [loss])
+        # What only aux and prints need takes no gradient.
+        for_loss = jaxprs.live(eqns, [loss], effects=False)
         for found in scans.values():
             for i in found.values():
                 self._refuse_shared(i, for_loss)

@@ -111,13 +111,14 @@ def fused_step(
         masked by `optax.MaskedNode`: masks and labels by path work. It gets gradients in float32
         (float64 of float64 parameters); its state keeps the dtypes of `tx.init`. One that draws
         random numbers from a key in its state, such as `optax.add_noise`, draws the same for every
-        parameter and layer.
+        parameter and layer. Extra arguments, such as the loss, are not passed.
       has_aux: whether `loss_fn` returns something beside the loss.
       clip_norm: scales the gradient down to this global norm, that of all trainable parameters
         together. Infinity measures the norm and clips nothing. The layers are walked back twice,
         from the same stored inputs, the first time to add up squares; a step takes 1.7 times as
         long. `None`: no clipping, and no norm in the output.
-      microbatches: splits the leading axis [B, ...] of every leaf of the batch in K, [K, B/K, ...].
+      microbatches: splits the leading axis [B, ...] of every leaf of the batch in K, [K, B/K, ...];
+        it must not be sharded. Scalars go to every microbatch.
         Activations then need memory for one microbatch, layer inputs still for all. Each layer
         takes all microbatches before the next, its gradient summed in float32. The loss is the mean
         over the microbatches, weighted if it is a `WeightedLoss`.

@@ -69,7 +69,8 @@ class Walk:
         values = self.read(atoms)
         if self.microbatches > 1:
             values = self.spread(values, self.vary(atoms))
-        return values[0], values[1:]
+        loss, *aux = map(jnp.asarray, values)
+        return loss, aux
 
     def back(self, visitor: Visitor) -> None:
         """Walks from the loss back to the parameters; `visitor` gets their gradients."""
@@ -140,7 +141,9 @@ class _DensePass:
         self.diff_in = cut.differentiates(piece.inputs)
         self.first, self.grads = True, None
         has_loss = both([v is cut.loss for v in piece.outputs], cut.differentiates(piece.outputs))
-        if piece is cut.pieces[-1] and any(has_loss):
+        # A loss that the batch does not reach has one cotangent for all microbatches.
+        is_of_each = walk.vary([cut.loss])[0] or walk.microbatches == 1
+        if piece is cut.pieces[-1] and any(has_loss) and is_of_each:
             # Walked back at once, with what the forward pass computed; an earlier piece computes it
             # again when its turn comes.
             outputs, self.grads = self._vjp(self.diff_in, has_loss, [walk.seed], run=True)

@@ -132,10 +132,11 @@ def test_the_norm_is_that_of_the_unscaled_gradient():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"initial": 0.0}, r"initial must be a number in \(0, inf\), got 0.0"),
+        ({"initial": 0.5}, r"initial must be a number in \[1, .*\), got 0.5"),
+        ({"initial": 1e39}, r"initial must be a number in \[1, .*\), got 1e\+39"),
         ({"growth_interval": 0}, "growth_interval must be a whole number, 1 or more, got 0"),
         ({"factor": 1.0}, r"factor must be a number in \(1, inf\), got 1.0"),
-        ({"minimum": -1.0}, r"minimum must be a number in \(0, inf\), got -1.0"),
+        ({"minimum": -1.0}, r"minimum must be a number in \[1.* got -1.0"),
         ({"skip": "all"}, "skip must be one of 'step', 'layers', got 'all'"),
     ],
 )

@@ -189,6 +189,30 @@ def test_scalars_go_to_every_microbatch():
     assert new == pytest.approx(-3.0 * 1.5)
 
 
+def test_aux_of_a_loss_that_the_batch_does_not_reach(assert_steps_agree):
+    loss = lambda p, x: (jnp.sum(p**2), {"mean": x.mean(), "one": 1})  # noqa: E731
+    _, out = assert_steps_agree(
+        loss, optax.sgd(0.1), jnp.ones(3), [jnp.arange(6.0)], has_aux=True, microbatches=2
+    )
+    np.testing.assert_array_equal(out.aux["mean"], [1.0, 4.0])
+    np.testing.assert_array_equal(out.aux["one"], [1, 1])
+
+
+def test_python_scalars_of_the_batch_promote_nothing(assert_steps_agree):
+    loss = lambda p, b: jnp.mean(p * b["x"] * b["scale"]).astype(jnp.float32)  # noqa: E731
+    batch = {"x": jnp.arange(4, dtype=jnp.bfloat16), "scale": 2.0}
+    assert_steps_agree(
+        loss, optax.sgd(1.0), jnp.bfloat16(1.0), [batch], microbatches=2, tolerance=2.0**-7
+    )
+
+
+def test_key_of_the_old_kind():
+    step = lomo_jax.fused_step(plain_loss, optax.sgd(1.0), microbatches=2)
+    batch = make_batch() | {"key": jax.random.PRNGKey(0)}
+    with pytest.raises(ValueError, match=r"batch leaf \['key'\] looks like .* jax.random.key"):
+        step.init(make_params(), batch)
+
+
 def test_weight_that_depends_on_a_parameter():
     loss = lambda p, x: lomo_jax.WeightedLoss((p["w"] * x).mean(), p["w"].sum())  # noqa: E731
     step = lomo_jax.fused_step(loss, optax.sgd(1.0), microbatches=2)
@@ -197,7 +221,9 @@ def test_weight_that_depends_on_a_parameter():
 
 
 def test_weight_that_is_no_scalar():
-    loss = lambda p, x: lomo_jax.WeightedLoss((p * x).mean(), x)  # noqa: E731
+    loss = lambda p, x: lomo_jax.WeightedLoss(p.mean(), x)  # noqa: E731
     step = lomo_jax.fused_step(loss, optax.sgd(1.0))
-    with pytest.raises(TypeError, match="weight of a WeightedLoss must be a scalar"):
+    with pytest.raises(TypeError, match="weight of a WeightedLoss must be a real scalar"):
         step.init(jnp.ones(2), jnp.ones((4, 2)))
+    with pytest.raises(TypeError, match="weight of a WeightedLoss must be a real scalar"):
+        step.init(jnp.ones(2), jax.random.key(0))

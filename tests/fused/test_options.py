@@ -105,8 +105,9 @@ def test_the_first_steps_overflow_and_some_later_ones(make_step):
         ({"clip_norm": "1"}, "clip_norm must be a number above 0, .* got '1'"),
         ({"microbatches": 0}, "microbatches must be a whole number, 1 or more, got 0"),
         ({"microbatches": 2.0}, "microbatches must be a whole number, 1 or more, got 2.0"),
-        ({"loss_scale": 0.0}, "loss_scale must be a number above 0 or .*Dynamic.* got 0.0"),
-        ({"loss_scale": float("inf")}, "loss_scale must be a number above 0 or .* got inf"),
+        ({"loss_scale": 0.0}, "loss_scale must be a number in .*Dynamic.* got 0.0"),
+        ({"loss_scale": 1e39}, r"loss_scale must be a number in .* got 1e\+39"),
+        ({"loss_scale": float("inf")}, "loss_scale must be a number in .* got inf"),
         (
             {"loss_scale": "dynamic"},
             "loss_scale must be a number .*DynamicLossScale, got 'dynamic'",
@@ -123,6 +124,11 @@ def test_option_that_makes_no_sense(make_step, options, message):
     with pytest.raises(ValueError, match=message) as error:
         make_step(loss_fn, lomo_jax.lomo(0.1), **options)
     assert "\n" not in str(error.value)
+
+
+def test_tx_that_was_not_made():
+    with pytest.raises(TypeError, match=r"tx must be an optax transformation, such as .* got <fun"):
+        lomo_jax.fused_step(loss_fn, lomo_jax.lomo)
 
 
 def test_state_of_other_options():

@@ -554,6 +554,18 @@ def test_aux(assert_steps_agree):
     assert out.aux["inner"][1].shape == (D, D)
 
 
+def test_prints_of_a_stack(assert_steps_agree, capfd):
+    """What is printed takes no gradient."""
+
+    def loss(params, x):
+        jax.debug.print("norm {}", jnp.sum(params["up"] ** 2))
+        return squared(jax.lax.scan(lambda x, w: (block(x, w), None), x, params)[0])
+
+    assert_steps_agree(loss, optax.sgd(1.0), stack(), [inputs()])
+    jax.effects_barrier()
+    assert "norm" in capfd.readouterr().out
+
+
 def test_loss_captures_a_traced_value():
     """The loss may close over what an outer jit computed."""
     import lomo_jax
