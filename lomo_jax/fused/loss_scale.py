@@ -1,6 +1,7 @@
 """Loss scaling: keeps small gradients of float16 from vanishing."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -57,7 +58,9 @@ class DynamicLossScale:
 
     def __post_init__(self):
         _validate.number("minimum", self.minimum, low=LOW, high=HIGH)
-        _validate.number("initial", self.initial, low=self.minimum, high=2 * HIGH)
+        _validate.number(
+            "initial", self.initial, low=self.minimum, high=math.nextafter(HIGH, math.inf)
+        )
         _validate.integer("growth_interval", self.growth_interval, low=1)
         _validate.number("factor", self.factor, low=1.0, open_low=True)
         _validate.choice("skip", self.skip, SKIPS)

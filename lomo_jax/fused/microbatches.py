@@ -44,15 +44,11 @@ def split(batch: Any, microbatches: int) -> Any:
             return jax.random.split(x, microbatches)
         if x.ndim == 0:
             return jnp.broadcast_to(x, (microbatches,))
-        if x.shape == (2,) and x.dtype == jnp.uint32:
-            raise ValueError(
-                f"batch leaf {jax.tree_util.keystr(path) or 'batch'} looks like a key of "
-                "jax.random.PRNGKey, which microbatches would cut in two: use jax.random.key"
-            )
         if x.shape[0] % microbatches:
             raise ValueError(
                 f"batch leaf {jax.tree_util.keystr(path) or 'batch'} has a leading axis of "
                 f"{x.shape[0]}, which does not split into microbatches={microbatches}"
+                + ("; is it a key? use jax.random.key" if x.dtype == jnp.uint32 else "")
             )
         return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
 

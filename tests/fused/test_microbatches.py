@@ -207,10 +207,17 @@ def test_python_scalars_of_the_batch_promote_nothing(assert_steps_agree):
 
 
 def test_key_of_the_old_kind():
-    step = lomo_jax.fused_step(plain_loss, optax.sgd(1.0), microbatches=2)
+    step = lomo_jax.fused_step(plain_loss, optax.sgd(1.0), microbatches=4)
     batch = make_batch() | {"key": jax.random.PRNGKey(0)}
-    with pytest.raises(ValueError, match=r"batch leaf \['key'\] looks like .* jax.random.key"):
+    with pytest.raises(ValueError, match=r"batch leaf \['key'\] has a .* use jax.random.key"):
         step.init(make_params(), batch)
+
+
+def test_two_unsigned_numbers_are_no_key():
+    loss = lambda p, x: p * x.astype(jnp.float32).mean()  # noqa: E731
+    step = lomo_jax.fused_step(loss, optax.sgd(1.0), microbatches=2)
+    params, batch = jnp.float32(0.0), jnp.array([1, 4], jnp.uint32)
+    assert step(params, step.init(params, batch), batch)[0] == -2.5
 
 
 def test_weight_that_depends_on_a_parameter():

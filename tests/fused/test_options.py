@@ -92,7 +92,6 @@ def test_the_first_steps_overflow_and_some_later_ones(make_step):
         params, state, out = run(params, state, batch)
         finite.append(bool(out.finite))
     assert not finite[0]
-    assert True in finite
     assert False in finite[finite.index(True) :]
 
 
