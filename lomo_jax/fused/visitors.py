@@ -35,6 +35,8 @@ class Measure:
       factor: what gradients are multiplied by, float32 [] or None.
     """
 
+    together = False
+
     def __init__(self, params: Sequence[jax.Array], factor: jax.Array | None):
         self.params, self.factor = params, factor
         self.total = jnp.float32(0.0)
@@ -43,21 +45,28 @@ class Measure:
         del indices
         self.total += self._squares(grads)
 
-    def start(self, indices: Sequence[int], first: int) -> jax.Array:
-        del indices, first
+    def start(self, indices: Sequence[int], first: int, ahead: bool) -> jax.Array:
+        del indices, first, ahead  # it changes nothing that it reads
         return self.total
 
-    def layer(self, carry: jax.Array, indices: Sequence[int], i: jax.Array) -> list[jax.Array]:
+    def layer(self, carry: jax.Array, indices: Sequence[int], k: int, i: jax.Array) -> jax.Array:
         del carry
-        return _read([self.params[index] for index in indices], i)
+        return _read(self.params[indices[k]], i)
 
-    def visit(self, carry, indices, i, following, grads):
-        del indices, i, following
+    def visit(self, carry, indices, ks, i, grads):
+        del indices, ks, i
         return carry + self._squares(grads)
 
-    def finish(self, carry: jax.Array, indices: Sequence[int]) -> None:
+    def advance(self, carry: jax.Array, following: jax.Array) -> jax.Array:
+        del following
+        return carry
+
+    def finish(self, carry: jax.Array) -> jax.Array:
+        return carry
+
+    def store(self, result: jax.Array, indices: Sequence[int]) -> None:
         del indices
-        self.total = carry
+        self.total = result
 
     def _squares(self, grads):
         return sum_of_squares([prepare(g, self.factor) for g in grads])
@@ -91,52 +100,60 @@ class Update:
         self.factor, self.key, self.finite, self.watch = factor, key, finite, watch
 
     def dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
-        leaves, states, self.finite = self._apply(
-            indices,
-            grads,
-            [self.states[i] for i in indices],
-            [self.params[i] for i in indices],
-            self.finite,
-        )
-        self._store(indices, leaves, states)
+        olds = [(self.params[i], self.states[i]) for i in indices]
+        news, self.finite = self._apply(indices, grads, olds, self.finite)
+        self._store(indices, news)
 
-    def start(self, indices: Sequence[int], first: int) -> Any:
-        stacks = [self.params[i] for i in indices], [self.states[i] for i in indices]
-        return stacks, _read(stacks, first), self.finite
+    @property
+    def together(self) -> bool:
+        """One gradient of a layer that is not finite stops the update of the whole layer."""
+        return self.watch
 
-    def layer(self, carry: Any, indices: Sequence[int], i: jax.Array) -> list[jax.Array]:
-        del indices, i
-        _, (leaves, _), _ = carry
-        return leaves
+    def start(self, indices: Sequence[int], first: int, ahead: bool) -> Any:
+        stacks = [(self.params[i], self.states[i]) for i in indices]
+        return stacks, _read(stacks, first) if ahead else None, self.finite
 
-    def visit(self, carry, indices, i, following, grads):
-        stacks, (leaves, states), finite = carry
-        leaves, states, finite = self._apply(indices, grads, states, leaves, finite, i)
-        stacks = _write(stacks, (leaves, states), i)
-        # The next layer is read here, after the write. Read at the top of the loop, the old layer
-        # would outlive the write, and XLA would copy the whole stack to keep it.
-        return stacks, _read(stacks, following), finite
+    def layer(self, carry: Any, indices: Sequence[int], k: int, i: jax.Array) -> jax.Array:
+        del indices
+        stacks, layers, _ = carry
+        return _read(stacks[k][0], i) if layers is None else layers[k][0]
 
-    def finish(self, carry: Any, indices: Sequence[int]) -> None:
-        (leaves, states), _, self.finite = carry
-        self._store(indices, leaves, states)
+    def visit(self, carry, indices, ks, i, grads):
+        stacks, layers, finite = carry
+        olds = [_read(stacks[k], i) if layers is None else layers[k] for k in ks]
+        news, finite = self._apply([indices[k] for k in ks], grads, olds, finite, i)
+        stacks = list(stacks)
+        for k, new in zip(ks, news, strict=True):
+            stacks[k] = _write(stacks[k], new, i)
+        return stacks, layers, finite
 
-    def _apply(self, indices, grads, states, leaves, finite, i=None):
+    def advance(self, carry: Any, following: jax.Array) -> Any:
+        stacks, layers, finite = carry
+        return stacks, layers if layers is None else _read(stacks, following), finite
+
+    def finish(self, carry: Any) -> Any:
+        stacks, _, finite = carry
+        return stacks, finite
+
+    def store(self, result: Any, indices: Sequence[int]) -> None:
+        news, self.finite = result
+        self._store(indices, news)
+
+    def _apply(self, indices, grads, olds, finite, i=None):
+        """Returns new pairs of parameter and state for the `olds`, and whether all was finite."""
         grads = [prepare(g, self.factor) for g in grads]
         if self.watch and grads:
             finite &= all_finite(grads)
         keep = None if finite is None else ~finite
-        new_leaves, new_states = [], []
-        for index, grad, state, leaf in zip(indices, grads, states, leaves, strict=True):
+        news = []
+        for index, grad, (leaf, state) in zip(indices, grads, olds, strict=True):
             updater = self.updaters[index]
             key = layer_key(self.key, updater, i)
-            leaf, state = updater.apply(grad, state, leaf, key, keep)
-            new_leaves.append(leaf)
-            new_states.append(state)
-        return new_leaves, new_states, finite
+            news.append(updater.apply(grad, state, leaf, key, keep))
+        return news, finite
 
-    def _store(self, indices, leaves, states):
-        for i, leaf, state in zip(indices, leaves, states, strict=True):
+    def _store(self, indices, news):
+        for i, (leaf, state) in zip(indices, news, strict=True):
             self.params[i], self.states[i] = leaf, state
 
 

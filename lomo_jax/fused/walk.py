@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lomo_jax.fused import jaxprs
 from lomo_jax.fused.cut import Cut, Dense, Layers
 from lomo_jax.fused.microbatches import Piece, add, both, invert, merge, pick, widen
+from lomo_jax.fused.order import evaluate_in_order
 
 
 class Visitor(Protocol):
@@ -18,25 +19,39 @@ class Visitor(Protocol):
     def dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
         """Takes the gradients of parameters that are not stacked."""
 
-    def start(self, indices: Sequence[int], first: int) -> Any:
-        """Returns what to carry over the layers of stacked parameters, from layer `first` on."""
+    @property
+    def together(self) -> bool:
+        """Whether it takes all gradients of a layer at once."""
+        ...
 
-    def layer(self, carry: Any, indices: Sequence[int], i: jax.Array) -> Sequence[jax.Array]:
-        """Returns the parameters of layer i."""
+    def start(self, indices: Sequence[int], first: int, ahead: bool) -> Any:
+        """Returns what to carry over the layers of stacked parameters, from layer `first` on.
+
+        With `ahead` a layer is read before it is its turn, into the carry.
+        """
+
+    def layer(self, carry: Any, indices: Sequence[int], k: int, i: jax.Array) -> jax.Array:
+        """Returns layer i of parameter `indices[k]`."""
         ...
 
     def visit(
         self,
         carry: Any,
         indices: Sequence[int],
+        ks: Sequence[int],
         i: jax.Array,
-        following: jax.Array,
         grads: Sequence[jax.Array],
     ) -> Any:
-        """Takes the gradients of layer i, before layer `following`; returns the new carry."""
+        """Takes the gradients of layer i of the parameters ks; returns the new carry."""
 
-    def finish(self, carry: Any, indices: Sequence[int]) -> None:
-        """Takes the last carry."""
+    def advance(self, carry: Any, following: jax.Array) -> Any:
+        """Goes on to layer `following`; returns the new carry."""
+
+    def finish(self, carry: Any) -> Any:
+        """Returns what of the last carry `store` needs."""
+
+    def store(self, result: Any, indices: Sequence[int]) -> None:
+        """Takes what `finish` returned."""
 
 
 class Walk:
@@ -231,25 +246,11 @@ class _LayersPass:
         diff_others = both(self.diff_xs, invert(is_param))
         first, step = (0, 1) if scan.reverse else (scan.length - 1, -1)
 
-        def layer_back(loop, x):
-            i, carry, ct_carry, ct_consts = loop
-            changed_inputs, others, ct_ys = x
-            inputs = merge(self.init, changed_inputs, self.changed)
-            layer_xs = merge(others, visitor.layer(carry, stacked, i), is_param)
-            _, grads = self.body.vjp(
-                [*self.consts, *inputs, *layer_xs],
-                self.diff_in,
-                [*self.diff_carry, *diff_ys],
-                [*ct_carry, *ct_ys],
-            )
-            grads = iter(grads)
-            ct_consts = [add(c, next(grads)) for c in ct_consts]
-            ct_carry = [next(grads).astype(c.dtype) for c in ct_carry]
-            ct_xs = [next(grads) if d else None for d in self.diff_xs]
-            following = jnp.clip(i + step, 0, scan.length - 1)
-            carry = visitor.visit(carry, stacked, i, following, pick(ct_xs, is_param))
-            return (following, carry, ct_carry, ct_consts), pick(ct_xs, diff_others)
-
+        # All that is scanned over is read when it is needed: first what has a gradient to use.
+        lazy = [*pick(range(len(scan.xs)), is_param), *pick(range(len(scan.xs)), invert(is_param))]
+        others = pick(self.xs, invert(is_param))
+        ct_ys = _swap(cotangents.take(pick(scan.ys, diff_ys)), pick(self.vary_ys, diff_ys))
+        ct_carry = cotangents.take(pick(scan.carry_out, self.diff_carry))
         ct_consts = [
             jnp.zeros_like(c if varies else widen(c))
             for c, varies in zip(
@@ -258,23 +259,57 @@ class _LayersPass:
                 strict=True,
             )
         ]
-        loop = (
-            jnp.int32(first),
-            visitor.start(stacked, first),
-            cotangents.take(pick(scan.carry_out, self.diff_carry)),
-            ct_consts,
+
+        def layer_back(loop, x):
+            i, carry, ct_carry, ct_consts = loop
+            inputs, ct_ys = x
+
+            def gradients(layer, inputs, ct_carry, ct_ys, ct_consts):
+                xs = [x for _, x in sorted(zip(lazy, layer, strict=True), key=lambda pair: pair[0])]
+                _, grads = self.body.vjp(
+                    [*self.consts, *merge(self.init, inputs, self.changed), *xs],
+                    self.diff_in,
+                    [*self.diff_carry, *diff_ys],
+                    [*ct_carry, *ct_ys],
+                )
+                grads = iter(grads)
+                ct_consts = [add(c, next(grads)) for c in ct_consts]
+                ct_carry = [next(grads).astype(c.dtype) for c in ct_carry]
+                ct_xs = [next(grads) if d else None for d in self.diff_xs]
+                return pick(ct_xs, is_param), (ct_carry, ct_consts, pick(ct_xs, diff_others))
+
+            def read(carry, k):
+                if k < len(stacked):
+                    return visitor.layer(carry, stacked, k, i)
+                return jax.lax.dynamic_index_in_dim(others[k - len(stacked)], i, keepdims=False)
+
+            (ct_carry, ct_consts, ct_others), carry = evaluate_in_order(
+                gradients,
+                [_layer_shape(self.xs[k]) for k in lazy],
+                (inputs, ct_carry, ct_ys, ct_consts),
+                read,
+                lambda carry, ks, grads: visitor.visit(carry, stacked, ks, i, grads),
+                carry,
+                together=visitor.together,
+            )
+            following = jnp.clip(i + step, 0, scan.length - 1)
+            carry = visitor.advance(carry, following)
+            return (following, carry, ct_carry, ct_consts), ct_others
+
+        def run(ahead: bool):
+            """Walks the layers back."""
+            loop = (jnp.int32(first), visitor.start(stacked, first, ahead), ct_carry, ct_consts)
+            (_, carry, *sums), ct_others = jax.lax.scan(
+                layer_back, loop, (self.layer_inputs, ct_ys), scan.length, not scan.reverse
+            )
+            return visitor.finish(carry), *sums, ct_others
+
+        # XLA for CPUs may put the last use of a layer after the write of the new one, and copies
+        # the whole stack to keep the layer. It has no reason to if the layer was read before.
+        result, ct_carry, ct_consts, ct_others = jax.lax.platform_dependent(
+            cuda=lambda: run(False), rocm=lambda: run(False), default=lambda: run(True)
         )
-        # None, which has no leaves, stands for the parameters.
-        others = merge(self.xs, [None] * len(stacked), is_param)
-        ct_ys = _swap(cotangents.take(pick(scan.ys, diff_ys)), pick(self.vary_ys, diff_ys))
-        (_, carry, ct_carry, ct_consts), ct_others = jax.lax.scan(
-            layer_back,
-            loop,
-            (self.layer_inputs, others, ct_ys),
-            scan.length,
-            reverse=not scan.reverse,
-        )
-        visitor.finish(carry, stacked)
+        visitor.store(result, stacked)
         cotangents.add(pick(scan.consts, self.diff_consts), ct_consts)
         cotangents.add(
             pick(scan.xs, diff_others), _swap(ct_others, pick(self.vary_xs, diff_others))
@@ -287,6 +322,10 @@ class _LayersPass:
         ct_starts = [widen(c).sum(0) if s else c for c, s in zip(ct_carry, sums, strict=True)]
         differentiable = self.walk.cut.differentiates(starts)
         cotangents.add(pick(starts, differentiable), pick(ct_starts, differentiable))
+
+
+def _layer_shape(stack: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
 
 
 def _swap(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:

@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,11 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, *, param_dtype: DTypeLike, attention: str, rngs: nnx.Rngs
+    ) -> None:
         self.head_dim = config.head_dim
+        self.implementation = attention
         linear = functools.partial(_linear, param_dtype=param_dtype, rngs=rngs)
         self.q = linear(config.width, config.num_heads * config.head_dim)
         self.k = linear(config.width, config.num_kv_heads * config.head_dim)
@@ -65,7 +68,7 @@ class Attention(nnx.Module):
         q_BxTxHxh = _rotate(self.q(x_BxTxD).reshape(heads), context)
         k_BxTxKxh = _rotate(self.k(x_BxTxD).reshape(heads), context)
         v_BxTxKxh = self.v(x_BxTxD).reshape(heads)
-        y_BxTxHxh = _attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, context.mask)
+        y_BxTxHxh = _attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, context.mask, self.implementation)
         return self.o(y_BxTxHxh.reshape(batch, length, -1))
 
 
@@ -85,12 +88,14 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer, pre-normalised."""
 
-    def __init__(self, config: LlamaConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, *, param_dtype: DTypeLike, attention: str, rngs: nnx.Rngs
+    ) -> None:
         norm = functools.partial(
             RMSNorm, config.width, eps=config.norm_eps, param_dtype=param_dtype
         )
         self.attention_norm = norm()
-        self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
+        self.attention = Attention(config, param_dtype=param_dtype, attention=attention, rngs=rngs)
         self.mlp_norm = norm()
         self.mlp = MLP(config, param_dtype=param_dtype, rngs=rngs)
 
@@ -105,17 +110,31 @@ class Llama(nnx.Module):
     `layers` is one `Layer` whose every weight has a leading layer axis, `[L, ...]`. The stacks are
     the scanned inputs of one `jax.lax.scan` as they are, which is what `lomo_jax.fused_step` asks
     for, and the layer is rematerialised, so the plain gradient too keeps layer inputs only.
+
+    Args:
+      config: the model's shape.
+      param_dtype: of all parameters.
+      attention: "xla", which runs anywhere and holds the scores of one layer, [B, H, T, T]; or
+        "cudnn", flash attention of NVIDIA GPUs from Ampere on, in bfloat16 or float16.
+      rngs: for the weights.
     """
 
     def __init__(
-        self, config: LlamaConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+        self,
+        config: LlamaConfig,
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        attention: str = "xla",
+        rngs: nnx.Rngs,
     ) -> None:
         self.config = config
         self.embedding = nnx.Param(
             _NORMAL(rngs.params(), (config.vocab_size, config.width), param_dtype)
         )
         self.layers = jax.vmap(
-            lambda key: Layer(config, param_dtype=param_dtype, rngs=nnx.Rngs(key))
+            lambda key: Layer(
+                config, param_dtype=param_dtype, attention=attention, rngs=nnx.Rngs(key)
+            )
         )(jax.random.split(rngs.params(), config.num_layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype)
         if config.tie_embeddings:
@@ -182,15 +201,17 @@ class Llama(nnx.Module):
 
 
 def abstract(
-    config: LlamaConfig, param_dtype: DTypeLike = jnp.float32
+    config: LlamaConfig, param_dtype: DTypeLike = jnp.float32, attention: str = "xla"
 ) -> tuple[nnx.GraphDef[Llama], nnx.State]:
-    """Returns `nnx.split` of a model without computing it.
+    """Returns `nnx.split` of a model without computing it; the arguments are those of `Llama`.
 
     Returns:
       (graphdef, params), params with a `jax.ShapeDtypeStruct` in the place of each array.
     """
     return nnx.split(
-        nnx.eval_shape(lambda: Llama(config, param_dtype=param_dtype, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(
+            lambda: Llama(config, param_dtype=param_dtype, attention=attention, rngs=nnx.Rngs(0))
+        )
     )
 
 
@@ -213,10 +234,14 @@ def _linear(inputs: int, outputs: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs
 
 
 def _attend(
-    q_BxTxHxh: jax.Array, k_BxTxKxh: jax.Array, v_BxTxKxh: jax.Array, mask: jax.Array | None
+    q_BxTxHxh: jax.Array,
+    k_BxTxKxh: jax.Array,
+    v_BxTxKxh: jax.Array,
+    mask: jax.Array | None,
+    implementation: Any,
 ) -> jax.Array:
     dtype = q_BxTxHxh.dtype
-    if dtype == jnp.float16:
+    if dtype == jnp.float16 and implementation == "xla":
         # JAX's float16 attention asks for a matrix product that CPUs and TPUs do not have.
         q_BxTxHxh, k_BxTxKxh, v_BxTxKxh = (
             x.astype(jnp.float32) for x in (q_BxTxHxh, k_BxTxKxh, v_BxTxKxh)
@@ -224,7 +249,12 @@ def _attend(
     # It also mixes dtypes, even where its caller forbids implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
-            q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, mask=mask, is_causal=True
+            q_BxTxHxh,
+            k_BxTxKxh,
+            v_BxTxKxh,
+            mask=mask,
+            is_causal=True,
+            implementation=implementation,
         ).astype(dtype)
 
 

@@ -1,0 +1,138 @@
+"""Gradients are used one after the other, and little is kept between them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lomo_jax.fused.order import evaluate_in_order
+
+B, D, F = 4, 8, 64
+SHAPES = {"norm": (D,), "up": (D, F), "down": (F, D)}
+
+
+def gated(w, x):
+    """A layer whose elementwise part leaves several values for the backward pass."""
+    hidden = (x * w["norm"]) @ w["up"]
+    return jnp.tanh(jax.nn.silu(hidden) * jnp.exp(-hidden)) @ w["down"]
+
+
+def gradients(inputs, x, ct):
+    names = sorted(SHAPES)
+    y, vjp = jax.vjp(lambda *w: gated(dict(zip(names, w, strict=True)), x), *inputs)
+    return vjp(ct), y
+
+
+@pytest.fixture
+def values():
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    inputs = [jax.random.normal(next(keys), SHAPES[name]) for name in sorted(SHAPES)]
+    return inputs, jax.random.normal(next(keys), (B, D)), jax.random.normal(next(keys), (B, D))
+
+
+def run(inputs, x, ct, **options):
+    """Halves an input when its gradient comes; logs what happens."""
+    log = []
+
+    def read(carry, k):
+        assert k not in (used for kind, ks in log if kind == "use" for used in ks)
+        log.append(("read", [k]))
+        return carry[0][k]
+
+    def use(carry, ks, grads):
+        log.append(("use", list(ks)))
+        held, total = carry
+        held = [0.5 * v if k in ks else v for k, v in enumerate(held)]
+        return held, {**total, **dict(zip(map(str, ks), grads, strict=True))}
+
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
+    y, (held, grads) = evaluate_in_order(
+        gradients, shapes, (x, ct), read, use, (inputs, {}), **options
+    )
+    return y, held, [grads[str(k)] for k in range(len(inputs))], log
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_results_are_those_of_the_function(values, together, assert_close):
+    inputs, x, ct = values
+    expected, expected_y = gradients(inputs, x, ct)
+    y, held, grads, _ = run(inputs, x, ct, together=together)
+    assert_close((y, grads), (expected_y, list(expected)))
+    assert_close(held, [0.5 * v for v in inputs])
+
+
+def test_each_gradient_is_used_before_the_next_and_from_the_last_parameter_back(values):
+    *_, log = run(*values)
+    down, norm, up = range(3)  # in the order of their names
+    assert [ks for kind, ks in log if kind == "use"] == [[down], [up], [norm]]
+    # The last parameter is read once more than its gradient needs it at most.
+    assert [ks for kind, ks in log if kind == "read"].count([down]) == 1
+
+
+def test_together_all_gradients_are_used_at_once(values):
+    *_, log = run(*values, together=True)
+    assert [sorted(ks) for kind, ks in log if kind == "use"] == [[0, 1, 2]]
+
+
+def barriers(values):
+    """What waits at each barrier, without the carry of inputs and used gradients."""
+
+    def kept(inputs, x, ct):
+        return evaluate_in_order(
+            gradients,
+            [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs],
+            (x, ct),
+            lambda carry, k: inputs[k],
+            lambda carry, ks, grads: carry + sum(g.sum() for g in grads),
+            jnp.float32(0),
+        )
+
+    eqns = jax.make_jaxpr(kept)(*values).eqns
+    return [e for e in eqns if e.primitive.name == "optimization_barrier"]
+
+
+def test_what_waits_is_small(values):
+    sizes = [sum(np.prod(v.aval.shape) for v in e.invars) for e in barriers(values)]
+    # Of the elementwise part, a dozen values [B, F], one or two wait; the rest is [B, D] and less.
+    assert len(sizes) >= 3
+    assert max(sizes) <= 2 * B * F + 3 * B * D + 1
+    assert sizes[-1] <= 3 * B * D + 1
+
+
+def test_what_is_expensive_is_computed_once(values):
+    def products(jaxpr):
+        own = sum(e.primitive.name == "dot_general" for e in jaxpr.eqns)
+        return own + sum(
+            products(v.jaxpr if hasattr(v, "jaxpr") else v)
+            for e in jaxpr.eqns
+            for v in e.params.values()
+            if hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        )
+
+    inputs, x, ct = values
+    plain = jax.make_jaxpr(gradients)(inputs, x, ct)
+    ordered = jax.make_jaxpr(lambda *args: run(*args)[:3])(inputs, x, ct)
+    assert products(ordered.jaxpr) == products(plain.jaxpr)
+
+
+def test_effects_happen_once(values):
+    seen = []
+
+    def noisy(inputs, x, ct):
+        jax.debug.callback(lambda v: seen.append(float(v)), x[0, 0])
+        return gradients(inputs, x, ct)
+
+    inputs, x, ct = values
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
+    jax.jit(
+        lambda inputs: evaluate_in_order(
+            noisy,
+            shapes,
+            (x, ct),
+            lambda carry, k: inputs[k],
+            lambda carry, ks, grads: carry + sum(g.sum() for g in grads),
+            jnp.float32(0),
+        )
+    )(inputs)[1].block_until_ready()
+    jax.effects_barrier()
+    assert seen == [float(x[0, 0])]
