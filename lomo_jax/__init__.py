@@ -4,6 +4,7 @@ from lomo_jax.adalomo import AdaLomoState as AdaLomoState
 from lomo_jax.adalomo import adalomo as adalomo
 from lomo_jax.fused import DynamicLossScale as DynamicLossScale
 from lomo_jax.fused import LossScaleState as LossScaleState
+from lomo_jax.fused import Offload as Offload
 from lomo_jax.fused import Step as Step
 from lomo_jax.fused import StepOutput as StepOutput
 from lomo_jax.fused import StepState as StepState

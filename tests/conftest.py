@@ -56,16 +56,25 @@ def assert_steps_agree(assert_close):
 
     def check(loss_fn, tx, params, batches, *, tolerance=1e-5, **options):
         fused = lomo_jax.fused_step(loss_fn, tx, **options)
-        reference = lomo_jax.reference_step(loss_fn, tx, **options)
+        # What is kept, and where, must not change the result.
+        plain = {k: v for k, v in options.items() if k not in ("offload", "remat")}
+        reference = lomo_jax.reference_step(loss_fn, tx, **plain)
         run_fused, run_reference = quick_jit(fused), quick_jit(reference)
-        actual = (params, fused.init(params, batches[0]))
+        offload = options.get("offload") or lomo_jax.Offload()
+        host, device = jax.memory.Space.Host, jax.memory.Space.Device
+        placed = jax.device_put(params, host if offload.params else device)
+        actual = (placed, fused.init(placed, batches[0]))
         expected = (params, reference.init(params, batches[0]))
-        chex.assert_trees_all_equal(actual, expected)
+        chex.assert_trees_all_equal(jax.device_put(actual, device), expected)
         for batch in batches:
             *actual, actual_out = run_fused(*actual, batch)
             *expected, expected_out = run_reference(*expected, batch)
             assert_close(actual_out, expected_out, tolerance)
-        assert_close(actual, expected, tolerance)
+        for tree, is_on_host in ((actual[0], offload.params), (actual[1].optimizer, offload.state)):
+            kinds = {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+            assert kinds <= {"pinned_host" if is_on_host else "device"}
+        actual = jax.device_put(tuple(actual), device)
+        assert_close(actual, tuple(expected), tolerance)
         with pytest.raises(AssertionError):  # a step that does nothing would agree too
             assert_close(actual[0], params, tolerance)
         return actual, actual_out

@@ -6,5 +6,6 @@ from lomo_jax.fused.base import StepState as StepState
 from lomo_jax.fused.loss_scale import DynamicLossScale as DynamicLossScale
 from lomo_jax.fused.loss_scale import LossScaleState as LossScaleState
 from lomo_jax.fused.microbatches import WeightedLoss as WeightedLoss
+from lomo_jax.fused.offload import Offload as Offload
 from lomo_jax.fused.step import fused_step as fused_step
 from lomo_jax.fused.step import reference_step as reference_step

@@ -13,6 +13,8 @@ from lomo_jax import _validate
 from lomo_jax.fused import microbatches, parameters
 from lomo_jax.fused.cut import Cut, cut
 from lomo_jax.fused.loss_scale import HIGH, LOW, DynamicLossScale, LossScaleState
+from lomo_jax.fused.offload import Offload, beside, is_on_host, to_device, to_host
+from lomo_jax.fused.remat import POLICIES
 from lomo_jax.fused.update import Updater, check_independent
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -79,6 +81,8 @@ class Step:
     loss_scale: float | DynamicLossScale | None = None
     rounding: str = "nearest"
     trainable: Any = None
+    offload: Offload | None = None
+    remat: Any = "full"
 
     def __post_init__(self):
         clip_norm, scale = self.clip_norm, self.loss_scale
@@ -93,6 +97,10 @@ class Step:
             )
         _validate.integer("microbatches", self.microbatches, low=1)
         _validate.choice("rounding", self.rounding, ROUNDINGS)
+        if not callable(self.remat):
+            _validate.choice("remat", self.remat, POLICIES)
+        if not isinstance(self.offloads, Offload):
+            raise TypeError(f"offload must be a lomo_jax.Offload, got {self.offload!r}")
         if not (isinstance(scale, DynamicLossScale) or scale is None) and not (
             _is_positive(scale) and LOW <= scale <= HIGH
         ):
@@ -110,6 +118,11 @@ class Step:
     def dynamic(self) -> DynamicLossScale | None:
         """The loss scale, if it is a dynamic one."""
         return self.loss_scale if isinstance(self.loss_scale, DynamicLossScale) else None
+
+    @property
+    def offloads(self) -> Offload:
+        """What is kept in host memory."""
+        return self.offload or Offload()
 
     @property
     def measures(self) -> bool:
@@ -135,6 +148,7 @@ class Step:
     ) -> tuple[Any, StepState, StepOutput]:
         """Makes one step; see `fused_step`."""
         plan = self._plan(params, batch)
+        self._check_memory(plan, params, state)
         _check_state(state, jax.eval_shape(lambda params: self._init(plan, params), params))
         key = new_rounding = None
         if state.rounding is not None:
@@ -160,9 +174,9 @@ class Step:
         if self.microbatches > 1:
             loss = jnp.sum(result.share * microbatches.widen(loss)).astype(loss.dtype)
         return (
-            jax.tree.unflatten(jax.tree.structure(params), result.params),
+            beside(jax.tree.unflatten(jax.tree.structure(params), result.params), params),
             StepState(
-                {plan.names[i]: new for i, new in result.states.items()},
+                beside({plan.names[i]: new for i, new in result.states.items()}, state.optimizer),
                 new_loss_scale,
                 new_rounding,
             ),
@@ -184,6 +198,7 @@ class Step:
                 ),
                 batch,
             )
+        params = jax.eval_shape(to_device, params)  # where the loss sees them
         pieces = cut(self.loss_fn, params, batch, has_aux=self.has_aux, trainable=trainable)
         check_independent(self.tx, params, trainable, pieces.stacked)
         treedef = jax.tree.structure(params)
@@ -196,11 +211,32 @@ class Step:
 
     def _init(self, plan: Plan, params: Any) -> StepState:
         stochastic = self.rounding == "stochastic"
+        optimizer = plan.init(to_device(params))
         return StepState(
-            plan.init(params),
+            to_host(optimizer) if self.offloads.state else optimizer,
             self.dynamic.init() if self.dynamic else None,
             jax.random.key_data(jax.random.key(0)) if stochastic else None,
         )
+
+    def _check_memory(self, plan: Plan, params: Any, state: StepState) -> None:
+        """Raises ValueError if something is in the memory that `offload` says it is not in."""
+        arrays = [
+            ("params", f"parameter {name}", leaf)
+            for name, leaf in zip(plan.names, jax.tree.leaves(params), strict=True)
+        ]
+        arrays += [
+            ("state", f"the optimizer's state of {name}", leaf)
+            for name, tree in state.optimizer.items()
+            for leaf in jax.tree.leaves(tree)
+        ]
+        for kind, name, array in arrays:
+            if is_on_host(array) != getattr(self.offloads, kind):
+                here, there = ("Host", "Device") if is_on_host(array) else ("Device", "Host")
+                raise ValueError(
+                    f"{name} is in {here.lower()} memory, not where offload={self.offload} has it: "
+                    f"put it there, jax.device_put({kind}, jax.memory.Space.{there}), or set "
+                    f"lomo_jax.Offload({kind}={here == 'Host'})"
+                )
 
     def _run(
         self,

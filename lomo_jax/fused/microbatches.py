@@ -98,6 +98,7 @@ class Piece(NamedTuple):
         cotangents: Sequence[jax.Array],
         *,
         run: bool = False,
+        kept: tuple[Callable[..., Any], Sequence[Any], Sequence[bool]] | None = None,
     ) -> tuple[list[Any], list[jax.Array]]:
         """Pulls cotangents of the outputs in `diff_out` back to the inputs in `diff_in`.
 
@@ -110,6 +111,8 @@ class Piece(NamedTuple):
           diff_out: which outputs have a cotangent.
           cotangents: those.
           run: whether the outputs are wanted too.
+          kept: (backward, values, which of them vary) as of `remat.keep`, to start from what an
+            earlier run kept; `run` must be False, and the outputs must all vary or none.
 
         Returns:
           The outputs, if they are wanted, and cotangents of the inputs in `diff_in`.
@@ -119,25 +122,36 @@ class Piece(NamedTuple):
         diff_shared = both(diff_in, invert(self.varies_in))
         outputs: list[Any] = [None] * len(diff_out)
         grads: list[Any] = [None] * len(own)
+        backward, values, values_vary = kept or (None, [], [])
+        if backward and not any(each):
+            return outputs, list(backward(args, values)(list(cotangents)))
         if any(once) or not any(each) or (run and not all(self.varies_out)):
             outputs, vjp = vjp_of(self.function, self._of_one(args), diff_shared, once)
             grads = merge(grads, vjp(pick(cotangents, pick(once, diff_out))), shared)
         if any(each):
 
             def one(totals, x):
-                varying, part_cotangents = x
+                varying, varying_values, part_cotangents = x
                 inputs = merge(args, varying, self.varies_in)
-                values, vjp = vjp_of(self.function, inputs, diff_in, each)
+                if backward:
+                    outputs = []
+                    vjp = backward(inputs, merge(values, varying_values, values_vary))
+                else:
+                    outputs, vjp = vjp_of(self.function, inputs, diff_in, each)
                 part = vjp(part_cotangents)
                 totals = list(map(add, totals, pick(part, shared)))
-                return totals, (pick(values, self.varies_out) if run else [], pick(part, own))
+                return totals, (pick(outputs, self.varies_out) if run else [], pick(part, own))
 
             inputs = pick(args, diff_shared)
             so_far = [
                 jnp.zeros_like(x) if g is None else g
                 for x, g in zip(inputs, pick(grads, shared), strict=True)
             ]
-            xs = pick(args, self.varies_in), pick(cotangents, pick(each, diff_out))
+            xs = (
+                pick(args, self.varies_in),
+                pick(values, values_vary),
+                pick(cotangents, pick(each, diff_out)),
+            )
             totals, (varying, part) = jax.lax.scan(one, list(map(widen, so_far)), xs)
             grads = merge(merge(grads, totals, shared), part, own)
             if run:

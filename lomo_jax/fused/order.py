@@ -22,9 +22,9 @@ from lomo_jax.fused import jaxprs
 # XLA fuses these with what uses them: to compute them again takes less time than to read them.
 _CHEAP = frozenset(
     """abs add add_any and broadcast_in_dim ceil clamp concatenate convert_element_type copy cos div
-    eq erf exp exp2 expand_dims expm1 floor ge gt integer_pow iota is_finite le log log1p logistic
-    lt max min mul ne neg not or pad pow real imag reshape rev round rsqrt select_n sign sin slice
-    split sqrt square squeeze stop_gradient sub tan tanh transpose xor""".split()  # noqa: SIM905
+    eq erf exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota is_finite le log log1p
+    logistic lt max min mul name ne neg not or pad pow real reshape rev round rsqrt select_n sign
+    sin slice split sqrt square squeeze stop_gradient sub tan tanh transpose xor""".split()  # noqa: SIM905
 )
 _INFINITE = 2**30  # KiB
 

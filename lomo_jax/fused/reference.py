@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lomo_jax.fused import jaxprs, microbatches
+from lomo_jax.fused import jaxprs, microbatches, offload
 from lomo_jax.fused.base import Result, Step
 from lomo_jax.fused.cut import Layers
 from lomo_jax.fused.update import layer_key
@@ -14,6 +14,7 @@ class ReferenceStep(Step):
     """See `reference_step`."""
 
     def _run(self, plan, params, states, batch, scale, key):
+        params, states = offload.to_device((params, states))
         leaves = jax.tree.leaves(params)
         grads, share, loss, aux = self._gradient(plan, params, batch, scale)
         finite, norm = jnp.isfinite(loss).all(), None

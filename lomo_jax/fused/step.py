@@ -11,6 +11,7 @@ from lomo_jax.fused import jaxprs
 from lomo_jax.fused import microbatches as microbatches_lib
 from lomo_jax.fused.base import Result, Step
 from lomo_jax.fused.loss_scale import DynamicLossScale
+from lomo_jax.fused.offload import Offload
 from lomo_jax.fused.reference import ReferenceStep
 from lomo_jax.fused.visitors import Measure, Update
 from lomo_jax.fused.walk import Walk
@@ -26,7 +27,12 @@ class FusedStep(Step):
             (weights,) = jax.lax.map(lambda part: weight(*part), parts)
         share = microbatches_lib.shares(weights, self.microbatches, jaxprs.dtype(plan.cut.loss))
         walk = Walk(
-            plan.cut, leaves, parts, share if scale is None else share * scale.astype(share.dtype)
+            plan.cut,
+            leaves,
+            parts,
+            share if scale is None else share * scale.astype(share.dtype),
+            remat=self.remat,
+            keep_on_host=self.offloads.activations,
         )
         loss, aux = walk.results()
         finite, norm = jnp.isfinite(loss).all(), None
@@ -61,6 +67,8 @@ def fused_step(
     loss_scale: float | DynamicLossScale | None = None,
     rounding: str = "nearest",
     trainable: Any = None,
+    offload: Offload | None = None,
+    remat: str | Callable[..., Any] = "full",
 ) -> Step:
     r"""Turns a loss into a training step that never holds the whole gradient.
 
@@ -132,6 +140,13 @@ def fused_step(
         "layers/attention/query" (`jax.tree_util.keystr(path, simple=True, separator="/")`), or a
         pytree of bool, of the structure of `params` or a prefix of it. The others have neither
         gradient nor state. Layers below the first trainable parameter are not walked back.
+      offload: what lives in host memory instead of the device's: an `Offload`.
+      remat: what the forward pass keeps of a layer for the backward pass, which computes the rest
+        again. "full": the layer's input alone, and the backward pass runs the layer again.
+        "attention": also the results of attention, those of cuDNN's flash attention and values
+        named "attention" by `jax.ad_checkpoint.checkpoint_name`. "none": all that `jax.vjp` keeps.
+        Or a policy of `jax.checkpoint_policies`. It takes the place of a checkpoint around the
+        whole layer; one inside the layer stays as it is. What is kept exists for all layers.
 
     Returns:
       A `Step`: `init(params, batch)` makes the state, a call makes one update. New parameters have
@@ -149,7 +164,18 @@ def fused_step(
       Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
       <https://arxiv.org/abs/2306.09782>`_, 2023
     """
-    return FusedStep(loss_fn, tx, has_aux, clip_norm, microbatches, loss_scale, rounding, trainable)
+    return FusedStep(
+        loss_fn,
+        tx,
+        has_aux,
+        clip_norm,
+        microbatches,
+        loss_scale,
+        rounding,
+        trainable,
+        offload,
+        remat,
+    )
 
 
 def reference_step(
@@ -162,6 +188,8 @@ def reference_step(
     loss_scale: float | DynamicLossScale | None = None,
     rounding: str = "nearest",
     trainable: Any = None,
+    offload: Offload | None = None,
+    remat: str | Callable[..., Any] = "full",
 ) -> Step:
     """The plain computation that `fused_step` is measured against.
 
@@ -169,5 +197,14 @@ def reference_step(
     under `jax.vmap` over their layers. Arguments, state and results are those of `fused_step`.
     """
     return ReferenceStep(
-        loss_fn, tx, has_aux, clip_norm, microbatches, loss_scale, rounding, trainable
+        loss_fn,
+        tx,
+        has_aux,
+        clip_norm,
+        microbatches,
+        loss_scale,
+        rounding,
+        trainable,
+        offload,
+        remat,
     )

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lomo_jax.fused import offload
 from lomo_jax.fused.microbatches import widen
 from lomo_jax.fused.update import Updater, layer_key
 
@@ -45,7 +46,7 @@ class Measure:
         del indices
         self.total += self._squares(grads)
 
-    def start(self, indices: Sequence[int], first: int, ahead: bool) -> jax.Array:
+    def start(self, indices: Sequence[int], first: int, ahead: bool) -> Any:
         del indices, first, ahead  # it changes nothing that it reads
         return self.total
 
@@ -101,8 +102,8 @@ class Update:
 
     def dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
         olds = [(self.params[i], self.states[i]) for i in indices]
-        news, self.finite = self._apply(indices, grads, olds, self.finite)
-        self._store(indices, news)
+        news, self.finite = self._apply(indices, grads, offload.to_device(olds), self.finite)
+        self._store(indices, offload.beside(news, olds))
 
     @property
     def together(self) -> bool:
@@ -158,9 +159,12 @@ class Update:
 
 
 def _read(stacks: Any, i: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), stacks)
+    """Layer i, on the device."""
+    read = jax.lax.dynamic_index_in_dim
+    return offload.to_device(jax.tree.map(lambda x: read(x, i, keepdims=False), stacks))
 
 
 def _write(stacks: Any, layer: Any, i: Any) -> Any:
     write = jax.lax.dynamic_update_index_in_dim
+    layer = offload.beside(layer, stacks)
     return jax.tree.map(lambda x, new: write(x, new, i, axis=0), stacks, layer)

@@ -1,16 +1,18 @@
 """Runs a cut loss forward and back, showing every gradient to a visitor once it is complete."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lomo_jax.fused import jaxprs
+from lomo_jax.fused import jaxprs, offload
 from lomo_jax.fused.cut import Cut, Dense, Layers
 from lomo_jax.fused.microbatches import Piece, add, both, invert, merge, pick, widen
 from lomo_jax.fused.order import evaluate_in_order
+from lomo_jax.fused.remat import Kept, keep
 
 
 class Visitor(Protocol):
@@ -62,12 +64,22 @@ class Walk:
       params: leaves of the parameters.
       batch: leaves of the batch; if there are several microbatches, with their axis in front.
       seed: the cotangent of the loss, [K], for each of K microbatches.
+      remat: what the forward pass keeps of a layer, see `fused_step`.
+      keep_on_host: whether that is kept in host memory.
     """
 
     def __init__(
-        self, cut: Cut, params: Sequence[jax.Array], batch: Sequence[jax.Array], seed: jax.Array
+        self,
+        cut: Cut,
+        params: Sequence[jax.Array],
+        batch: Sequence[jax.Array],
+        seed: jax.Array,
+        *,
+        remat: str | Callable[..., Any] = "full",
+        keep_on_host: bool = False,
     ):
         self.cut, self.microbatches = cut, seed.shape[0]
+        self.remat, self.keep_on_host = remat, keep_on_host
         self.values: dict[jex.Var, Any] = dict(
             zip([*cut.params, *cut.batch], [*params, *batch], strict=True)
         )
@@ -111,6 +123,11 @@ class Walk:
         return value
 
     def read(self, atoms: Iterable[jaxprs.Atom]) -> list[Any]:
+        """Their values, on the device."""
+        return offload.to_device(self.stored(atoms))
+
+    def stored(self, atoms: Iterable[jaxprs.Atom]) -> list[Any]:
+        """Their values, where they are."""
         return [a.val if isinstance(a, jex.Literal) else self.values[a] for a in atoms]
 
     def vary(self, atoms: Iterable[jaxprs.Atom]) -> list[bool]:
@@ -217,31 +234,63 @@ class _LayersPass:
         spreads = both(vary_carry, invert(walk.vary(scan.carry)))
         self.consts, self.init = walk.read(scan.consts), walk.read(scan.carry)
         self.init = walk.spread(self.init, invert(spreads))
-        self.xs = _swap(walk.read(scan.xs), self.vary_xs)
+        self.xs = _swap(walk.stored(scan.xs), self.vary_xs)
         self.changed = jaxprs.changed_carry(scan)
         self.diff_consts = cut.differentiates(scan.consts)
         self.diff_carry = cut.differentiates(scan.carry_out)
         self.diff_xs = cut.differentiates(scan.xs)
         self.diff_in = [*self.diff_consts, *self.diff_carry, *self.diff_xs]
 
-        def layer(carry, x):
-            results = self.body.run([*self.consts, *carry, *x])
-            carry_out, ys = results[: len(carry)], results[len(carry) :]
-            return carry_out, (ys, pick(carry, self.changed))
+        self.diff_out = [*self.diff_carry, *cut.differentiates(scan.ys)]
+        self.kept, forward = self._keep(), self.body
 
-        # Of the forward pass the input of each layer is kept, and nothing else.
-        carry_out, (ys, self.layer_inputs) = jax.lax.scan(
+        if self.kept:
+            forward = Piece(
+                self.kept.forward,
+                self.body.varies_in,
+                [*self.body.varies_out, *self.kept.varies],
+            )
+
+        def layer(carry, x):
+            results = forward.run([*self.consts, *carry, *offload.to_device(x)])
+            carry_out, results = results[: len(carry)], results[len(carry) :]
+            ys, values = results[: len(scan.ys)], results[len(scan.ys) :]
+            stored = pick(carry, self.changed), values
+            return carry_out, (ys, offload.to_host(stored) if walk.keep_on_host else stored)
+
+        # Of the forward pass the input of each layer is stored, and what `remat` keeps.
+        carry_out, (ys, self.stored) = jax.lax.scan(
             layer, self.init, self.xs, scan.length, scan.reverse, scan.unroll
         )
         walk.values.update(zip(scan.carry_out, carry_out, strict=True))
         walk.values.update(zip(scan.ys, _swap(ys, self.vary_ys), strict=True))
+
+    def _keep(self) -> Kept | None:
+        """What to keep beside the layer inputs; None if that is nothing."""
+        outputs_vary = pick(self.body.varies_out, self.diff_out)
+        # Microbatches that share some output but not all: rare, and the layer is computed again.
+        mixed = any(outputs_vary) and not all(outputs_vary)
+        if self.walk.remat == "full" or mixed or not (any(self.diff_out) and any(self.diff_in)):
+            return None
+        first = len(self.consts) + len(self.init)
+        return keep(
+            self.piece.scan.body,
+            [first + k for k in self.piece.xs_params],
+            self.walk.remat,
+            self.body.varies_in,
+            self.diff_in,
+            self.diff_out,
+        )
 
     def back(self, cotangents: Cotangents, visitor: Visitor) -> None:
         scan, stacked = self.piece.scan, self.piece.stacked
         reached = any(v in cotangents for v in [*scan.carry_out, *scan.ys])
         if not stacked and not (reached and any(self.diff_in)):
             return
-        diff_ys = [v in cotangents for v in scan.ys]
+        # What was kept is for cotangents of all outputs that may have one.
+        diff_ys = (
+            self.diff_out[len(scan.carry) :] if self.kept else [v in cotangents for v in scan.ys]
+        )
         is_param = [k in self.piece.xs_params for k in range(len(scan.xs))]
         diff_others = both(self.diff_xs, invert(is_param))
         first, step = (0, 1) if scan.reverse else (scan.length - 1, -1)
@@ -262,15 +311,16 @@ class _LayersPass:
 
         def layer_back(loop, x):
             i, carry, ct_carry, ct_consts = loop
-            inputs, ct_ys = x
+            (inputs, values), ct_ys = offload.to_device(x)
 
-            def gradients(layer, inputs, ct_carry, ct_ys, ct_consts):
+            def gradients(layer, inputs, values, ct_carry, ct_ys, ct_consts):
                 xs = [x for _, x in sorted(zip(lazy, layer, strict=True), key=lambda pair: pair[0])]
                 _, grads = self.body.vjp(
                     [*self.consts, *merge(self.init, inputs, self.changed), *xs],
                     self.diff_in,
                     [*self.diff_carry, *diff_ys],
                     [*ct_carry, *ct_ys],
+                    kept=self.kept and (self.kept.backward, values, self.kept.varies),
                 )
                 grads = iter(grads)
                 ct_consts = [add(c, next(grads)) for c in ct_consts]
@@ -281,12 +331,13 @@ class _LayersPass:
             def read(carry, k):
                 if k < len(stacked):
                     return visitor.layer(carry, stacked, k, i)
-                return jax.lax.dynamic_index_in_dim(others[k - len(stacked)], i, keepdims=False)
+                layer = jax.lax.dynamic_index_in_dim(others[k - len(stacked)], i, keepdims=False)
+                return offload.to_device(layer)
 
             (ct_carry, ct_consts, ct_others), carry = evaluate_in_order(
                 gradients,
                 [_layer_shape(self.xs[k]) for k in lazy],
-                (inputs, ct_carry, ct_ys, ct_consts),
+                (inputs, values, ct_carry, ct_ys, ct_consts),
                 read,
                 lambda carry, ks, grads: visitor.visit(carry, stacked, ks, i, grads),
                 carry,
@@ -300,15 +351,21 @@ class _LayersPass:
             """Walks the layers back."""
             loop = (jnp.int32(first), visitor.start(stacked, first, ahead), ct_carry, ct_consts)
             (_, carry, *sums), ct_others = jax.lax.scan(
-                layer_back, loop, (self.layer_inputs, ct_ys), scan.length, not scan.reverse
+                layer_back, loop, (self.stored, ct_ys), scan.length, not scan.reverse
             )
             return visitor.finish(carry), *sums, ct_others
 
         # XLA for CPUs may put the last use of a layer after the write of the new one, and copies
-        # the whole stack to keep the layer. It has no reason to if the layer was read before.
-        result, ct_carry, ct_consts, ct_others = jax.lax.platform_dependent(
-            cuda=lambda: run(False), rocm=lambda: run(False), default=lambda: run(True)
-        )
+        # the whole stack to keep the layer. It has no reason to if the layer was read before. A
+        # layer that comes from host memory is read before to be fetched once.
+        if any(map(offload.is_on_host, self.xs)):
+            results = run(True)
+        else:
+            in_place = functools.partial(run, False)
+            results = jax.lax.platform_dependent(
+                cuda=in_place, rocm=in_place, default=functools.partial(run, True)
+            )
+        result, ct_carry, ct_consts, ct_others = results
         visitor.store(result, stacked)
         cotangents.add(pick(scan.consts, self.diff_consts), ct_consts)
         cotangents.add(

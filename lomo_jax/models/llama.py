@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from lomo_jax.fused.offload import to_device
 from lomo_jax.models.config import LlamaConfig
 
 _NORMAL = nnx.initializers.normal(0.02)
@@ -45,7 +47,7 @@ class RMSNorm(nnx.Module):
         x32_BxTxD = x_BxTxD.astype(jnp.float32)
         mean_square_BxTx1 = jnp.mean(jnp.square(x32_BxTxD), axis=-1, keepdims=True)
         normal_BxTxD = x32_BxTxD * jax.lax.rsqrt(mean_square_BxTx1 + self.eps)
-        return normal_BxTxD.astype(x_BxTxD.dtype) * self.scale[...]
+        return normal_BxTxD.astype(x_BxTxD.dtype) * to_device(self.scale[...])
 
 
 class Attention(nnx.Module):
@@ -109,7 +111,8 @@ class Llama(nnx.Module):
 
     `layers` is one `Layer` whose every weight has a leading layer axis, `[L, ...]`. The stacks are
     the scanned inputs of one `jax.lax.scan` as they are, which is what `lomo_jax.fused_step` asks
-    for, and the layer is rematerialised, so the plain gradient too keeps layer inputs only.
+    for, and the layer is rematerialised, so the plain gradient too keeps layer inputs only. The
+    parameters may be in host memory: each layer is then fetched when it is its turn.
 
     Args:
       config: the model's shape.
@@ -173,17 +176,17 @@ class Llama(nnx.Module):
         # that would prevent it only cost.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def apply(x_BxTxD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
-            return layer(x_BxTxD, context), None
+            return to_device(layer)(x_BxTxD, context), None
 
-        embedded_BxTxD = jnp.take(self.embedding[...], tokens_BxT, axis=0)
+        embedded_BxTxD = jnp.take(to_device(self.embedding[...]), tokens_BxT, axis=0)
         x_BxTxD, _ = jax.lax.scan(apply, embedded_BxTxD, self.layers)
         return self.norm(x_BxTxD)
 
     def head(self) -> jax.Array:
         """Returns the output projection w_DxV: the transposed embedding where the two are tied."""
         if self.output is None:
-            return self.embedding[...].T
-        return self.output.kernel[...]
+            return to_device(self.embedding[...]).T
+        return to_device(self.output.kernel[...])
 
     def __call__(
         self,
@@ -248,7 +251,7 @@ def _attend(
         )
     # It also mixes dtypes, even where its caller forbids implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(
+        y_BxTxHxh = jax.nn.dot_product_attention(
             q_BxTxHxh,
             k_BxTxKxh,
             v_BxTxKxh,
@@ -256,6 +259,8 @@ def _attend(
             is_causal=True,
             implementation=implementation,
         ).astype(dtype)
+    # cuDNN's result is known to `remat="attention"` without a name, and would be kept twice.
+    return checkpoint_name(y_BxTxHxh, "attention") if implementation == "xla" else y_BxTxHxh
 
 
 def _frequencies(config: LlamaConfig) -> np.ndarray:

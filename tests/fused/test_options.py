@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import lomo_jax
 
@@ -44,7 +45,7 @@ def loss_fn(params, batch):
 
     def layer(x, scanned):
         w, key = scanned
-        h = jnp.tanh(x @ w["up"]) @ w["down"] * w["gain"]
+        h = checkpoint_name(jnp.tanh(x @ w["up"]), "attention") @ w["down"] * w["gain"]
         h = jnp.where(jax.random.bernoulli(key, 0.8, h.shape), h / 0.8, 0.0)
         return x + h @ params["mix"], jnp.mean(h * h)
 
@@ -66,6 +67,9 @@ OPTIONS = {
     "dynamic_layers": {"loss_scale": lomo_jax.DynamicLossScale(2.0**126, 3, 2.0**4, skip="layers")},
     "stochastic": {"rounding": "stochastic"},
     "trainable": {"trainable": lambda name: name not in ("layers/up", "bias")},
+    "offload": {"offload": lomo_jax.Offload(params=True, activations=True, state=True)},
+    "attention": {"remat": "attention"},
+    "none": {"remat": "none"},
 }
 NAMES = [(name,) for name in OPTIONS] + [
     (a, b)
@@ -111,6 +115,7 @@ def test_the_first_steps_overflow_and_some_later_ones(make_step):
             {"loss_scale": "dynamic"},
             "loss_scale must be a number .*DynamicLossScale, got 'dynamic'",
         ),
+        ({"remat": "some"}, "remat must be one of 'full', 'attention', 'none', got 'some'"),
         ({"rounding": "up"}, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
         (
             OPTIONS["clip_norm"] | OPTIONS["dynamic_layers"],

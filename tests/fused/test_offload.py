@@ -1,0 +1,97 @@
+"""What lives in host memory, and what `remat` keeps; the results are those of test_options.py."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import shapes
+from jax.ad_checkpoint import checkpoint_name
+
+import lomo_jax
+
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+L, B, D, F = 6, 16, 8, 64
+
+
+def make_params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "up": 0.3 * jax.random.normal(keys[0], (L, D, F)),
+        "down": 0.3 * jax.random.normal(keys[1], (L, F, D)),
+        "out": jax.random.normal(keys[2], (D, D)),
+    }
+
+
+def loss_fn(params, x):
+    def layer(x, w):
+        hidden = checkpoint_name(jnp.tanh(x @ w["up"]), "attention")
+        return x + hidden @ w["down"], None
+
+    layers = {name: params[name] for name in ("up", "down")}
+    x, _ = jax.lax.scan(jax.checkpoint(layer), x, layers)
+    return jnp.mean((x @ params["out"]) ** 2)
+
+
+X = jax.random.normal(jax.random.key(1), (B, D))
+
+
+@pytest.mark.parametrize(
+    ("offload", "params_in", "state_in", "message"),
+    [
+        (None, HOST, DEVICE, r"parameter down is in host memory, .*Offload\(params=True\)"),
+        (
+            lomo_jax.Offload(params=True),
+            DEVICE,
+            DEVICE,
+            r"parameter down is in device memory, .*jax.device_put\(params, jax.memory.Space.Host",
+        ),
+        (
+            lomo_jax.Offload(state=True),
+            DEVICE,
+            DEVICE,
+            r"the optimizer's state of down is in device memory, .*jax.device_put\(state, ",
+        ),
+        (lomo_jax.Offload(), DEVICE, HOST, r"state of down is in host memory, .*\(state=True\)"),
+    ],
+)
+@pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
+def test_arrays_in_the_wrong_memory(make_step, offload, params_in, state_in, message):
+    step = make_step(loss_fn, optax.sgd(0.1, momentum=0.9), offload=offload)
+    params = make_params()
+    state = jax.device_put(make_step(loss_fn, step.tx).init(params, X), state_in)
+    with pytest.raises(ValueError, match=message) as error:
+        jax.jit(step)(jax.device_put(params, params_in), state, X)
+    assert "\n" not in str(error.value)
+
+
+def test_offload_that_is_no_offload():
+    with pytest.raises(TypeError, match=r"offload must be a lomo_jax.Offload, got True"):
+        lomo_jax.fused_step(loss_fn, optax.sgd(0.1), offload=True)
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_every_shape_of_model(name, assert_steps_agree):
+    loss, params, batch = shapes.SHAPES[name]()
+    offload = lomo_jax.Offload(params=True, activations=True, state=True)
+    tx = optax.sgd(0.1, momentum=0.9)
+    assert_steps_agree(loss, tx, params, [batch], offload=offload, remat="none")
+
+
+def kept(remat):
+    """What the step keeps of each layer, as sizes of one layer: the stacked outputs of its scan."""
+    step = lomo_jax.fused_step(loss_fn, optax.sgd(0.1), remat=remat)
+    params = make_params()
+    jaxpr = jax.make_jaxpr(step)(params, step.init(params, X), X)
+    scans = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+    (forward,) = (e for e in scans if e.params["length"] == L)
+    return sorted(v.aval.size // L for v in forward.outvars if v.aval.shape[:1] == (L,))
+
+
+def test_what_is_kept():
+    assert kept("full") == [B * D]
+    assert kept("attention") == [B * D, B * F]
+    # What the derivative of tanh needs, too, and no parameters.
+    assert set(kept("none")) == {B * D, B * F}
+    assert len(kept("none")) > 2
+    assert kept(jax.checkpoint_policies.nothing_saveable) == [B * D]
+    assert kept(jax.checkpoint_policies.dots_saveable) == [B * D, B * F]
