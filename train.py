@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from lomo_jax.plan.gpus import MEMORY_FRACTION
 from lomo_jax.training import flags
 
 
@@ -19,6 +20,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`; returns the exit status."""
     try:
         config = flags.parse(argv)
+        # JAX reads it when it first uses a device, which a config does not.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
         # transformers, of which this uses the tokenizers, warns that there is no PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from lomo_jax.training.loop import train  # slow to import: a typo is told before

@@ -8,13 +8,12 @@ model is a stack of gated MLPs in float32, every layer under `jax.checkpoint`, t
 """
 
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 import lomo_jax
+from lomo_jax.plan import gpus, make_mesh
 
 B, T, D, F, V = 4, 128, 512, 1376, 4096
 DEPTHS = (8, 16, 32)
@@ -49,11 +48,7 @@ def device_sharding(name):
     """Where the arrays are planned to live: None for this machine's CPU, or the GPU `name`."""
     if name is None:
         return None
-    config = Path(__file__).with_name(f"{name}.textproto").read_text()
-    devices = topologies.get_topology_desc(
-        platform="cuda", topology_name=name, target_config=config, topology="1x1x1"
-    ).devices
-    return jax.sharding.SingleDeviceSharding(devices[0])
+    return jax.sharding.NamedSharding(make_mesh(gpus.find(name)), jax.sharding.PartitionSpec())
 
 
 def parameters(run, depth, dtype=jnp.float32, sharding=None):

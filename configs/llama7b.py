@@ -10,7 +10,11 @@ To try memory and speed without a checkpoint, `--config.model.init=random` in th
 `--config.model.path=DIR` runs the same step on random weights; a token is then a byte.
 
 Hardware: one NVIDIA GPU with 24 GB for batches of 8 x 512 tokens; larger batches and sequences
-where there is more. Host memory for one copy of the weights, 13 GB.
+where there is more. Planned for an RTX 3090, not measured: 14.2 GiB of device memory, by
+
+    python -m lomo_jax.plan --config configs/llama7b.py --gpu rtx3090
+
+which with --suggest also plans what would need less.
 
 Settings: the AdaLomo paper's for further pre-training (arXiv 2310.10195): peak learning rate 1e-3,
 cosine to 0, 3 % warm-up, bfloat16, no clipping, evaluation every 100 steps. The paper's batches are

@@ -8,4 +8,6 @@ from lomo_jax.models.llama import Llama as Llama
 from lomo_jax.models.llama import abstract as abstract
 from lomo_jax.models.llama import init as init
 from lomo_jax.models.load import load as load
+from lomo_jax.models.load import load_config as load_config
 from lomo_jax.models.tokenizer import tokenizer as tokenizer
+from lomo_jax.models.weights import init_on_host as init_on_host

@@ -50,19 +50,27 @@ def open_gguf(path: Path) -> tuple[Metadata, list[gguf.ReaderTensor]]:
     return Metadata(reader, str(path)), reader.tensors
 
 
-def load_gguf(path: Path, param_dtype: DTypeLike) -> tuple[LlamaConfig, nnx.State]:
+def load_config(path: Path) -> LlamaConfig:
+    """Reads the header of a GGUF file; see `lomo_jax.models.load_config`."""
+    return _config(path, *open_gguf(path))
+
+
+def load(path: Path, param_dtype: DTypeLike, on_host: bool) -> tuple[LlamaConfig, nnx.State]:
     """Reads a GGUF file, dequantising its tensors one by one; see `lomo_jax.models.load`."""
     metadata, tensors = open_gguf(path)
+    config = _config(path, metadata, tensors)
+    read = [_tensor(tensor, config) for tensor in tensors]
+    return config, assemble(config, param_dtype, read, GGUF_NAMES, str(path), on_host)
+
+
+def _config(path: Path, metadata: Metadata, tensors: list[gguf.ReaderTensor]) -> LlamaConfig:
     try:
-        config = _config(metadata, {tensor.name for tensor in tensors})
+        return _shape(metadata, {tensor.name for tensor in tensors})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return config, assemble(
-        config, param_dtype, [_tensor(t, config) for t in tensors], GGUF_NAMES, str(path)
-    )
 
 
-def _config(metadata: Metadata, tensor_names: set[str]) -> LlamaConfig:
+def _shape(metadata: Metadata, tensor_names: set[str]) -> LlamaConfig:
     if (architecture := metadata["general.architecture"]) != "llama":
         raise ValueError(f"architecture {architecture} is not supported; supported: llama")
     for key, supported in {"llama.expert_count": 0, "llama.rope.scaling.type": "none"}.items():

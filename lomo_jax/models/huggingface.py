@@ -26,13 +26,18 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "BF16", "F16")
 
 
-def load_hf(directory: Path, param_dtype: DTypeLike) -> tuple[LlamaConfig, nnx.State]:
-    """Reads a Hugging Face directory; see `lomo_jax.models.load`."""
+def load_config(directory: Path) -> LlamaConfig:
+    """Reads config.json; see `lomo_jax.models.load_config`."""
     config_file = directory / _CONFIG
     try:
-        config = LlamaConfig.from_hf(_read_json(config_file))
+        return LlamaConfig.from_hf(_read_json(config_file))
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from None
+
+
+def load(directory: Path, param_dtype: DTypeLike, on_host: bool) -> tuple[LlamaConfig, nnx.State]:
+    """Reads a Hugging Face directory; see `lomo_jax.models.load`."""
+    config = load_config(directory)
     tensors = [
         tensor
         for file in _weight_files(directory)
@@ -42,7 +47,7 @@ def load_hf(directory: Path, param_dtype: DTypeLike) -> tuple[LlamaConfig, nnx.S
         if not tensor.name.endswith("rotary_emb.inv_freq")
         and not (config.tie_embeddings and tensor.name == HF_NAMES["output/kernel"])
     ]
-    return config, assemble(config, param_dtype, tensors, HF_NAMES, str(directory))
+    return config, assemble(config, param_dtype, tensors, HF_NAMES, str(directory), on_host)
 
 
 def save(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +14,10 @@ from lomo_jax.models.config import LlamaConfig
 
 
 def load(
-    path: str | os.PathLike[str], param_dtype: DTypeLike = jnp.float32
+    path: str | os.PathLike[str],
+    param_dtype: DTypeLike = jnp.float32,
+    *,
+    on_host: bool = False,
 ) -> tuple[LlamaConfig, nnx.State]:
     """Reads a LLaMA-family model.
 
@@ -24,6 +28,7 @@ def load(
       path: a Hugging Face directory (config.json and one or several .safetensors files), or a
         GGUF file, whose quantised weights are dequantised.
       param_dtype: of the parameters, whatever that of the file.
+      on_host: whether the parameters go to host memory; the device then holds one tensor at most.
 
     Returns:
       (config, params), params as `nnx.split` of a `Llama` gives them; `abstract(config)` has the
@@ -33,15 +38,32 @@ def load(
       FileNotFoundError: the path or one of its files does not exist.
       ValueError: the files are damaged, do not fit together, or hold a model that is not supported.
     """
-    path = Path(path)
+    return _format(Path(path)).load(Path(path), param_dtype, on_host)
+
+
+def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
+    """Reads the shape of a LLaMA-family model, and no weights.
+
+    Args:
+      path: a Hugging Face directory, of which only config.json need be there, or a GGUF file.
+
+    Raises:
+      FileNotFoundError: the path or its config.json does not exist.
+      ValueError: the file is damaged, or of a model that is not supported.
+    """
+    return _format(Path(path)).load_config(Path(path))
+
+
+def _format(path: Path) -> ModuleType:
+    """Returns the module that reads the files at `path`."""
     if path.is_dir():
-        from lomo_jax.models.huggingface import load_hf
+        from lomo_jax.models import huggingface
 
-        return load_hf(path, param_dtype)
+        return huggingface
     if is_gguf(path):
-        from lomo_jax.models.gguf import load_gguf
+        from lomo_jax.models import gguf
 
-        return load_gguf(path, param_dtype)
+        return gguf
     raise ValueError(f"{path} is neither a Hugging Face directory nor a .gguf file")
 
 

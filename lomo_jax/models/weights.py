@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lomo_jax.models.config import LlamaConfig
-from lomo_jax.models.llama import abstract
+from lomo_jax.models.llama import Layer, abstract, init
 
 HF_NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -68,11 +69,12 @@ def assemble(
     tensors: Iterable[Tensor],
     names: Mapping[str, str],
     source: str,
+    on_host: bool = False,
 ) -> nnx.State:
     """Reads tensors one by one into stacked parameters.
 
-    The stacks are allocated once, on the default device, and filled in place: besides the
-    parameters, memory holds one tensor at a time.
+    The stacks are allocated once and filled in place: besides the parameters, memory holds one
+    tensor at a time.
 
     Args:
       config: the model's shape.
@@ -80,6 +82,7 @@ def assemble(
       tensors: all tensors of the checkpoint.
       names: parameter path -> tensor name, with `{}` for the layer; one of the tables above.
       source: what to call the checkpoint in errors.
+      on_host: whether the parameters go to host memory, or to the default device's own.
 
     Returns:
       The parameters, as `nnx.split` of a `Llama` gives them.
@@ -104,7 +107,7 @@ def assemble(
                 f"expected {list(place.shape)}"
             )
 
-    arrays = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+    arrays = [_zeros(leaf, on_host=on_host) for leaf in leaves]
     for name, tensor in found.items():
         place = places[name]
         filled = _fill(arrays[place.leaf], tensor.read(), place.layer, transposed=place.transposed)
@@ -121,12 +124,37 @@ def disassemble(params: nnx.State, names: Mapping[str, str], dtype: DTypeLike) -
         yield Tensor(name, shape, lambda take=take: np.asarray(take()))
 
 
+def init_on_host(config: LlamaConfig, seed: int, param_dtype: DTypeLike) -> nnx.State:
+    """Returns the weights of `init` in host memory; the device holds one layer at most."""
+    _, single = init(dataclasses.replace(config, num_layers=1), seed, param_dtype)
+    leaves, treedef = jax.tree.flatten(single)  # those outside the layers do not depend on depth
+    _, params = abstract(config, param_dtype)
+    stacks = {
+        index: _zeros(leaf, on_host=True)
+        for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(params))
+        if _is_stacked(keys)
+    }
+    rngs = nnx.Rngs(jax.random.key(seed))
+    rngs.params()  # of the embedding, which Llama draws first
+    for layer, key in enumerate(jax.random.split(rngs.params(), config.num_layers)):
+        drawn = jax.tree.leaves(_init_layer(config, param_dtype, key))
+        for index, tensor in zip(stacks, drawn, strict=True):
+            filled = _fill(stacks[index], tensor, layer, transposed=False)
+            stacks[index] = filled.block_until_ready()
+    return jax.tree.unflatten(
+        treedef,
+        [
+            stacks[index] if index in stacks else jax.device_put(leaf, jax.memory.Space.Host)
+            for index, leaf in enumerate(leaves)
+        ],
+    )
+
+
 def _places(params: nnx.State, names: Mapping[str, str]) -> dict[str, _Place]:
     """Returns tensor name -> place, layer after layer."""
     places = {}
     for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(params)):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
-        stacked = path.startswith("layers/")
+        path, stacked = _path(keys), _is_stacked(keys)
         transposed = path.endswith("/kernel")
         shape = leaf.shape[1:] if stacked else leaf.shape
         shape = shape[::-1] if transposed else shape
@@ -135,9 +163,31 @@ def _places(params: nnx.State, names: Mapping[str, str]) -> dict[str, _Place]:
     return dict(sorted(places.items(), key=lambda item: (item[1].layer or 0, item[1].leaf)))
 
 
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
+
+
+def _is_stacked(keys: Any) -> bool:
+    return _path(keys).startswith("layers/")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init_layer(config: LlamaConfig, param_dtype: DTypeLike, key: jax.Array) -> nnx.State:
+    rngs = nnx.Rngs(key)
+    return nnx.state(Layer(config, param_dtype=param_dtype, attention="xla", rngs=rngs))
+
+
+def _zeros(leaf: jax.ShapeDtypeStruct, *, on_host: bool) -> jax.Array:
+    if not on_host:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    # By way of numpy: jnp.zeros would pass through the device, which may have no room for it.
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), jax.memory.Space.Host)
+
+
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transposed")
 def _fill(stack: jax.Array, tensor: jax.Array, layer: int | None, *, transposed: bool) -> jax.Array:
     tensor = (tensor.T if transposed else tensor).astype(stack.dtype)
+    tensor = jax.device_put(tensor, jax.typeof(stack).memory_space)
     if layer is None:
         return tensor
     # Not stack.at[layer].set: its check of bounds makes XLA copy the whole stack.
@@ -146,7 +196,9 @@ def _fill(stack: jax.Array, tensor: jax.Array, layer: int | None, *, transposed:
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
 def _take(stack: jax.Array, layer: int | None, *, transposed: bool, dtype: DTypeLike) -> jax.Array:
-    tensor = stack if layer is None else stack[layer]
+    tensor = stack if layer is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    # A layer of a stack in host memory is computed with on the device.
+    tensor = jax.device_put(tensor, jax.memory.Space.Device)
     return (tensor.T if transposed else tensor).astype(dtype)
 
 

@@ -19,6 +19,8 @@ from lomo_jax.training.optimizer import make_optimizer, make_schedule
 
 INITS = ("checkpoint", "random")
 DTYPES = ("float32", "bfloat16", "float16")
+REMATS = ("full", "attention", "none")
+ATTENTIONS = ("auto", "xla", "cudnn")
 _ALSO = {float: int, ConfigDict: dict}
 
 
@@ -59,6 +61,15 @@ class DataConfig:
 
 
 @dataclasses.dataclass
+class OffloadConfig:
+    """What lives in host memory, to be fetched layer by layer."""
+
+    params: bool = False  # the weights: twice over PCIe to the GPU in a step, once back
+    activations: bool = False  # the layer inputs: once each way
+    state: bool = False  # the optimizer's: once each way
+
+
+@dataclasses.dataclass
 class Config:
     """One run of `train.py`."""
 
@@ -75,6 +86,9 @@ class Config:
     clip_norm: float | None = None  # of the gradient over all parameters; takes 1.7 times as long
     dynamic_loss_scale: bool = False  # for float16: skips steps that overflow; as long as clip_norm
     rounding: str = "nearest"  # or "stochastic", which keeps small updates of bfloat16 weights
+    remat: str = "full"  # or "attention", "none": what the backward pass computes again
+    offload: OffloadConfig = dataclasses.field(default_factory=OffloadConfig)
+    attention: str = "auto"  # cuDNN's flash attention where there is one; or "xla", "cudnn"
 
     batch_size: int = 8  # sequences a step
     sequence_length: int = 512  # tokens
@@ -90,11 +104,12 @@ class Config:
     workdir: str = "runs/default"  # gets metrics.jsonl, config.json and export/
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, *, for_plan: bool = False) -> None:
     """Checks every field.
 
     Args:
       config: The config, as the file and the command line made it.
+      for_plan: Whether the run is to be planned only, which needs neither text nor checkpoint.
 
     Raises:
       ConfigError: For the first field that is unknown, of the wrong type or out of range, or that
@@ -113,19 +128,14 @@ def validate(config: Config) -> None:
         if value is not None and not rule(value):
             raise ConfigError(f"{name}: {value!r} is not allowed; it must be {allowed}")
 
-    if config.model.init == "checkpoint" and config.model.path is None:
-        raise ConfigError(
-            "model.path: missing; set --config.model.path to a Hugging Face directory or a .gguf "
-            "file, or train random weights with --config.model.init=random"
-        )
+    if not for_plan:
+        _require_paths(config)
     if config.batch_size % config.microbatches:
         raise ConfigError(
             f"microbatches: {config.microbatches} does not divide batch_size={config.batch_size}"
         )
-    if config.data.path is None:
-        raise ConfigError(
-            "data.path: missing; set --config.data.path to the text: a file, a folder or a glob"
-        )
+    if not config.fused:
+        _refuse_memory_options(config)
     schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
     make_optimizer(config.optimizer, schedule, dict(config.optimizer_kwargs))
 
@@ -177,6 +187,32 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(config)
 
 
+def _require_paths(config: Config) -> None:
+    if config.model.init == "checkpoint" and config.model.path is None:
+        raise ConfigError(
+            "model.path: missing; set --config.model.path to a Hugging Face directory or a .gguf "
+            "file, or train random weights with --config.model.init=random"
+        )
+    if config.data.path is None:
+        raise ConfigError(
+            "data.path: missing; set --config.data.path to the text: a file, a folder or a glob"
+        )
+
+
+def _refuse_memory_options(config: Config) -> None:
+    if config.remat != "full":
+        raise ConfigError(
+            f"remat: {config.remat!r} is an option of the fused step; with fused=False it must be "
+            "full"
+        )
+    for name, value in vars(config.offload).items():
+        if value:
+            raise ConfigError(
+                f"offload.{name}: True is an option of the fused step; with fused=False it must be "
+                "False"
+            )
+
+
 def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Yields (name, value, type) of every leaf; an attribute outside the schema is an error."""
     kinds = typing.get_type_hints(type(node))
@@ -220,6 +256,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("microbatches", _positive, _POSITIVE),
     ("clip_norm", _positive, _POSITIVE),
     ("rounding", ROUNDINGS.__contains__, "one of " + ", ".join(ROUNDINGS)),
+    ("remat", REMATS.__contains__, "one of " + ", ".join(REMATS)),
+    ("attention", ATTENTIONS.__contains__, "one of " + ", ".join(ATTENTIONS)),
     ("sequence_length", _positive, _POSITIVE),
     ("steps", _positive, _POSITIVE),
     ("seed", lambda x: 0 <= x < 2**31, "between 0 and 2**31 - 1"),

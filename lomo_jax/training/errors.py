@@ -12,6 +12,10 @@ class NonFiniteError(ValueError):
     """The loss is NaN or infinite; the message names the step."""
 
 
+class OutOfMemoryError(ValueError):
+    """The device's memory is too small; the message says what lowers the need of it."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns "; did you mean 'a' or 'b'?" with the known names near `name`, "" if none is."""
     near = difflib.get_close_matches(name, list(known), n=3)

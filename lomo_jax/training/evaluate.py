@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from transformers import PreTrainedTokenizerBase
 
 from lomo_jax import models
 from lomo_jax.data import Batch
@@ -36,12 +37,18 @@ def make_evaluate(model: Model, batches: Sequence[Batch]) -> Callable[[nnx.State
     return evaluate
 
 
-def continue_prompt(model: Model, params: nnx.State, prompt: str, max_new_tokens: int) -> str:
+def continue_prompt(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    params: nnx.State,
+    prompt: str,
+    max_new_tokens: int,
+) -> str:
     """Returns the likeliest continuation of `prompt`, as far as the end of its text."""
-    tokens = model.tokenizer(prompt)["input_ids"]
-    end = model.tokenizer.eos_token_id
+    tokens = tokenizer(prompt)["input_ids"]
+    end = tokenizer.eos_token_id
     if tokens[-1] == end:  # some tokenizers end every text, which would leave nothing to continue
         tokens = tokens[:-1]
     written = models.generate(model.graphdef, params, np.array([tokens]), max_new_tokens)
     new = written[0, len(tokens) :].tolist()
-    return str(model.tokenizer.decode(new[: new.index(end)] if end in new else new))
+    return str(tokenizer.decode(new[: new.index(end)] if end in new else new))

@@ -13,12 +13,16 @@ from lomo_jax.training import config as schema
 from lomo_jax.training.errors import ConfigError
 
 
-def parse(argv: Sequence[str]) -> schema.Config:
+def parse(
+    argv: Sequence[str], values: flags.FlagValues | None = None, *, for_plan: bool = False
+) -> schema.Config:
     """Reads the config file that `argv` names, applies the overrides and validates the result.
 
     Args:
       argv: The command line, program name first. `--print_config` prints the config as JSON and
         exits, `--help` prints the usage and exits.
+      values: The caller's own flags, which `argv` may hold too.
+      for_plan: Whether the run is to be planned only; see `config.validate`.
 
     Returns:
       The validated config.
@@ -27,7 +31,8 @@ def parse(argv: Sequence[str]) -> schema.Config:
       ConfigError: A flag, the file or a field is unknown or wrong; one line.
     """
     argv = list(argv)
-    values = flags.FlagValues()  # not the global flags: a process may parse more than once
+    # Not the global flags: a process may parse more than once.
+    values = flags.FlagValues() if values is None else values
     config_file = config_flags.DEFINE_config_file(
         "config", None, "a file of configs/", flag_values=values, sys_argv=argv
     )
@@ -55,7 +60,7 @@ def parse(argv: Sequence[str]) -> schema.Config:
         file = config_flags.get_config_filename(values["config"])
         why = str(getattr(config, "_error", f"get_config() returned {config!r}"))
         raise ConfigError(f"--config {file}: {why.splitlines()[-1].strip()}")
-    schema.validate(config)
+    schema.validate(config, for_plan=for_plan)
     if print_config.value:
         print(json.dumps(schema.to_dict(config), indent=2))
         raise SystemExit

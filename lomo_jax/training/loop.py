@@ -16,9 +16,10 @@ from lomo_jax.training.config import Config
 from lomo_jax.training.display import Display
 from lomo_jax.training.errors import ConfigError
 from lomo_jax.training.evaluate import continue_prompt, make_evaluate
+from lomo_jax.training.memory import MemoryGuard, describe, plan_step
 from lomo_jax.training.model import Model
-from lomo_jax.training.optimizer import make_optimizer, make_schedule
 from lomo_jax.training.record import Recorder
+from lomo_jax.training.step import batch_shapes, make_step
 
 
 def train(config: Config) -> None:
@@ -34,32 +35,38 @@ def train(config: Config) -> None:
     Raises:
       ConfigError: The config does not fit the model, or `workdir` cannot be written.
       NonFiniteError: The loss became NaN or infinite.
+      OutOfMemoryError: The device's memory is too small for the run.
       FileNotFoundError, ValueError: The checkpoint or the text cannot be read.
     """
     started = time.perf_counter()
     workdir = _make_workdir(config)
-    with Display(config.steps) as display:
+    with Display(config.steps) as display, MemoryGuard(config) as memory:
         display.status("reading the model")
-        model, params = model_lib.load(config)
+        model, _ = model_lib.abstract(config, model_lib.compute_capability())
+        tokenizer = model_lib.load_tokenizer(config, model)
+        params = model_lib.load_params(config, model)
         size = sum(leaf.size for leaf in jax.tree.leaves(params))
         source = config.model.path if config.model.init == "checkpoint" else "random weights"
         display.line("model", f"{source}, {size:,} parameters, {config.param_dtype}")
 
         display.status("reading the text")
-        batches, held_out = _load_text(config, model.tokenizer)
+        batches, held_out = _load_text(config, tokenizer)
         display.line("text", f"{config.data.path}, {len(held_out)} held-out batches")
 
         display.status("compiling the step")
         compiling = time.perf_counter()
-        step_fn, state = _compile(config, model, params, held_out[0])
+        step_fn, state = _compile(config, model, params)
         seconds = time.perf_counter() - compiling
         display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
+        plan = plan_step(config, model, step_fn, params, state)
+        memory.planned(plan)
+        display.line("memory", describe(plan))
 
         evaluate = make_evaluate(model, held_out)
         with Recorder(config, model.config, workdir, display) as recorder:
             display.status("evaluating")
             recorder.evaluation(0, evaluate(params))
-            _show_sample(config, display, model, params)
+            _show_sample(config, display, model, tokenizer, params)
             recorder.restart_clock()
             late: tuple[int, lomo_jax.StepOutput] | None = None
             for step in range(1, config.steps + 1):
@@ -74,9 +81,9 @@ def train(config: Config) -> None:
                     recorder.evaluation(step, evaluate(params))
                     recorder.restart_clock()
 
-        _show_sample(config, display, model, params)
+        _show_sample(config, display, model, tokenizer, params)
         display.status("exporting")
-        models.save(workdir / "export", model.config, params, tokenizer=model.tokenizer)
+        models.save(workdir / "export", model.config, params, tokenizer=tokenizer)
         minutes = (time.perf_counter() - started) / 60
         display.line("exported", f"{workdir / 'export'}, {minutes:.1f} minutes in all")
 
@@ -94,9 +101,11 @@ def _make_workdir(config: Config) -> Path:
     return workdir
 
 
-def _show_sample(config: Config, display: Display, model: Model, params: nnx.State) -> None:
+def _show_sample(
+    config: Config, display: Display, model: Model, tokenizer: Any, params: nnx.State
+) -> None:
     if config.prompt:
-        text = continue_prompt(model, params, config.prompt, config.prompt_tokens)
+        text = continue_prompt(model, tokenizer, params, config.prompt, config.prompt_tokens)
         display.line("sample", config.prompt + text)
 
 
@@ -115,26 +124,9 @@ def _load_text(config: Config, tokenizer: Any) -> tuple[Any, list[data.Batch]]:
     return batches, list(itertools.islice(held_out, config.eval_batches))
 
 
-def _compile(config: Config, model: Model, params: nnx.State, batch: data.Batch) -> tuple[Any, Any]:
+def _compile(config: Config, model: Model, params: nnx.State) -> tuple[Any, Any]:
     """Returns the step, compiled to update parameters and state in place, and its first state."""
-    schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
-    tx = make_optimizer(config.optimizer, schedule, dict(config.optimizer_kwargs))
-
-    def loss(params: nnx.State, batch: Any) -> tuple[lomo_jax.WeightedLoss, Any]:
-        mean, metrics = model.loss(params, batch)
-        return lomo_jax.WeightedLoss(mean, metrics.weight), metrics
-
-    make_step = lomo_jax.fused_step if config.fused else lomo_jax.reference_step
-    step = make_step(
-        loss,
-        tx,
-        has_aux=True,
-        clip_norm=config.clip_norm,
-        microbatches=config.microbatches,
-        loss_scale=lomo_jax.DynamicLossScale() if config.dynamic_loss_scale else None,
-        rounding=config.rounding,
-    )
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    state = jax.jit(lambda params: step.init(params, shapes))(params)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, shapes).compile()
+    step, batch = make_step(config, model), batch_shapes(config)
+    state = jax.jit(lambda params: step.init(params, batch))(params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
     return compiled, state

@@ -1,5 +1,6 @@
 """The model that a run trains."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,6 @@ class Model(NamedTuple):
 
     config: models.LlamaConfig
     graphdef: nnx.GraphDef[models.Llama]
-    tokenizer: PreTrainedTokenizerBase
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
         """Returns the mean next-token loss of a `data.Batch`, and what it counted."""
@@ -32,43 +32,89 @@ class Model(NamedTuple):
         return next_token_loss(x_BxTxD, model.head(), batch["targets"], batch["weights"])
 
 
-def load(config: Config) -> tuple[Model, nnx.State]:
-    """Reads the checkpoint, or draws random weights.
+def abstract(config: Config, capability: tuple[int, int] | None) -> tuple[Model, nnx.State]:
+    """Builds the model, and reads or computes no weights.
 
     Args:
-      config: A validated config.
+      config: A validated config. Without a checkpoint the model is of `config.model.architecture`.
+      capability: The compute capability of the NVIDIA GPU to run on, None for another device.
 
     Returns:
-      The model, and its weights in `config.param_dtype`.
+      The model, and its weights as `jax.ShapeDtypeStruct`.
 
     Raises:
-      ConfigError: The model is too short for `sequence_length`, or smaller than its vocabulary.
-      FileNotFoundError: The checkpoint or one of its files does not exist.
-      ValueError: The checkpoint is damaged or not supported.
+      ConfigError: The model is too short for `sequence_length`, or the model or the GPU does not
+        go with `attention` or `param_dtype`.
+      FileNotFoundError: The checkpoint does not exist.
+      ValueError: The checkpoint's shape is damaged or not supported.
     """
-    source, dtype = config.model, jnp.dtype(config.param_dtype)
-    path = None if source.path is None else resolve(source.path)
-    # Where the weights come from: the checkpoint, or nothing.
-    if source.init == "checkpoint":
-        assert path is not None, "validate() asks for it"
-        shape, params = models.load(path, dtype)
-        graphdef, _ = models.abstract(shape, dtype)
+    source = config.model
+    if source.init == "checkpoint" and source.path is not None:
+        shape = models.load_config(resolve(source.path))
     else:
         shape = models.LlamaConfig(**vars(source.architecture))
-        graphdef, params = models.init(shape, config.seed, dtype)
-
     if config.sequence_length > shape.max_length:
         raise ConfigError(
             f"sequence_length: {config.sequence_length} is longer than the model allows, "
             f"{shape.max_length} tokens; lower it"
         )
+    attention = _attention(config, shape.head_dim, capability)
+    if config.param_dtype == "bfloat16" and capability is not None and capability < (8, 0):
+        raise ConfigError(
+            "param_dtype: 'bfloat16' takes a GPU from Ampere on; set --config.param_dtype=float16 "
+            "--config.dynamic_loss_scale=true"
+        )
+    graphdef, params = models.abstract(shape, jnp.dtype(config.param_dtype), attention)
+    return Model(shape, graphdef), params
+
+
+def load_params(config: Config, model: Model) -> nnx.State:
+    """Reads the checkpoint, or draws random weights.
+
+    Args:
+      config: A validated config.
+      model: Of `abstract`.
+
+    Returns:
+      The weights in `config.param_dtype`; in host memory with `config.offload.params`, where they
+      go without passing through the device's as a whole.
+
+    Raises:
+      FileNotFoundError: The checkpoint or one of its files does not exist.
+      ValueError: The checkpoint is damaged or not supported.
+    """
+    dtype, on_host = jnp.dtype(config.param_dtype), config.offload.params
+    if config.model.init == "random":
+        if on_host:
+            return models.init_on_host(model.config, config.seed, dtype)
+        return models.init(model.config, config.seed, dtype)[1]
+    assert config.model.path is not None, "validate() asks for it"
+    return models.load(resolve(config.model.path), dtype, on_host=on_host)[1]
+
+
+def load_tokenizer(config: Config, model: Model) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer that stands beside the checkpoint; without a path, a token is a byte.
+
+    Raises:
+      ConfigError: The model is smaller than the tokenizer's vocabulary.
+      FileNotFoundError, ValueError: The files are not there or damaged.
+    """
+    path = None if config.model.path is None else resolve(config.model.path)
     tokenizer = _byte_tokenizer() if path is None else models.tokenizer(path)
-    if len(tokenizer) > shape.vocab_size:
+    if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"model: the tokenizer has {len(tokenizer)} tokens, but the model only "
-            f"{shape.vocab_size}; use the tokenizer that the model was trained with"
+            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
         )
-    return Model(shape, graphdef, tokenizer), params
+    return tokenizer
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Returns that of the NVIDIA GPU that JAX runs on; None on any other device."""
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    # Of an AMD GPU it is a name, such as gfx942.
+    major, _, minor = str(capability).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def resolve(path: str) -> str:
@@ -76,6 +122,29 @@ def resolve(path: str) -> str:
     if not path.startswith(_PACKAGE):
         return path
     return package_path(*path.removeprefix(_PACKAGE).split("/"))
+
+
+def _attention(config: Config, head_dim: int, capability: tuple[int, int] | None) -> str:
+    """Returns the implementation to use, "cudnn" wherever `config.attention` and cuDNN allow it."""
+    # What cuDNN's flash attention asks for. cuDNN itself is there: JAX finds no NVIDIA GPU and
+    # compiles for none without it.
+    obstacles = {
+        "there is no NVIDIA GPU": capability is None,
+        "the GPU is older than Ampere": capability is not None and capability < (8, 0),
+        f"param_dtype={config.param_dtype}": config.param_dtype not in ("bfloat16", "float16"),
+        f"the model has head_dim={head_dim}": head_dim > 128 or head_dim % 8 != 0,
+        f"sequence_length={config.sequence_length} is odd": config.sequence_length % 2 != 0,
+    }
+    why_not = next(itertools.compress(obstacles, obstacles.values()), None)
+    if config.attention == "cudnn" and why_not is not None:
+        raise ConfigError(
+            f"attention: 'cudnn' cannot be, {why_not}; it takes a GPU from Ampere on, bfloat16 or "
+            "float16, head_dim a multiple of 8 up to 128 and an even sequence_length; leave it at "
+            "auto"
+        )
+    if config.attention == "auto":
+        return "xla" if why_not is not None else "cudnn"
+    return config.attention
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -2,22 +2,20 @@
 
 import functools
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from jax.experimental import topologies
 
 import lomo_jax
 from lomo_jax import models
 from lomo_jax.losses import next_token_loss
+from lomo_jax.plan import gpus, make_mesh
 
 pytestmark = pytest.mark.plan
 
-RTX_3090 = Path(__file__).parents[2] / "benchmarks" / "rtx3090.textproto"
 B, T, D, F, V = 4, 512, 2048, 5504, 32000
 LAYER_INPUT = B * T * D * 2
 LAYER = 2 * (4 * D * D + 3 * D * F)
@@ -32,14 +30,7 @@ RULES = {
 @pytest.fixture(scope="module")
 def sharding():
     pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `cuda`")
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="rtx3090",
-        target_config=RTX_3090.read_text(),
-        topology="1x1x1",
-    )
-    mesh = jax.sharding.Mesh(topology.devices, ("x",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(make_mesh(gpus.find("rtx3090")), jax.sharding.PartitionSpec())
 
 
 def compiled(make_step, tx, num_layers, sharding):

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from lomo_jax.training import Config, DataConfig, ModelConfig
-from lomo_jax.training.config import to_dict, validate
+from lomo_jax.training.config import OffloadConfig, to_dict, validate
 from lomo_jax.training.errors import ConfigError
 from lomo_jax.training.flags import parse
 
@@ -148,6 +148,15 @@ def test_a_missing_config_file_gets_one_line(argv):
             {"rounding": "up"},
             "rounding: 'up' is not allowed; it must be one of nearest, stochastic",
         ),
+        ({"remat": "some"}, "remat: 'some' is not allowed; it must be one of full, "),
+        ({"attention": "flash"}, "attention: 'flash' is not allowed; it must be one of auto, xla,"),
+        ({"offload": True}, "offload: True is not a OffloadConfig"),
+        ({"offload": OffloadConfig(params=1)}, "offload.params: 1 is not true or false"),
+        ({"fused": False, "remat": "none"}, "remat: 'none' is an option of the fused step; with "),
+        (
+            {"fused": False, "offload": OffloadConfig(state=True)},
+            "offload.state: True is an option of the fused step; with fused=False it must be False",
+        ),
         ({"param_dtype": "bf16"}, "param_dtype: 'bf16' is not allowed; it must be one of float32,"),
         ({"schedule": "cosin"}, "schedule: 'cosin' is not one of constant, linear, cosine; did"),
         ({"warmup": 2.5}, "warmup: 2.5 is not allowed"),
@@ -170,6 +179,12 @@ def test_a_wrong_value_gets_one_line(changes, message):
 
 def test_values_of_a_kindred_type_are_fine():
     validate(_valid(learning_rate=1, warmup=0, optimizer_kwargs={"weight_decay": 0.1}))
+
+
+def test_a_plan_needs_neither_checkpoint_nor_text():
+    validate(Config(), for_plan=True)
+    with pytest.raises(ConfigError, match="microbatches: 3 does not divide"):
+        validate(Config(microbatches=3), for_plan=True)
 
 
 def test_to_dict_holds_every_field():

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 
 from lomo_jax import data, models
-from lomo_jax.training import Architecture, Config, DataConfig, ModelConfig, loop
+from lomo_jax.training import Architecture, Config, DataConfig, ModelConfig, OffloadConfig, loop
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.errors import NonFiniteError
 from lomo_jax.training.optimizer import make_schedule
@@ -76,11 +77,12 @@ def _column(workdir: Path, key: str) -> dict[int, float]:
 
 
 def _batches(config: Config):
-    model, params = model_lib.load(config)
+    model, _ = model_lib.abstract(config, None)
+    params = model_lib.load_params(config, model)
     assert config.data.path is not None
     train, held_out = data.text_dataset(
         config.data.path,
-        model.tokenizer,
+        model_lib.load_tokenizer(config, model),
         sequence_length=config.sequence_length,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -185,6 +187,27 @@ def test_microbatches_are_the_same_run(text, tmp_path):
         assert four == pytest.approx(one, rel=1e-4)
 
 
+def test_offloading_is_the_same_run(text, tmp_path):
+    for on in (False, True):
+        offload = OffloadConfig(params=on, activations=on, state=on)
+        workdir = tmp_path / str(on)
+        loop.train(_config(text, workdir, offload=offload, steps=3, prompt="the", prompt_tokens=3))
+    for key in ("loss", "eval_loss", "accuracy"):
+        here, there = (_column(tmp_path / str(on), key) for on in (False, True))
+        assert there == pytest.approx(here, rel=1e-5)
+    # From an export that went straight to host memory the run goes on.
+    config = _config(
+        text,
+        tmp_path / "again",
+        model=ModelConfig(str(tmp_path / "True" / "export")),
+        offload=OffloadConfig(params=True),
+        steps=1,
+    )
+    loop.train(config)
+    first = _column(tmp_path / "again", "eval_loss")[0]
+    assert first == pytest.approx(_column(tmp_path / "True", "eval_loss")[3], rel=1e-6)
+
+
 def test_float16_with_a_loss_scale_and_stochastic_rounding(text, tmp_path):
     config = _config(
         text, tmp_path, param_dtype="float16", dynamic_loss_scale=True, rounding="stochastic"
@@ -194,10 +217,18 @@ def test_float16_with_a_loss_scale_and_stochastic_rounding(text, tmp_path):
     assert losses[12] < losses[0]
 
 
+def test_the_memory_of_the_step_is_told(finished):
+    (line,) = (line for line in finished.output.splitlines() if line.startswith("memory"))
+    number = r"\d+\.\d"
+    parts = "weights N, optimizer state N, layer inputs N, temporaries N"
+    pattern = f"memory    N GiB planned for the step: {parts}".replace("N", number)
+    assert re.fullmatch(pattern, line)
+
+
 def test_off_a_terminal_the_run_is_told_in_plain_lines(finished):
     lines = finished.output.splitlines()
     assert [line[:9].rstrip() for line in lines if line[:9].strip()] == [
-        *("model", "text", "step", "held out", "sample"),
+        *("model", "text", "step", "memory", "held out", "sample"),
         *("step 1", "step 4", "held out", "step 8", "held out", "step 12", "held out"),
         *("sample", "exported"),
     ]

@@ -2,21 +2,26 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from lomo_jax import models
 from lomo_jax.training import Architecture, Config, ModelConfig
 from lomo_jax.training import model as model_lib
+from lomo_jax.training.errors import ConfigError
 
 _TINY = Architecture(257, 8, 8, 1, 1, 1, 8)
 
 
 def test_without_a_path_a_token_is_a_byte():
-    model, _ = model_lib.load(Config(model=ModelConfig(init="random", architecture=_TINY)))
+    config = Config(model=ModelConfig(init="random", architecture=_TINY))
+    tokenizer = model_lib.load_tokenizer(config, model_lib.abstract(config, None)[0])
     text = "To be,\r\n  or\tnot — “to be”? 🤔<s>"
-    tokens = model.tokenizer(text)["input_ids"]
+    tokens = tokenizer(text)["input_ids"]
     assert len(tokens) == len(text.encode())
-    assert model.tokenizer.decode(tokens) == text
-    assert model.tokenizer("a<|endoftext|>")["input_ids"][-1] == model.tokenizer.eos_token_id
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer("a<|endoftext|>")["input_ids"][-1] == tokenizer.eos_token_id
 
 
 def test_a_path_inside_a_package():
@@ -33,3 +38,57 @@ def test_any_other_path_is_left_alone():
 def test_a_package_without_that_file():
     with pytest.raises(FileNotFoundError, match="'rich' has no 'nothing/here'"):
         model_lib.resolve("package://rich/nothing/here")
+
+
+def test_without_a_checkpoint_the_shape_is_that_of_the_config():
+    model, params = model_lib.abstract(Config(model=ModelConfig(architecture=_TINY)), None)
+    assert model.config == models.LlamaConfig(**vars(_TINY))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+
+def test_with_a_checkpoint_the_shape_is_read_and_no_weights(tmp_path):
+    shape = models.LlamaConfig(40, 8, 8, 2, 1, 1, 8)
+    models.save(tmp_path / "export", shape, models.init(shape, 0)[1])
+    (tmp_path / "export" / "model.safetensors").unlink()
+    config = Config(model=ModelConfig(str(tmp_path / "export"), architecture=_TINY))
+    assert model_lib.abstract(config, None)[0].config == shape
+
+
+def _attention(capability, **changes) -> str:
+    architecture = Architecture(257, 8, 8, 1, 1, 1, changes.pop("head_dim", 8), max_length=32)
+    fields = {"model": ModelConfig(architecture=architecture), "sequence_length": 32}
+    model, _ = model_lib.abstract(Config(**fields | changes), capability)
+    return "cudnn" if "'cudnn'" in repr(model.graphdef) else "xla"
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "why_not"),
+    [
+        ((8, 0), {}, None),
+        ((12, 0), {"param_dtype": "float16"}, None),
+        (None, {}, "there is no NVIDIA GPU"),
+        ((7, 5), {"param_dtype": "float16"}, "the GPU is older than Ampere"),
+        ((9, 0), {"param_dtype": "float32"}, "param_dtype=float32"),
+        ((9, 0), {"head_dim": 12}, "the model has head_dim=12"),
+        ((9, 0), {"head_dim": 136}, "the model has head_dim=136"),
+        ((9, 0), {"sequence_length": 31}, "sequence_length=31 is odd"),
+    ],
+)
+def test_cudnn_is_used_where_it_can_be(capability, changes, why_not):
+    assert _attention(capability, attention="xla", **changes) == "xla"
+    if why_not is None:
+        assert _attention(capability, **changes) == "cudnn"
+        assert _attention(capability, attention="cudnn", **changes) == "cudnn"
+    else:
+        assert _attention(capability, **changes) == "xla"
+        with pytest.raises(ConfigError, match=f"^attention: 'cudnn' cannot be, {why_not}; .*$"):
+            _attention(capability, attention="cudnn", **changes)
+
+
+def test_bfloat16_takes_ampere():
+    with pytest.raises(ConfigError, match=r"^param_dtype: 'bfloat16' takes a GPU from Ampere on; "):
+        _attention((7, 5))
+
+
+def test_a_cpu_has_no_compute_capability():
+    assert model_lib.compute_capability() is None

@@ -1,0 +1,9 @@
+"""What a training step will need, compiled for a GPU that need not be there."""
+
+from lomo_jax.plan.compiling import compile_step as compile_step
+from lomo_jax.plan.compiling import make_mesh as make_mesh
+from lomo_jax.plan.figures import Plan as Plan
+from lomo_jax.plan.figures import read as read
+from lomo_jax.plan.gpus import GPU as GPU
+from lomo_jax.plan.gpus import GPUS as GPUS
+from lomo_jax.plan.gpus import find as find

@@ -1,0 +1,77 @@
+"""Compiling a step for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lomo_jax.fused import Step, StepState
+from lomo_jax.plan.gpus import GPU
+
+
+def make_mesh(gpu: GPU, devices: int = 1) -> Mesh:
+    """Returns a mesh, of one axis "devices", of GPUs that can be compiled for and not run on.
+
+    Raises:
+      ModuleNotFoundError: XLA's compiler for NVIDIA GPUs is not installed.
+      ValueError: `devices` is not 1.
+    """
+    if devices != 1:
+        raise ValueError(f"devices={devices}: several devices are not supported yet; set it to 1")
+    if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
+        raise ModuleNotFoundError(
+            "XLA's compiler for NVIDIA GPUs is missing: pip install 'lomo_jax[cuda]'; no GPU is "
+            "needed for it"
+        )
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=gpu.title,
+        target_config=gpu.target_config(),
+        topology=f"1x1x{devices}",
+    )
+    return Mesh(topology.devices, ("devices",))
+
+
+def compile_step(
+    step: Step,
+    params: Any,
+    batch: Any,
+    mesh: Mesh,
+    compiler_options: dict[str, Any] | None = None,
+) -> tuple[jax.stages.Compiled, StepState]:
+    """Compiles a step as it will run, parameters and state donated.
+
+    Args:
+      step: made by `fused_step` or `reference_step`.
+      params: pytree of `jax.ShapeDtypeStruct`.
+      batch: likewise.
+      mesh: of `make_mesh`.
+      compiler_options: for XLA, as of `jax.jit`.
+
+    Returns:
+      The compiled step, which has a `memory_analysis()` and cannot be called, and the shapes of
+      its state.
+    """
+    state = jax.eval_shape(step.init, params, batch)
+    device = NamedSharding(mesh, PartitionSpec())
+    # Devices to compile for report no kinds of memory, and a sharding over them drops the kind that
+    # it is given. One over an abstract mesh keeps it, and the batch names the devices.
+    host = NamedSharding(mesh.abstract_mesh, PartitionSpec(), memory_kind="pinned_host")
+
+    def place(tree: Any, *, on_host: bool = False) -> Any:
+        sharding = host if on_host else device
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    arguments = (
+        place(params, on_host=step.offloads.params),
+        place(state)._replace(optimizer=place(state.optimizer, on_host=step.offloads.state)),
+        place(batch),
+    )
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments)
+    return lowered.compile(compiler_options), state

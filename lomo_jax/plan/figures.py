@@ -1,0 +1,89 @@
+"""The memory that a compiled step needs, and what it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from lomo_jax.fused import Offload, StepState
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one step needs of each device, in GiB, as XLA planned it."""
+
+    weights_gib: float  # parameters in device memory
+    state_gib: float  # of the optimizer, in device memory
+    layer_inputs_gib: float  # kept for the backward pass, in device memory
+    temporaries_gib: float  # everything else on the device, the batch and the outputs too
+    host_gib: float  # whatever is in host memory
+    total_gib: float  # of the device: the first four
+    device_gib: float | None  # what the device has; None if that is not known
+    fits: bool | None  # whether the total is no more than JAX may allocate of it
+    gpu: str
+    devices: int
+
+
+def read(
+    compiled: jax.stages.Compiled,
+    params: Any,
+    state: StepState,
+    *,
+    gpu: str,
+    device_gib: float | None = None,
+    usable_gib: float | None = None,
+    layer_inputs: int = 0,
+    offload: Offload | None = None,
+    devices: int = 1,
+) -> Plan:
+    """Reads the memory that XLA planned for a step.
+
+    Args:
+      compiled: the step, compiled.
+      params: its parameters, arrays or shapes.
+      state: its state, likewise.
+      gpu: what to call the device.
+      device_gib: what the device has.
+      usable_gib: what JAX may allocate of it.
+      layer_inputs: bytes of them, wherever they are.
+      offload: the step's.
+      devices: how many there are.
+    """
+    offload = offload or Offload()
+    stats = compiled.memory_analysis()
+    assert stats is not None, "CPUs, GPUs and TPUs have one"
+    host = (
+        stats.host_argument_size_in_bytes
+        + stats.host_output_size_in_bytes
+        - stats.host_alias_size_in_bytes
+        + stats.host_temp_size_in_bytes
+    )
+    if host == 0:  # a CPU has one memory, and all of it is the device's
+        offload = Offload()
+    total = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )
+    weights = 0 if offload.params else _bytes(params)
+    optimizer = 0 if offload.state else _bytes(state.optimizer)
+    inputs = 0 if offload.activations else layer_inputs
+    return Plan(
+        weights_gib=weights / 2**30,
+        state_gib=optimizer / 2**30,
+        layer_inputs_gib=inputs / 2**30,
+        temporaries_gib=(total - weights - optimizer - inputs) / 2**30,
+        host_gib=host / 2**30,
+        total_gib=total / 2**30,
+        device_gib=device_gib,
+        fits=None if usable_gib is None else total / 2**30 <= usable_gib,
+        gpu=gpu,
+        devices=devices,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,50 @@
+"""The step that a run repeats: the same for `train.py` and for `python -m lomo_jax.plan`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import lomo_jax
+from lomo_jax.training.config import Config
+from lomo_jax.training.model import Model
+from lomo_jax.training.optimizer import make_optimizer, make_schedule
+
+
+def make_step(config: Config, model: Model) -> lomo_jax.Step:
+    """Returns the step of a run, not compiled."""
+    schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
+    tx = make_optimizer(config.optimizer, schedule, dict(config.optimizer_kwargs))
+
+    def loss(params: nnx.State, batch: Any) -> tuple[lomo_jax.WeightedLoss, Any]:
+        mean, metrics = model.loss(params, batch)
+        return lomo_jax.WeightedLoss(mean, metrics.weight), metrics
+
+    make = lomo_jax.fused_step if config.fused else lomo_jax.reference_step
+    return make(
+        loss,
+        tx,
+        has_aux=True,
+        clip_norm=config.clip_norm,
+        microbatches=config.microbatches,
+        loss_scale=lomo_jax.DynamicLossScale() if config.dynamic_loss_scale else None,
+        rounding=config.rounding,
+        remat=config.remat,
+        offload=lomo_jax.Offload(**vars(config.offload)),
+    )
+
+
+def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a `data.Batch`."""
+    shape = (config.batch_size, config.sequence_length)
+    names = ("tokens", "positions", "segments", "targets")
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    return shapes | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+
+def layer_inputs(config: Config, model: Model) -> int:
+    """Returns the bytes of the layer inputs that a step keeps for its backward pass."""
+    tokens = config.batch_size * config.sequence_length
+    width = model.config.num_layers * model.config.width
+    return tokens * width * jnp.dtype(config.param_dtype).itemsize

@@ -1,0 +1,65 @@
+"""Weights that go straight to host memory, and come back from there."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lomo_jax import models
+
+CONFIG = models.LlamaConfig(31, 16, 24, 3, 4, 2, 4)
+TIED = models.LlamaConfig(31, 16, 24, 3, 4, 2, 4, tie_embeddings=True)
+HOST = jax.memory.Space.Host
+
+
+def spaces(tree):
+    return {jax.typeof(leaf).memory_space for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.mark.parametrize(("config", "dtype"), [(CONFIG, jnp.float32), (TIED, jnp.bfloat16)])
+def test_weights_drawn_layer_by_layer_are_those_of_init(config, dtype):
+    drawn = models.init_on_host(config, 3, dtype)
+    assert spaces(drawn) == {HOST}
+    expected = models.init(config, 3, dtype)[1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(drawn, expected)
+    chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (drawn, expected)))
+
+
+def test_a_checkpoint_goes_to_host_memory_and_is_saved_from_there(tmp_path):
+    params = models.init(CONFIG, 0)[1]
+    models.save(tmp_path / "first", CONFIG, params)
+    _, on_host = models.load(tmp_path / "first", jnp.float32, on_host=True)
+    assert spaces(on_host) == {HOST}
+    chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (on_host, params)))
+    models.save(tmp_path / "second", CONFIG, on_host)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_stacks_in_host_memory_are_filled_in_place(monkeypatch):
+    from lomo_jax.models import weights
+
+    pointers: dict[tuple[int, ...], set[int]] = {}
+    fill = weights._fill
+
+    def watched(stack, tensor, layer, *, transposed):
+        filled = fill(stack, tensor, layer, transposed=transposed)
+        if layer is not None:
+            assert stack.is_deleted()
+            pointers.setdefault((id(stack.dtype), *stack.shape), set()).add(
+                filled.unsafe_buffer_pointer()
+            )
+        return filled
+
+    monkeypatch.setattr(weights, "_fill", watched)
+    config = models.LlamaConfig(31, 16, 24, 3, 1, 1, 4)
+    models.init_on_host(config, 0, jnp.float32)
+    # Of that shape there is one stack, which every layer was written to.
+    assert len(pointers[(id(np.dtype("float32")), 3, 24, 16)]) == 1
+
+
+def test_the_shape_is_read_without_the_weights(tmp_path):
+    models.save(tmp_path / "export", CONFIG, models.init(CONFIG, 0)[1])
+    (tmp_path / "export" / "model.safetensors").unlink()
+    assert models.load_config(tmp_path / "export") == CONFIG

@@ -1,0 +1,75 @@
+"""The memory budgets of the project: what XLA plans for the runs of `configs/`, on an RTX 3090.
+
+Each is for the whole step of `train.py` with AdaLomo, in bfloat16, GiB.
+XLA chooses a library or a kernel of its own for each matrix product by timing them on the GPU;
+without one it always takes its own. Libraries get their operands from memory, so both are planned.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import pytest
+
+from lomo_jax.plan import gpus
+from lomo_jax.plan.runs import compile_run
+from lomo_jax.training import OffloadConfig
+from lomo_jax.training.flags import parse
+
+pytestmark = pytest.mark.plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+INPUTS = OffloadConfig(activations=True)
+ALL = OffloadConfig(params=True, activations=True)
+LIBRARIES = {"xla_gpu_enable_triton_gemm": False}
+BUDGETS = {  # config file, batch, sequence, what is in host memory, GiB at most
+    "llama7b 8 x 512": ("llama7b", 8, 512, OffloadConfig(), 14.3),  # LOMO: 14.58
+    "llama7b 1 x 1024": ("llama7b", 1, 1024, OffloadConfig(), 13.5),  # LOMO: 13.61
+    "llama7b 8 x 512, inputs": ("llama7b", 8, 512, INPUTS, 13.4),
+    "llama7b 8 x 512, all": ("llama7b", 8, 512, ALL, 1.6),  # MegaTrain: 4 to 9
+    "llama3_8b 2 x 2048": ("llama3_8b", 2, 2048, OffloadConfig(), 17.2),  # torchtune: 18.9
+    "llama65b 1 x 1024, all": ("llama65b", 1, 1024, ALL, 6.0),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `cuda`")
+    with jax.numpy_dtype_promotion("standard"):  # optax's cosine schedule mixes dtypes
+        yield
+
+
+def compiled(name, batch_size, length, offload, *, layers=None, options=None):
+    config = parse(["plan", "--config", str(CONFIGS / f"{name}.py")], for_plan=True)
+    config = dataclasses.replace(
+        config, batch_size=batch_size, sequence_length=length, offload=offload
+    )
+    if layers:
+        config.model.architecture.num_layers = layers
+    return compile_run(config, gpus.find("rtx3090"), compiler_options=options)
+
+
+@pytest.mark.parametrize("options", [None, LIBRARIES], ids=["kernels", "libraries"])
+@pytest.mark.parametrize("row", BUDGETS)
+def test_budget(row, options):
+    name, batch_size, length, offload, most = BUDGETS[row]
+    run = compiled(name, batch_size, length, offload, options=options)
+    print(f"{row}: {run.plan.total_gib:.2f} of {most}")
+    assert run.plan.total_gib <= most
+    assert run.plan.fits
+    layers = run.layer_inputs / 2**30
+    leaves = jax.tree.leaves(run.params)
+    weights = 2 * sum(x.size for x in leaves) / 2**30
+    kept = (weights if offload.params else 0) + (layers if offload.activations else 0)
+    assert run.plan.host_gib == pytest.approx(kept, rel=0.01)
+    # No stack of weights is copied, not even once.
+    stacks = [f"[{','.join(map(str, x.shape))}]" for x in leaves if x.ndim == 3]
+    copies = [line for line in run.executable.as_text().splitlines() if " copy(" in line]
+    assert not [line for line in copies if any(s in line.split(" copy(")[0] for s in stacks)]
+
+
+@pytest.mark.parametrize("offload", [OffloadConfig(), ALL], ids=["device", "host"])
+def test_temporaries_do_not_grow_with_depth(offload):
+    plans = [compiled("llama7b", 8, 512, offload, layers=n).plan for n in (16, 32)]
+    few, many = (p.temporaries_gib for p in plans)
+    assert many == pytest.approx(few, rel=0.01)

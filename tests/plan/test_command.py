@@ -1,0 +1,139 @@
+"""`python -m lomo_jax.plan` as a person uses it."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from lomo_jax.plan.__main__ import main
+
+_CONFIG = """
+from lomo_jax.training import Architecture, Config, ModelConfig
+
+def get_config():
+    return Config(
+        model=ModelConfig(architecture=Architecture(4096, 1024, 2816, 6, 8, 8, 128)),
+        batch_size=4,
+        sequence_length=512,
+        microbatches=2,
+    )
+"""
+_KEYS = [
+    *("weights_gib", "state_gib", "layer_inputs_gib", "temporaries_gib", "host_gib", "total_gib"),
+    *("device_gib", "fits", "gpu", "devices"),
+]
+_LAYER_INPUTS = 6 * 4 * 512 * 1024 * 2 / 2**30
+_WEIGHTS = 2 * (2 * 4096 * 1024 + 1024 + 6 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024)) / 2**30
+
+_HAS_CUDA = importlib.util.find_spec("jax_cuda13_plugin") is not None
+needs_cuda = pytest.mark.skipif(not _HAS_CUDA, reason="needs the extra `cuda`")
+
+
+@pytest.fixture
+def plan(tmp_path, capsys):
+    """Runs the command on a small model; returns (status, what it printed, the errors)."""
+    config = tmp_path / "config.py"
+    config.write_text(_CONFIG)
+
+    def run(*flags, gpu="rtx3090"):
+        argv = ["plan", "--config", str(config), *flags]
+        with jax.numpy_dtype_promotion("standard"):  # optax's cosine schedule mixes dtypes
+            status = main([*argv, "--gpu", gpu] if gpu else argv)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.plan
+@needs_cuda
+def test_json_is_one_object_that_adds_up(plan):
+    status, out, error = plan("--json")
+    assert (status, error, out.count("\n")) == (0, "", 1)
+    figures = json.loads(out)
+    assert list(figures) == _KEYS
+    assert figures["weights_gib"] == pytest.approx(_WEIGHTS, abs=1e-4)
+    assert figures["layer_inputs_gib"] == pytest.approx(_LAYER_INPUTS, abs=1e-4)
+    assert figures["host_gib"] == 0
+    parts = sum(figures[key] for key in _KEYS[:4])
+    assert parts == pytest.approx(figures["total_gib"], abs=3e-4)
+    assert (figures["device_gib"], figures["devices"]) == (24, 1)
+    assert figures["fits"]
+    assert figures["gpu"] == "NVIDIA GeForce RTX 3090"
+
+
+@pytest.mark.plan
+@needs_cuda
+def test_what_is_offloaded_is_in_host_memory(plan):
+    flags = ("--config.offload.params=true", "--config.offload.state", "--config.optimizer=adamw")
+    figures = json.loads(plan("--json", *flags)[1])
+    assert figures["weights_gib"] == figures["state_gib"] == 0
+    assert figures["layer_inputs_gib"] == pytest.approx(_LAYER_INPUTS, abs=1e-4)
+    # Adam's two moments, of the weights' dtype.
+    assert figures["host_gib"] == pytest.approx(3 * _WEIGHTS, rel=0.01)
+
+    figures = json.loads(plan("--json", "--config.offload.activations=true")[1])
+    assert figures["weights_gib"] > 0
+    assert figures["layer_inputs_gib"] == 0
+    assert figures["host_gib"] == pytest.approx(_LAYER_INPUTS, rel=0.01)
+
+
+@pytest.mark.plan
+@needs_cuda
+def test_a_small_card_is_too_small(plan):
+    flags = ("--config.model.architecture.num_layers=60", "--config.batch_size=256")
+    figures = json.loads(plan("--json", *flags, gpu="rtx3060")[1])
+    assert not figures["fits"]
+    assert figures["total_gib"] > 0.92 * figures["device_gib"]
+
+
+@pytest.mark.plan
+@needs_cuda
+def test_the_table_names_buffers_and_suggests(plan, tmp_path):
+    flags = ("--config.offload.activations=true", "--config.sequence_length=256")
+    status, out, error = plan("--suggest", "--plot", str(tmp_path / "plan.png"), *flags)
+    assert (status, error) == (0, "")
+    assert "not measured" in out
+    for label in ("weights", "optimizer state", "layer inputs", "other temporaries", "host memory"):
+        assert label in out
+    assert "layers/mlp/down/kernel" in out
+    for change in ("offload.params=true", "microbatches=4", "batch_size=2", "sequence_length=128"):
+        assert f"--config.{change}" in out
+    assert "--config.microbatches=8" not in out
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.plan
+@needs_cuda
+def test_measuring_takes_that_gpu(plan):
+    status, _, error = plan("--measure")
+    assert status == 1
+    assert error.startswith("error: --measure: there is no NVIDIA GeForce RTX 3090 here, JAX runs")
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpu", "message"),
+    [
+        ([], None, "--gpu: missing; name one of t4, rtx3060,"),
+        ([], "rtx309", "no GPU 'rtx309'; did you mean rtx3090"),
+        (["--devices=2"], "h100", "devices=2: several devices are not supported yet"),
+        (["--json", "--suggest"], "h100", "--json prints the plan alone"),
+        (["--config.stepz=2"], "h100", "stepz: no such field"),
+        (["--config.model.path=nowhere"], "h100", "nowhere does not exist"),
+        ([], "t4", "param_dtype: 'bfloat16' takes a GPU from Ampere on"),
+        (["--config.attention=cudnn"], "t4", "attention: 'cudnn' cannot be, the GPU is older"),
+    ],
+)
+def test_a_mistake_gets_one_line(plan, flags, gpu, message):
+    status, out, error = plan(*flags, gpu=gpu)
+    assert (status, out) == (1, "")
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(_HAS_CUDA, reason="needs an interpreter without the extra `cuda`")
+def test_without_the_compiler_it_says_what_to_install(plan):
+    status, out, error = plan()
+    assert (status, out) == (1, "")
+    assert error.startswith("error: XLA's compiler for NVIDIA GPUs is missing: pip install 'lomo")
+    assert error.count("\n") == 1
