@@ -57,7 +57,7 @@ def evaluate_in_order(
     """
     closed, shape = jax.make_jaxpr(lambda x, a: function(x, *a), return_shape=True)(shapes, args)
     variables = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
-    # A checkpoint, too: what it would compute again, the barriers make wait.
+    # Checkpoints are opened, too: the barriers here do what theirs are for.
     inlined = lambda eqn: eqn.primitive.name in jaxprs.INLINED  # noqa: E731
     eqns, results = jaxprs.inline(closed, variables, {}, inlined)
     inputs = {v: k for k, v in enumerate(variables[: len(shapes)])}
