@@ -18,6 +18,7 @@ def make_mesh(gpu: GPU, devices: int = 1) -> Mesh:
 
     Raises:
       ModuleNotFoundError: XLA's compiler for NVIDIA GPUs is not installed.
+      RuntimeError: JAX has already looked for a GPU, where there is none.
       ValueError: `devices` is not 1.
     """
     if devices != 1:
@@ -27,12 +28,18 @@ def make_mesh(gpu: GPU, devices: int = 1) -> Mesh:
             "XLA's compiler for NVIDIA GPUs is missing: pip install 'lomo_jax[cuda]'; no GPU is "
             "needed for it"
         )
-    topology = topologies.get_topology_desc(
-        platform="cuda",
-        topology_name=gpu.title,
-        target_config=gpu.target_config(),
-        topology=f"1x1x{devices}",
-    )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=gpu.title,
+            target_config=gpu.target_config(),
+            topology=f"1x1x{devices}",
+        )
+    except NotImplementedError:
+        raise RuntimeError(
+            "JAX looked for a GPU, found none and left XLA's compiler for GPUs out: set "
+            "JAX_PLATFORMS=cpu before JAX is first used"
+        ) from None
     return Mesh(topology.devices, ("devices",))
 
 

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -101,6 +104,18 @@ def test_the_table_names_buffers_and_suggests(plan, tmp_path):
         assert f"--config.{change}" in out
     assert "--config.microbatches=8" not in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.plan
+@needs_cuda
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")
+def test_without_a_gpu_the_library_says_how_to_compile():
+    code = "from lomo_jax import plan; plan.make_mesh(plan.find('rtx3090'))"
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "left XLA's compiler for GPUs out: set JAX_PLATFORMS=cpu" in run.stderr.splitlines()[-1]
 
 
 @pytest.mark.plan
