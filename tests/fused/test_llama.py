@@ -14,8 +14,8 @@ B, T = 2, 16
 RULES = {
     "lomo": lambda: lomo_jax.lomo(0.1, weight_decay=0.01),
     "adalomo": lambda: lomo_jax.adalomo(0.02, weight_decay=0.01),
-    # Adam moves an element as far however small its gradient. Next to gradients of 1e-3 here are some
-    # of 4e-8, whose rounding error shows with the usual eps of 1e-8.
+    # Adam moves an element as far however small its gradient. Next to gradients of 1e-3 some here
+    # are of 4e-8, and their rounding error shows with the usual eps of 1e-8.
     "adamw": lambda: optax.adamw(1e-3, eps=1e-6),
     "lion": lambda: optax.lion(1e-4),
     "adafactor": lambda: optax.adafactor(0.01, min_dim_size_to_factor=1),
