@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import numpy as np
-from scipy import sparse
-from scipy.sparse import csgraph
 
 from lomo_jax.fused import jaxprs
 
@@ -191,6 +189,9 @@ def _cut(
       inputs: variables that can be read at any time.
       gone: those of them that can be read no more.
     """
+    from scipy import sparse  # slow to import: not before a step is traced
+    from scipy.sparse import csgraph
+
     cheap = {v: eqn for eqn in [*so_far, *rest] for v in eqn.outvars if _is_cheap(eqn)}
     expensive = [eqn for eqn in rest if not _is_cheap(eqn)]
     late = {v for eqn in expensive for v in eqn.outvars}  # what cannot be computed yet

@@ -44,7 +44,7 @@ def keep(
     function = _uncovered(body, stacked)
     if remat != "none":
         policy: Any = _save_attention if remat == "attention" else remat
-        # Nothing is computed twice by accident: the two passes are different loops.
+        # The passes are different loops: XLA cannot merge what is computed in both.
         function = jax.checkpoint(function, policy=policy, prevent_cse=False)
     rest: list[Any] = []
 

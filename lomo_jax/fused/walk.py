@@ -243,7 +243,6 @@ class _LayersPass:
 
         self.diff_out = [*self.diff_carry, *cut.differentiates(scan.ys)]
         self.kept, forward = self._keep(), self.body
-
         if self.kept:
             forward = Piece(
                 self.kept.forward,

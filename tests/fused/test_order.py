@@ -65,7 +65,7 @@ def test_each_gradient_is_used_before_the_next_and_from_the_last_parameter_back(
     *_, log = run(*values)
     down, norm, up = range(3)  # in the order of their names
     assert [ks for kind, ks in log if kind == "use"] == [[down], [up], [norm]]
-    # The last parameter is read once more than its gradient needs it at most.
+    # Its gradient does not need it: only what goes on to the layer below does.
     assert [ks for kind, ks in log if kind == "read"].count([down]) == 1
 
 
