@@ -93,11 +93,10 @@ def adalomo(
     def init(params: optax.Params) -> AdaLomoState:
         def moment(p):
             if p.ndim < 2:
-                return jnp.zeros(p.shape, jnp.float32)
-            return Factors(
-                row=jnp.zeros(p.shape[:-1], jnp.float32),
-                col=jnp.zeros(p.shape[:-2] + p.shape[-1:], jnp.float32),
-            )
+                return jnp.zeros_like(p, jnp.float32)
+            # Like a sum in shape, and in how it is divided among devices.
+            row, col = jax.eval_shape(lambda p: (p.sum(-1), p.sum(-2)), p)
+            return Factors(jnp.zeros_like(row, jnp.float32), jnp.zeros_like(col, jnp.float32))
 
         return AdaLomoState(count=jnp.zeros([], jnp.int32), moments=jax.tree.map(moment, params))
 

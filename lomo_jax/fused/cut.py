@@ -94,6 +94,7 @@ def cut(
     stacks = Stacks(names, param_vars, trainable)
     labels = stacks.labels(batch_vars)
     eqns, results = jaxprs.inline(closed, inputs, labels, lambda eqn: stacks.in_call(eqn, labels))
+    eqns, results = jaxprs.see_through(eqns, results, param_vars)
     weight = None
     if weighted:
         weight_atom = results.pop(1)

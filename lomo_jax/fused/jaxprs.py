@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 
 Atom = jex.Var | jex.Literal
 
@@ -20,6 +21,10 @@ _ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
 # Calls that compute the same thing when their body stands in their place. The fused step recomputes
 # layers itself, so a checkpoint around a layer scan has nothing left to add.
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+
+
+# What returns its operand. A constraint on a whole stack says what its own sharding says.
+IDENTITIES = ("copy", "copy_p", "name", "sharding_constraint")
 
 
 class Scan(NamedTuple):
@@ -49,6 +54,12 @@ def shape(atom: Atom) -> tuple[int, ...]:
 def dtype(atom: Atom) -> Any:
     aval: Any = atom.aval
     return aval.dtype
+
+
+def zeros(var: jex.Var) -> jax.Array:
+    """Zeros of the variable's type, which says how they are divided over Explicit axes, too."""
+    aval: Any = var.aval
+    return jnp.zeros_like(aval)
 
 
 def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
@@ -87,18 +98,18 @@ def bodies(eqn: jex.JaxprEqn) -> list[Any]:
     return [jaxpr for group in values for jaxpr in group if isinstance(jaxpr, kinds)]
 
 
-def users(closed, var: jex.Var) -> list[str]:
-    """Names of the primitives that consume `var` as it is, in calls too."""
-    names = []
+def users(closed, var: jex.Var) -> list[jex.JaxprEqn]:
+    """The equations that consume `var` as it is, in calls too."""
+    found = []
     for eqn in open_jaxpr(closed).eqns:
         for i, operand in enumerate(eqn.invars):
             if operand is var:
                 called = called_jaxpr(eqn)
                 if called is None:
-                    names.append(eqn.primitive.name)
+                    found.append(eqn)
                 else:
-                    names += users(called, open_jaxpr(called).invars[i])
-    return names
+                    found += users(called, open_jaxpr(called).invars[i])
+    return found
 
 
 def called_jaxpr(eqn: jex.JaxprEqn):
@@ -146,6 +157,30 @@ def inline(
             eqns.append(eqn)
         env.update(zip(old.outvars, results, strict=True))
     return eqns, [read(a) for a in jaxpr.outvars]
+
+
+def see_through(
+    eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom], variables: Iterable[jex.Var]
+) -> tuple[list[jex.JaxprEqn], list[Atom]]:
+    """Replaces what only copies, names or constrains one of `variables` by that variable.
+
+    Returns:
+      The equations that are left, and the results.
+    """
+    same: dict[Atom, Atom] = {v: v for v in variables}
+    kept = []
+
+    def read(atom: Atom) -> Atom:
+        return atom if isinstance(atom, jex.Literal) else same.get(atom, atom)
+
+    for eqn in eqns:
+        eqn = eqn.replace(invars=list(map(read, eqn.invars)))
+        source = eqn.invars[0] if eqn.primitive.name in IDENTITIES else None
+        if isinstance(source, jex.Var) and source in same:
+            same[eqn.outvars[0]] = source
+        else:
+            kept.append(eqn)
+    return kept, list(map(read, results))
 
 
 def as_function(template, eqns, inputs: Sequence[jex.Var], outputs: Sequence[Atom]):

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from lomo_jax.fused import explicit
 
 
 class WeightedLoss(NamedTuple):
@@ -27,7 +30,7 @@ class WeightedLoss(NamedTuple):
 
 
 def split(batch: Any, microbatches: int) -> Any:
-    """Splits the leading axis of every leaf: [B, ...] -> [K, B // K, ...].
+    """Splits the leading axis of every leaf: [B, ...] -> [K, B // K, ...], `batch[k::K]` at k.
 
     A scalar goes to every microbatch as it is. A key of `jax.random.key` is split, so that each
     microbatch draws other numbers.
@@ -50,7 +53,19 @@ def split(batch: Any, microbatches: int) -> Any:
                 f"{x.shape[0]}, which does not split into microbatches={microbatches}"
                 + ("; is it a key? use jax.random.key" if x.dtype == jnp.uint32 else "")
             )
-        return x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
+        # Every K-th row, not K blocks: a batch that is divided among devices stays where it is.
+        shape = (x.shape[0] // microbatches, microbatches, *x.shape[1:])
+        if (found := explicit.sharding(x)) is not None:
+            parts = x.shape[0] // found.shard_shape(x.shape)[0]
+            if shape[0] % parts:
+                raise ValueError(
+                    f"batch leaf {jax.tree_util.keystr(path) or 'batch'} has a leading axis of "
+                    f"{x.shape[0]}; microbatches={microbatches} of {shape[0]} are not divided by "
+                    f"the {parts} devices that it is divided over"
+                )
+        first, *others = explicit.spec(x)
+        divided = explicit.sharding(x, PartitionSpec(first, None, *others))
+        return jax.lax.reshape(x, shape, out_sharding=divided).swapaxes(0, 1)
 
     if all(jnp.ndim(x) == 0 for x in jax.tree.leaves(batch)):
         raise ValueError(

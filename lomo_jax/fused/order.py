@@ -23,7 +23,7 @@ _CHEAP = frozenset(
     eq erf exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota is_finite le log log1p
     logistic lt max min mul name ne neg not or pad pow real reshape rev round rsqrt select_n sign
     sin slice split sqrt square squeeze stop_gradient sub tan tanh transpose xor""".split()  # noqa: SIM905
-)
+) | {"reshard"}  # a weight that several devices share is gathered again: it is large
 _INFINITE = 2**30  # KiB
 
 

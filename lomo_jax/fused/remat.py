@@ -41,11 +41,10 @@ def keep(
       diff_in: the inputs to differentiate with respect to.
       diff_out: the outputs that may have a cotangent.
     """
-    function = _uncovered(body, stacked)
-    if remat != "none":
-        policy: Any = _save_attention if remat == "attention" else remat
-        # The passes are different loops: XLA cannot merge what is computed in both.
-        function = jax.checkpoint(function, policy=policy, prevent_cse=False)
+    named: dict[Any, Any] = {"attention": _save_attention, "none": _save_all_but_gathered}
+    policy = remat if callable(remat) else named[remat]
+    # The passes are different loops: XLA cannot merge what is computed in both.
+    function = jax.checkpoint(_uncovered(body, stacked), policy=policy, prevent_cse=False)
     rest: list[Any] = []
 
     def forward(*inputs):
@@ -55,8 +54,7 @@ def keep(
         return outputs, [x for x in leaves if _is_array(x)]
 
     inputs = jaxprs.open_jaxpr(body).invars
-    shapes = [jax.ShapeDtypeStruct(jaxprs.shape(v), jaxprs.dtype(v)) for v in inputs]
-    closed, (outputs, _) = jax.make_jaxpr(forward, return_shape=True)(*shapes)
+    closed, (outputs, _) = jax.make_jaxpr(forward, return_shape=True)(*(v.aval for v in inputs))
     treedef, static = rest
     variables = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
     eqns, results = jaxprs.inline(closed, variables, {}, lambda eqn: False)
@@ -100,6 +98,11 @@ def _save_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name == _ATTENTION or (
         primitive.name == "name" and params["name"] == "attention"
     )
+
+
+def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    # Several devices share a weight: to keep what they gathered would be to hold the whole model.
+    return primitive.name != "reshard"
 
 
 def _is_array(x: Any) -> bool:

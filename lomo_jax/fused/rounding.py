@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from lomo_jax.fused import explicit
+
 
 def rounds(dtype: jax.typing.DTypeLike) -> bool:
     """Whether a float32 number has to be rounded to fit into `dtype`."""
@@ -36,7 +38,8 @@ def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) 
     spacing = jnp.maximum(power * jnp.float32(info.eps), jnp.float32(info.smallest_subnormal))
     # As many random bits as are dropped: one more, and their sum with x would be rounded.
     dropped = wide.nmant - info.nmant
-    bits = jax.random.bits(key, x.shape, jnp.uint16) >> (16 - dropped)
+    bits = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=explicit.sharding(x))
+    bits >>= 16 - dropped
     threshold = bits.astype(jnp.float32) * jnp.float32(2.0**-dropped)
     rounded = jnp.floor(x / spacing + threshold) * spacing
     is_exact = jnp.isfinite(x) & (spacing >= wide.tiny)

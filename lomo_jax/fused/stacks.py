@@ -144,7 +144,10 @@ class Stacks:
                 # A gather from a matrix may as well look up rows, as of an embedding.
                 is_matrix = len(jaxprs.shape(v)) < 3
                 picks = {"dynamic_slice"} if is_matrix else {"dynamic_slice", "gather"}
-                if picks.intersection(jaxprs.users(scan.body, v)):
+                if any(
+                    eqn.primitive.name in picks and eqn.params["slice_sizes"][0] == 1
+                    for eqn in jaxprs.users(scan.body, v)
+                ):
                     raise ValueError(
                         f"parameter {self.names[i]} is indexed by layer inside a loop: make it a "
                         "scanned input of lax.scan (xs) instead"

@@ -126,7 +126,8 @@ def fused_step(
         from the same stored inputs, the first time to add up squares; a step takes 1.7 times as
         long. `None`: no clipping, and no norm in the output.
       microbatches: splits the leading axis [B, ...] of every leaf of the batch in K, [K, B/K, ...];
-        it must not be sharded. Scalars go to every microbatch.
+        microbatch k has the rows k, k + K, ..., so that a batch which is divided among devices
+        stays where it is. Scalars go to every microbatch.
         Activations then need memory for one microbatch, layer inputs still for all. Each layer
         takes all microbatches before the next, its gradient summed in float32. The loss is the mean
         over the microbatches, weighted if it is a `WeightedLoss`.

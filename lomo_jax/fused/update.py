@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lomo_jax.fused import jaxprs, parameters
+from lomo_jax.fused.explicit import divided_as
 from lomo_jax.fused.microbatches import widen
 from lomo_jax.fused.rounding import rounds, stochastic_round
 
@@ -28,7 +29,10 @@ class Updater:
         """Returns the state; of a stack with a layer axis in front of every array."""
 
         def init(leaf):
-            return self.tx.init(_masked(self.treedef, {self.index: leaf}))
+            state = self.tx.init(_masked(self.treedef, {self.index: leaf}))
+            # What is as large as the parameter is divided like it.
+            alike = lambda x: divided_as(x, leaf) if jnp.shape(x) == leaf.shape else x  # noqa: E731
+            return jax.tree.map(alike, state)
 
         return (jax.vmap(init) if self.stacked else init)(leaf)
 
@@ -50,7 +54,7 @@ class Updater:
           keep: bool [], True leaves everything as it is; None updates.
 
         Returns:
-          The new leaf and the new state, in the dtypes that they had.
+          The new leaf and the new state, in the dtypes that they had, divided as they were.
         """
         trees = [_masked(self.treedef, {self.index: x}) for x in (grad, leaf)]
         updates, new_state = self.tx.update(trees[0], state, trees[1])
@@ -62,7 +66,7 @@ class Updater:
             new = wide.astype(leaf.dtype)
 
         def settle(new, old):
-            new = new if new.dtype == old.dtype else new.astype(old.dtype)
+            new = divided_as(new if new.dtype == old.dtype else new.astype(old.dtype), old)
             return new if keep is None else jnp.where(keep, old, new)
 
         return jax.tree.map(settle, (new, new_state), (leaf, state))

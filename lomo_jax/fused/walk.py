@@ -158,7 +158,7 @@ class Cotangents(dict):
 
     def take(self, variables: Iterable[jex.Var]) -> list[jax.Array]:
         variables = list(variables)
-        zeros = [jnp.zeros(jaxprs.shape(v), jaxprs.dtype(v)) for v in variables]
+        zeros = [jaxprs.zeros(v) for v in variables]
         zeros = self.walk.spread(zeros, invert(self.walk.vary(variables)))
         return [self.pop(v, zero) for v, zero in zip(variables, zeros, strict=True)]
 
@@ -335,7 +335,7 @@ class _LayersPass:
 
             (ct_carry, ct_consts, ct_others), carry = evaluate_in_order(
                 gradients,
-                [_layer_shape(self.xs[k]) for k in lazy],
+                [jax.eval_shape(_first_layer, self.xs[k]) for k in lazy],
                 (inputs, values, ct_carry, ct_ys, ct_consts),
                 read,
                 lambda carry, ks, grads: visitor.visit(carry, stacked, ks, i, grads),
@@ -380,8 +380,8 @@ class _LayersPass:
         cotangents.add(pick(starts, differentiable), pick(ct_starts, differentiable))
 
 
-def _layer_shape(stack: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype)
+def _first_layer(stack: jax.Array) -> jax.Array:
+    return offload.to_device(jax.lax.index_in_dim(stack, 0, keepdims=False))
 
 
 def _swap(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:

@@ -241,3 +241,19 @@ def test_init_takes_shapes():
     assert concrete.optimizer["layers"].moments["layers"].row.shape == (L, D)
     assert concrete.optimizer["layers"].count.shape == (L,)
     assert concrete.optimizer["in"].moments["in"].row.shape == (D,)
+
+
+def test_columns_of_a_matrix_with_as_many_rows_as_there_are_chunks_of_it(assert_close):
+    """A slice of a matrix in a loop of that length picks a layer only if it takes one row."""
+
+    def loss(params, x):
+        def chunk(total, i):
+            columns = jax.lax.dynamic_slice_in_dim(params["head"], 2 * i, 2, axis=1)
+            return total + (jnp.tanh(x @ columns) ** 2).sum(), None
+
+        return jax.lax.scan(chunk, jnp.float32(0), jnp.arange(4))[0]
+
+    params, x = {"head": jax.random.normal(jax.random.key(0), (4, 8))}, jnp.ones((3, 4))
+    step = lomo_jax.fused_step(loss, optax.sgd(1.0))
+    new, _, _ = step(params, step.init(params, x), x)
+    assert_close(new["head"], params["head"] - jax.grad(loss)(params, x)["head"])

@@ -27,7 +27,7 @@ def make_params(dtype=jnp.float32):
 def make_batch(seed=0):
     rng = np.random.default_rng(seed)
     weights = rng.random((B, T - 1)) < rng.random((B, 1))
-    weights[: B // 8] = False  # the first of eight microbatches has no tokens at all
+    weights[::8] = False  # the first of eight microbatches has no tokens at all
     return {
         "tokens": rng.integers(0, V, (B, T), np.int32),
         "weights": weights.astype(np.float32),
@@ -194,7 +194,7 @@ def test_aux_of_a_loss_that_the_batch_does_not_reach(assert_steps_agree):
     _, out = assert_steps_agree(
         loss, optax.sgd(0.1), jnp.ones(3), [jnp.arange(6.0)], has_aux=True, microbatches=2
     )
-    np.testing.assert_array_equal(out.aux["mean"], [1.0, 4.0])
+    np.testing.assert_array_equal(out.aux["mean"], [2.0, 3.0])  # of every second number
     np.testing.assert_array_equal(out.aux["one"], [1, 1])
 
 
