@@ -6,31 +6,53 @@ The config file says what the run does; its docstring gives the command, the har
 expect. A field is changed with --config.NAME=VALUE; --print_config shows them all and exits. The
 run writes metrics.jsonl and, at its end, the model in Hugging Face form to --config.workdir.
 An error is one line; `python -X dev train.py ...` shows where it came from.
+
+A run takes all GPUs of the machine, as --config.mesh divides them. On several machines start it on
+each: srun, mpirun and indexed Jobs of Kubernetes tell it of the others, anything else with
+--coordinator, --num_processes and --process_id.
 """
 
 import os
 import sys
 from collections.abc import Sequence
 
+from absl import flags as absl_flags
+
 from lomo_jax.plan.gpus import MEMORY_FRACTION
 from lomo_jax.training import flags
+
+_PROCESSES = {
+    "coordinator": (absl_flags.DEFINE_string, "HOST:PORT of process 0, for all processes"),
+    "num_processes": (absl_flags.DEFINE_integer, "of the run, on all machines"),
+    "process_id": (absl_flags.DEFINE_integer, "which of them this is, from 0"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`; returns the exit status."""
     try:
-        config = flags.parse(argv)
+        values = absl_flags.FlagValues()
+        processes = {
+            name: define(name, None, meaning, flag_values=values)
+            for name, (define, meaning) in _PROCESSES.items()
+        }
+        config = flags.parse(argv, values)
         # JAX reads it when it first uses a device, which a config does not.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
         # transformers, of which this uses the tokenizers, warns that there is no PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        from lomo_jax.training.loop import train  # slow to import: a typo is told before
+        from lomo_jax.training import devices  # slow to import: a typo is told before
+        from lomo_jax.training.loop import train
 
+        devices.start(**{name: flag.value for name, flag in processes.items()})
         train(config)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+            # On its way out JAX would wait for the other processes, and they wait for this one.
+            os._exit(1)
         return 1
     return 0
 

@@ -48,7 +48,7 @@ def device_sharding(name):
     """Where the arrays are planned to live: None for this machine's CPU, or the GPU `name`."""
     if name is None:
         return None
-    return jax.sharding.NamedSharding(make_mesh(gpus.find(name)), jax.sharding.PartitionSpec())
+    return jax.sharding.SingleDeviceSharding(make_mesh(gpus.find(name)).devices.item())
 
 
 def parameters(run, depth, dtype=jnp.float32, sharding=None):

@@ -1,13 +1,19 @@
 """Next-token loss that never holds all the logits.
 
 Dimension key: B batch, T sequence, N = B*T tokens, D width, V vocabulary, C columns of one chunk
-of the vocabulary, K chunks.
+of the vocabulary, K chunks. On several devices the functions below `next_token_loss` see a device's
+own part: its tokens, its rows and columns of the head, `R` of the D rows.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lomo_jax import sharding
 
 
 class Metrics(NamedTuple):
@@ -30,6 +36,10 @@ def next_token_loss(
     The logits exist for at most `chunk` tokens of the vocabulary at a time and are computed again
     in the backward pass: `4 * B * T * chunk` bytes, like an activation, not `4 * B * T * V`.
 
+    Under a mesh of `lomo_jax.sharding.make_mesh` tokens are divided by `sharding.BATCH` and the
+    head by `P("fsdp", "tensor")`: a device computes the logits of its part of the vocabulary, and
+    has the whole rows of one chunk of it at a time.
+
     Args:
       x_BxTxD: the model's output after its final norm, any float dtype.
       head_DxV: the output embedding, any float dtype. The products run in this dtype; they sum in
@@ -41,14 +51,16 @@ def next_token_loss(
     Returns:
       The loss, a float32 scalar averaged over the weights (0 where they are all 0), and `Metrics`.
     """
-    num_chunks = -(-head_DxV.shape[1] // chunk)
-    loss_N, correct_N = _token_losses(
-        num_chunks, x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), head_DxV, targets_BxT.reshape(-1)
+    x_NxD, targets_N, weights_N = sharding.divide_batch(
+        (x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), targets_BxT.reshape(-1), weights_BxT.reshape(-1))
     )
-    weights_N = weights_BxT.reshape(-1)
+    loss_N, correct_N = _token_losses(chunk, x_NxD, head_DxV, targets_N)
     weight = weights_N.sum()
     share_N = weights_N / jnp.where(weight > 0, weight, 1)
-    return jnp.vdot(share_N, loss_N), Metrics(jnp.vdot(share_N, correct_N), weight)
+    return (share_N * loss_N).sum(), Metrics((share_N * correct_N).sum(), weight)
+
+
+_TOKENS, _HEAD = P(sharding.BATCH), P("fsdp", "tensor")
 
 
 # Why chunks of the vocabulary and not of tokens: a column of the head then gets its gradient from
@@ -56,20 +68,27 @@ def next_token_loss(
 # bfloat16, leave 8 times the error of unchunked logits, and in float32 take twice the memory.
 # Why a custom_vjp: the scan's own derivative adds a whole head of mostly zeros for each chunk.
 def _primal(
-    num_chunks: int, x_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array
+    chunk: int, x_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each token's loss, and 1.0 where its target is the likeliest token, else 0.0."""
-    return _forward(num_chunks, x_NxD, head_DxV, targets_N)[0]
+    return _forward(chunk, x_NxD, head_DxV, targets_N)[0]
 
 
 _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _forward(
-    num_chunks: int, x_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array
+    chunk: int, x_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], _Residuals]:
+    specs = (P(*_TOKENS, None), _HEAD, _TOKENS)
+    run = _on_each_device(_part_forward, chunk, specs, (_TOKENS, _TOKENS, _TOKENS))
+    loss_N, correct_N, logsumexp_N = run(x_NxD, head_DxV, targets_N)
+    return (loss_N, correct_N), (x_NxD, head_DxV, targets_N, logsumexp_N)
+
+
+def _part_forward(chunk, parallel, x_NxD, head_RxV, targets_N):
     def body(_, i):
-        _, _, column_C, logits_NxC = _chunk(num_chunks, x_NxD, head_DxV, i)
+        _, _, column_C, logits_NxC = _chunk(chunk, parallel, x_NxD, head_RxV, i)
         is_target_NxC = column_C == targets_N[:, None]
         best_N = logits_NxC.argmax(1)
         return None, (
@@ -79,69 +98,104 @@ def _forward(
             column_C[best_N],
         )
 
-    _, (logsumexp_KxN, target_KxN, best_KxN, column_KxN) = jax.lax.scan(
-        body, None, jnp.arange(num_chunks, dtype=jnp.int32)
-    )
+    chunks = jnp.arange(_num_chunks(chunk, head_RxV), dtype=jnp.int32)
+    _, found = jax.lax.scan(body, None, chunks)
+    if parallel:
+        found = jax.lax.all_gather(found, "tensor", tiled=True)
+    logsumexp_KxN, target_KxN, best_KxN, column_KxN = found
     logsumexp_N = jax.nn.logsumexp(logsumexp_KxN, axis=0)
     likeliest_N = jnp.take_along_axis(column_KxN, best_KxN.argmax(0)[None], axis=0)[0]
     correct_N = (likeliest_N == targets_N).astype(jnp.float32)
-    outputs = logsumexp_N - target_KxN.sum(0), correct_N
-    return outputs, (x_NxD, head_DxV, targets_N, logsumexp_N)
+    return logsumexp_N - target_KxN.sum(0), correct_N, logsumexp_N
 
 
 def _backward(
-    num_chunks: int, residuals: _Residuals, cotangents: tuple[jax.Array, jax.Array]
+    chunk: int, residuals: _Residuals, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
-    x_NxD, head_DxV, targets_N, logsumexp_N = residuals
     ct_N, _ = cotangents
+    specs = (P(*_TOKENS, None), _HEAD, _TOKENS, _TOKENS, _TOKENS, _HEAD)
+    run = _on_each_device(_part_backward, chunk, specs, (P(*_TOKENS, None), _HEAD))
+    # Zeros made here, and not on each device, are ones that the fused step can have made late.
+    dx_NxD, dhead_DxV = run(*residuals, ct_N, jnp.zeros_like(residuals[1]))
+    return dx_NxD, dhead_DxV, None
+
+
+def _part_backward(chunk, parallel, x_NxD, head_RxV, targets_N, logsumexp_N, ct_N, dhead_RxV):
     # A mean over thousands of tokens makes ct tiny: divided out, it does not underflow in float16.
     scale = jnp.abs(ct_N).max()
     scale = jnp.where(scale > 0, scale, 1)
-    dtype = head_DxV.dtype
+    dtype = head_RxV.dtype
 
     def body(i, carry):
-        dx_NxD, dhead_DxV = carry
-        start, head_DxC, column_C, logits_NxC = _chunk(num_chunks, x_NxD, head_DxV, i)
+        dx_NxD, dhead_RxV = carry
+        start, head_DxC, column_C, logits_NxC = _chunk(chunk, parallel, x_NxD, head_RxV, i)
         is_target_NxC = (column_C == targets_N[:, None]).astype(jnp.float32)
         p_NxC = jnp.exp(logits_NxC - logsumexp_N[:, None])
         g_NxC = ((p_NxC - is_target_NxC) * (ct_N / scale)[:, None]).astype(dtype)
         dx_NxD += _dot(g_NxC, head_DxC.T)
         # Added, not written: columns that the chunk shares with the one before have g = 0 here.
-        dhead_DxC = jax.lax.dynamic_slice_in_dim(dhead_DxV, start, len(column_C), axis=1)
-        dhead_DxC += (scale * _dot(x_NxD.astype(dtype).T, g_NxC)).astype(dtype)
-        return dx_NxD, jax.lax.dynamic_update_slice_in_dim(dhead_DxV, dhead_DxC, start, axis=1)
+        dhead_RxC = jax.lax.dynamic_slice_in_dim(dhead_RxV, start, len(column_C), axis=1)
+        dhead_RxC += _reduce((scale * _dot(x_NxD.astype(dtype).T, g_NxC)).astype(dtype), parallel)
+        return dx_NxD, jax.lax.dynamic_update_slice_in_dim(dhead_RxV, dhead_RxC, start, axis=1)
 
-    dx_NxD, dhead_DxV = jax.lax.fori_loop(
-        0, num_chunks, body, (jnp.zeros(x_NxD.shape, jnp.float32), jnp.zeros_like(head_DxV))
-    )
-    return (scale * dx_NxD).astype(x_NxD.dtype), dhead_DxV, None
+    dx_NxD = jnp.zeros(x_NxD.shape, jnp.float32)
+    chunks = _num_chunks(chunk, head_RxV)
+    dx_NxD, dhead_RxV = jax.lax.fori_loop(0, chunks, body, (dx_NxD, dhead_RxV))
+    dx_NxD = (scale * dx_NxD).astype(x_NxD.dtype)
+    return jax.lax.psum(dx_NxD, "tensor") if parallel else dx_NxD, dhead_RxV
 
 
 _token_losses = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _token_losses.defvjp(_forward, _backward)
 
 
+def _on_each_device(
+    function: Callable[..., Any], chunk: int, in_specs: Any, out_specs: Any
+) -> Callable[..., tuple[jax.Array, ...]]:
+    parallel = sharding.is_explicit()
+    function = functools.partial(function, chunk, parallel)
+    if not parallel:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _num_chunks(chunk: int, head_RxV: jax.Array) -> int:
+    return -(-head_RxV.shape[1] // chunk)
+
+
 def _chunk(
-    num_chunks: int, x_NxD: jax.Array, head_DxV: jax.Array, i: jax.Array
+    chunk: int, parallel: bool, x_NxD: jax.Array, head_RxV: jax.Array, i: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns chunk i's start, its part of the head, its columns' numbers and its logits.
 
     Where the vocabulary does not divide evenly, the last chunk starts early. The columns it shares
     with the chunk before have logit -inf and the number V, which is no target.
     """
-    vocab = head_DxV.shape[1]
-    size = -(-vocab // num_chunks)
+    vocab = total = head_RxV.shape[1]
+    size = -(-vocab // _num_chunks(chunk, head_RxV))
     start = jnp.minimum(i * size, vocab - size)
-    head_DxC = jax.lax.dynamic_slice_in_dim(head_DxV, start, size, axis=1)
+    head_DxC = jax.lax.dynamic_slice_in_dim(head_RxV, start, size, axis=1)
     column_C = start + jnp.arange(size, dtype=jnp.int32)
     is_new_C = column_C >= i * size
-    logits_NxC = _dot(x_NxD.astype(head_DxV.dtype), head_DxC)
+    if parallel:
+        head_DxC = jax.lax.all_gather(head_DxC, "fsdp", tiled=True)
+        column_C += jax.lax.axis_index("tensor") * vocab
+        total *= jax.lax.axis_size("tensor")
+    logits_NxC = _dot(x_NxD.astype(head_RxV.dtype), head_DxC)
     return (
         start,
         head_DxC,
-        jnp.where(is_new_C, column_C, vocab),
+        jnp.where(is_new_C, column_C, total),
         jnp.where(is_new_C, logits_NxC, -jnp.inf),
     )
+
+
+def _reduce(dhead_DxC: jax.Array, parallel: bool) -> jax.Array:
+    """Sums a gradient over all tokens; a device gets its own rows of it."""
+    if not parallel:
+        return dhead_DxC
+    dhead_RxC = jax.lax.psum_scatter(dhead_DxC, "fsdp", tiled=True)
+    return jax.lax.psum(dhead_RxC, "data")
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:

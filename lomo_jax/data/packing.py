@@ -3,7 +3,8 @@
 Dimension key: T sequence; a piece is a run of one document's tokens that lies in one row.
 """
 
-from typing import SupportsIndex, TypedDict
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, TypedDict
 
 import numpy as np
 
@@ -112,3 +113,24 @@ class PackedRows:
             batch["positions"][place] = np.arange(length)
             batch["segments"][place] = segment
         return batch
+
+
+class Batches:
+    """A random-access source of batches, or of some rows of each, for `grain.MapDataset.source`."""
+
+    def __init__(self, dataset: Any, batch_size: int, rows: Sequence[int]):
+        """Args: as of `text_dataset`; dataset: of rows, at random access, endless or not."""
+        self._dataset, self._batch_size, self._rows = dataset, batch_size, rows
+
+    def __len__(self) -> int:
+        return -(-len(self._dataset) // self._batch_size)
+
+    def __getitem__(self, index: SupportsIndex) -> Batch:
+        first = int(index) * self._batch_size
+        rows = [self._row(first + row) for row in self._rows]
+        return Batch(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+    def _row(self, index: int) -> Any:
+        if index < len(self._dataset):
+            return self._dataset[index]
+        return {name: np.zeros_like(x) for name, x in self._dataset[0].items()}  # of weight 0

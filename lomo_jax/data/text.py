@@ -1,6 +1,5 @@
 """Text to train on, with a part held out by document."""
 
-import functools
 import hashlib
 import itertools
 import logging
@@ -13,7 +12,7 @@ import grain
 import numpy as np
 
 from lomo_jax.data.documents import read_documents
-from lomo_jax.data.packing import Batch, PackedRows
+from lomo_jax.data.packing import Batch, Batches, PackedRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +32,7 @@ def text_dataset(
     seed: int = 0,
     eval_fraction: float = 0.05,
     text_key: str = "text",
+    rows: Sequence[int] | None = None,
 ) -> tuple[grain.DatasetIterator[Batch], grain.IterDataset[Batch]]:
     """Tokenises text, holds out a part of it and packs both parts into batches.
 
@@ -64,6 +64,7 @@ def text_dataset(
       seed: of the training order, from 0 to 2**32 - 1.
       eval_fraction: share of the documents held out, from 0 to below 1; 0 holds out none.
       text_key: the key of the text in a `.jsonl` line.
+      rows: which rows of every batch to read, for a process that needs only those; all by default.
 
     Returns:
       The training batches, an endless iterator whose `get_state()` and `set_state()` give and
@@ -116,15 +117,13 @@ def text_dataset(
         eval_rows.num_targets,
         len(held_out),
     )
+    rows = range(batch_size) if rows is None else rows
     train = grain.MapDataset.source(train_rows).shuffle(seed).repeat()
-    # There is no remainder, but grain finds the number of batches with it in floating point, where
-    # that of an endless dataset, batched by one, overflows.
-    train = train.batch(batch_size, drop_remainder=True).to_iter_dataset(_NO_THREADS)
+    train = grain.MapDataset.source(Batches(train, batch_size, rows)).to_iter_dataset(_NO_THREADS)
     # In a random order, so that the first batches are a fair sample of all.
     evaluation = grain.MapDataset.source(eval_rows).shuffle(0)
-    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    evaluation = evaluation.batch(batch_size, batch_fn=pad).to_iter_dataset(_NO_THREADS)
-    return iter(train), evaluation
+    evaluation = grain.MapDataset.source(Batches(evaluation, batch_size, rows))
+    return iter(train), evaluation.to_iter_dataset(_NO_THREADS)
 
 
 def _tokenize(

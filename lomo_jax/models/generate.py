@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import ArrayLike
 
+from lomo_jax import sharding
 from lomo_jax.models.llama import Llama
 
 _BUFFER_MULTIPLE = 32  # tokens; prompts of similar length share one compiled program
@@ -55,11 +56,12 @@ def generate(
             f"more than the model's max_length={max_length}"
         )
     padding = -total % _BUFFER_MULTIPLE + max_new_tokens
-    buffer_BxN = np.pad(prompt_BxT, ((0, 0), (0, padding)))
+    rows = -len(prompt_BxT) % sharding.batch_parts()
+    buffer_BxN = np.pad(prompt_BxT, ((0, rows), (0, padding)))
     filled_BxN = _fill(
         graphdef, params, buffer_BxN, prompt_BxT.shape[1], total, temperature, jax.random.key(seed)
     )
-    return np.asarray(filled_BxN)[:, :total]
+    return np.asarray(filled_BxN)[: len(prompt_BxT), :total]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -79,11 +81,13 @@ def _fill(
         # Attention is causal: what stands behind the prefix does not reach its last position.
         x_BxNxD = model.hidden(buffer_BxN)
         x_BxD = jax.lax.dynamic_index_in_dim(x_BxNxD, position - 1, axis=1, keepdims=False)
-        logits_BxV = jnp.matmul(x_BxD, model.head(), preferred_element_type=jnp.float32)
+        logits_BxV = jnp.matmul(
+            x_BxD, sharding.gather(model.head()), preferred_element_type=jnp.float32
+        )
         drawn_B = jax.random.categorical(
             jax.random.fold_in(key, position), logits_BxV / jnp.maximum(temperature, 1e-6)
         )
         next_B = jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BxV, axis=-1))
-        return buffer_BxN.at[:, position].set(next_B)
+        return buffer_BxN.at[:, position].set(sharding.replicate(next_B))
 
     return jax.lax.fori_loop(start, stop, write, buffer_BxN)

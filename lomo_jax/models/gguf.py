@@ -55,12 +55,12 @@ def load_config(path: Path) -> LlamaConfig:
     return _config(path, *open_gguf(path))
 
 
-def load(path: Path, param_dtype: DTypeLike, on_host: bool) -> tuple[LlamaConfig, nnx.State]:
+def load(path: Path, param_dtype: DTypeLike, **where: Any) -> tuple[LlamaConfig, nnx.State]:
     """Reads a GGUF file, dequantising its tensors one by one; see `lomo_jax.models.load`."""
     metadata, tensors = open_gguf(path)
     config = _config(path, metadata, tensors)
     read = [_tensor(tensor, config) for tensor in tensors]
-    return config, assemble(config, param_dtype, read, GGUF_NAMES, str(path), on_host)
+    return config, assemble(config, param_dtype, read, GGUF_NAMES, str(path), **where)
 
 
 def _config(path: Path, metadata: Metadata, tensors: list[gguf.ReaderTensor]) -> LlamaConfig:

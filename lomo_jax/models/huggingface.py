@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 from lomo_jax.models.config import LlamaConfig
@@ -35,7 +38,7 @@ def load_config(directory: Path) -> LlamaConfig:
         raise ValueError(f"{config_file}: {error}") from None
 
 
-def load(directory: Path, param_dtype: DTypeLike, on_host: bool) -> tuple[LlamaConfig, nnx.State]:
+def load(directory: Path, param_dtype: DTypeLike, **where: Any) -> tuple[LlamaConfig, nnx.State]:
     """Reads a Hugging Face directory; see `lomo_jax.models.load`."""
     config = load_config(directory)
     tensors = [
@@ -47,7 +50,7 @@ def load(directory: Path, param_dtype: DTypeLike, on_host: bool) -> tuple[LlamaC
         if not tensor.name.endswith("rotary_emb.inv_freq")
         and not (config.tie_embeddings and tensor.name == HF_NAMES["output/kernel"])
     ]
-    return config, assemble(config, param_dtype, tensors, HF_NAMES, str(directory), on_host)
+    return config, assemble(config, param_dtype, tensors, HF_NAMES, str(directory), **where)
 
 
 def save(
@@ -62,7 +65,8 @@ def save(
     """Writes a Hugging Face directory that `transformers` and `lomo_jax.models.load` read.
 
     Everything is written beside `path` first and renamed when complete, so a failure leaves an
-    earlier export as it was. Host memory holds one shard.
+    earlier export as it was. Host memory holds one shard. Of several processes, which must all call
+    this and share the file system, each writes its part of the files.
 
     Args:
       path: the directory; an earlier export there is replaced.
@@ -80,19 +84,46 @@ def save(
     if path.exists() and not (path / _CONFIG).is_file() and not _is_empty_directory(path):
         raise ValueError(f"{path} exists and is not a model directory; choose another export path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        written = Path(temporary, "new")
-        written.mkdir()
-        if tokenizer is not None:
-            tokenizer.save_pretrained(written)
-        hf_config = config.to_hf(dtype)
-        special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
-        _write_json(written / _CONFIG, hf_config)
-        _write_json(written / _GENERATION_CONFIG, special)
+    with _temporary_beside(path) as temporary:
+        written = temporary / "new"
+        if jax.process_index() == 0:
+            written.mkdir()
+            if tokenizer is not None:
+                tokenizer.save_pretrained(written)
+            hf_config = config.to_hf(dtype)
+            special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
+            _write_json(written / _CONFIG, hf_config)
+            _write_json(written / _GENERATION_CONFIG, special)
+        _wait_for_all("directory")
         _write_weights(
             written, disassemble(params, HF_NAMES, dtype), dtype.itemsize, max_shard_bytes
         )
-        _replace(path, written, Path(temporary, "old"))
+        _wait_for_all("weights")
+        if jax.process_index() == 0:
+            _replace(path, written, temporary / "old")
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """Yields a new directory, the same in all processes, that is gone afterwards."""
+    if jax.process_count() == 1:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+            yield Path(temporary)
+        return
+    temporary = path.parent / f".{path.name}.writing"
+    if jax.process_index() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"export {what}")
 
 
 def _replace(path: Path, new: Path, old: Path) -> None:
@@ -171,11 +202,17 @@ def _write_weights(
         name = (
             _WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
-        arrays = {tensor.name: tensor.read() for tensor in shard}
-        # transformers refuses files that do not say which framework's layout they hold.
-        safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(arrays, name)
-    if len(shards) > 1:
+        mine = number % jax.process_count() == jax.process_index()
+        arrays = {}
+        for tensor in shard:
+            array = tensor.read()  # by all processes: each device has a part of it
+            if mine:
+                arrays[tensor.name] = array
+        if mine:
+            # transformers refuses files that do not say which framework's layout they hold.
+            safetensors.numpy.save_file(arrays, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
+    if len(shards) > 1 and jax.process_index() == 0:
         _write_json(
             directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )

@@ -6,6 +6,9 @@ width, L layers, V vocabulary. N stands for either number of heads.
 Every weight is a matrix or a vector: heads are folded into one axis, `[D, H*h]`, because AdaLomo
 factors the last two axes of a weight and each projection is one matrix to it.
 
+Under a mesh of `lomo_jax.sharding.make_mesh` the model computes in parallel, with its parameters
+divided by `RULES` and a batch by `sharding.BATCH`; anywhere else those calls change nothing.
+
 References:
   Touvron et al., LLaMA: Open and Efficient Foundation Language Models, arXiv 2302.13971.
 """
@@ -20,10 +23,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from lomo_jax import sharding
 from lomo_jax.fused.offload import to_device
 from lomo_jax.models.config import LlamaConfig
+from lomo_jax.models.embedding import EMBEDDING, look_up
+
+# How the parameters are divided, for `sharding.shardings`: products that start a block by their
+# outputs (whole heads, columns of the MLP), those that end it by their inputs.
+RULES: sharding.Rules = (
+    (r"embedding", EMBEDDING),
+    (r"layers/.*/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
+    (r"layers/.*/(o|down)/kernel", P(None, ("tensor", "fsdp"), None)),
+    (r"output/kernel", P("fsdp", "tensor")),
+    (r"scale", P()),
+)
 
 _NORMAL = nnx.initializers.normal(0.02)
 
@@ -71,7 +88,8 @@ class Attention(nnx.Module):
         k_BxTxKxh = _rotate(self.k(x_BxTxD).reshape(heads), context)
         v_BxTxKxh = self.v(x_BxTxD).reshape(heads)
         y_BxTxHxh = _attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, context.mask, self.implementation)
-        return self.o(y_BxTxHxh.reshape(batch, length, -1))
+        y_BxTxD = y_BxTxHxh.reshape(batch, length, -1)
+        return self.o(y_BxTxD, out_sharding=sharding.last_axis_whole(y_BxTxD))
 
 
 class MLP(nnx.Module):
@@ -84,7 +102,8 @@ class MLP(nnx.Module):
         self.down = linear(config.mlp_width, config.width)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x_BxTxD)) * self.up(x_BxTxD))
+        y_BxTxF = jax.nn.silu(self.gate(x_BxTxD)) * self.up(x_BxTxD)
+        return self.down(y_BxTxF, out_sharding=sharding.last_axis_whole(y_BxTxF))
 
 
 class Layer(nnx.Module):
@@ -164,6 +183,9 @@ class Llama(nnx.Module):
         Returns:
           x_BxTxD in the parameters' dtype.
         """
+        tokens_BxT, positions_BxT, segments_BxT = sharding.divide_batch(
+            (tokens_BxT, positions_BxT, segments_BxT)
+        )
         if positions_BxT is None:
             positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
         angles = positions_BxT.astype(jnp.float32)[:, :, None, None] * _frequencies(self.config)
@@ -178,7 +200,7 @@ class Llama(nnx.Module):
         def apply(x_BxTxD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
             return to_device(layer)(x_BxTxD, context), None
 
-        embedded_BxTxD = jnp.take(to_device(self.embedding[...]), tokens_BxT, axis=0)
+        embedded_BxTxD = look_up(to_device(self.embedding[...]), tokens_BxT)
         x_BxTxD, _ = jax.lax.scan(apply, embedded_BxTxD, self.layers)
         return self.norm(x_BxTxD)
 
@@ -198,7 +220,7 @@ class Llama(nnx.Module):
         return jnp.einsum(
             "btd,dv->btv",
             self.hidden(tokens_BxT, positions_BxT, segments_BxT),
-            self.head(),
+            sharding.gather(self.head()),
             preferred_element_type=jnp.float32,
         )
 
@@ -218,6 +240,29 @@ def abstract(
     )
 
 
+def shardings(config: LlamaConfig, params: nnx.State, mesh: Mesh) -> nnx.State:
+    """Says how the parameters of a model are divided among the devices of a mesh, by `RULES`.
+
+    Args:
+      config: the model's shape.
+      params: its parameters, arrays or `jax.ShapeDtypeStruct`.
+      mesh: of `lomo_jax.sharding.make_mesh`.
+
+    Raises:
+      ValueError: heads or an axis of a parameter cannot be divided; it names the sizes that can.
+    """
+    # Otherwise a weight could be divided inside a head.
+    for name in ("num_kv_heads", "num_heads"):
+        heads, parts = getattr(config, name), mesh.shape["tensor"]
+        if heads % parts:
+            fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ValueError(
+                f"{name}={heads} of the model are not divided by tensor={parts}; tensor could be "
+                f"{fits}"
+            )
+    return sharding.shardings(RULES, params, mesh)
+
+
 def init(
     config: LlamaConfig, seed: int, param_dtype: DTypeLike = jnp.float32
 ) -> tuple[nnx.GraphDef[Llama], nnx.State]:
@@ -232,8 +277,18 @@ def _init(config: LlamaConfig, param_dtype: DTypeLike, key: jax.Array) -> nnx.St
 
 def _linear(inputs: int, outputs: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(
-        inputs, outputs, use_bias=False, kernel_init=_NORMAL, param_dtype=param_dtype, rngs=rngs
+        inputs,
+        outputs,
+        use_bias=False,
+        kernel_init=_NORMAL,
+        param_dtype=param_dtype,
+        dot_general=_dot_gathered,
+        rngs=rngs,
     )
+
+
+def _dot_gathered(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    return jax.lax.dot_general(x, sharding.gather(kernel), *args, **kwargs)
 
 
 def _attend(
@@ -249,16 +304,25 @@ def _attend(
         q_BxTxHxh, k_BxTxKxh, v_BxTxKxh = (
             x.astype(jnp.float32) for x in (q_BxTxHxh, k_BxTxKxh, v_BxTxKxh)
         )
-    # It also mixes dtypes, even where its caller forbids implicit promotion.
-    with jax.numpy_dtype_promotion("standard"):
-        y_BxTxHxh = jax.nn.dot_product_attention(
+
+    def attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, mask):
+        return jax.nn.dot_product_attention(
             q_BxTxHxh,
             k_BxTxKxh,
             v_BxTxKxh,
             mask=mask,
             is_causal=True,
             implementation=implementation,
-        ).astype(dtype)
+        )
+
+    if sharding.is_explicit():
+        # Every device has whole heads of whole sequences. cuDNN's operation knows nothing of that.
+        heads = P(sharding.BATCH, None, "tensor", None)
+        specs = (heads, heads, heads, P(sharding.BATCH, None, None, None))
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
+    # It also mixes dtypes, even where its caller forbids implicit promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        y_BxTxHxh = attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, mask).astype(dtype)
     # cuDNN's result is known to `remat="attention"` without a name, and would be kept twice.
     return checkpoint_name(y_BxTxHxh, "attention") if implementation == "xla" else y_BxTxHxh
 

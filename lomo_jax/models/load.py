@@ -8,6 +8,7 @@ from types import ModuleType
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lomo_jax.models.config import LlamaConfig
@@ -18,6 +19,7 @@ def load(
     param_dtype: DTypeLike = jnp.float32,
     *,
     on_host: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[LlamaConfig, nnx.State]:
     """Reads a LLaMA-family model.
 
@@ -29,6 +31,8 @@ def load(
         GGUF file, whose quantised weights are dequantised.
       param_dtype: of the parameters, whatever that of the file.
       on_host: whether the parameters go to host memory; the device then holds one tensor at most.
+      mesh: of `lomo_jax.sharding.make_mesh`, the devices among which the parameters are divided by
+        `lomo_jax.models.RULES`; each gets its own part.
 
     Returns:
       (config, params), params as `nnx.split` of a `Llama` gives them; `abstract(config)` has the
@@ -38,7 +42,7 @@ def load(
       FileNotFoundError: the path or one of its files does not exist.
       ValueError: the files are damaged, do not fit together, or hold a model that is not supported.
     """
-    return _format(Path(path)).load(Path(path), param_dtype, on_host)
+    return _format(Path(path)).load(Path(path), param_dtype, on_host=on_host, mesh=mesh)
 
 
 def load_config(path: str | os.PathLike[str]) -> LlamaConfig:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
+from lomo_jax import sharding
+from lomo_jax.fused.explicit import divided_as
 from lomo_jax.models.config import LlamaConfig
-from lomo_jax.models.llama import Layer, abstract, init
+from lomo_jax.models.llama import Layer, abstract, init, shardings
 
 HF_NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -70,6 +75,7 @@ def assemble(
     names: Mapping[str, str],
     source: str,
     on_host: bool = False,
+    mesh: Mesh | None = None,
 ) -> nnx.State:
     """Reads tensors one by one into stacked parameters.
 
@@ -83,6 +89,7 @@ def assemble(
       names: parameter path -> tensor name, with `{}` for the layer; one of the tables above.
       source: what to call the checkpoint in errors.
       on_host: whether the parameters go to host memory, or to the default device's own.
+      mesh: of the devices among which they are divided.
 
     Returns:
       The parameters, as `nnx.split` of a `Llama` gives them.
@@ -90,7 +97,7 @@ def assemble(
     Raises:
       ValueError: a tensor is missing, not expected, or of the wrong shape; nothing was read.
     """
-    _, params = abstract(config, param_dtype)
+    params = _divided(config, param_dtype, mesh)
     leaves, treedef = jax.tree.flatten(params)
     places = _places(params, names)
     found = {tensor.name: tensor for tensor in tensors}
@@ -107,12 +114,14 @@ def assemble(
                 f"expected {list(place.shape)}"
             )
 
-    arrays = [_zeros(leaf, on_host=on_host) for leaf in leaves]
-    for name, tensor in found.items():
-        place = places[name]
-        filled = _fill(arrays[place.leaf], tensor.read(), place.layer, transposed=place.transposed)
-        # Dispatch is asynchronous: without waiting, tensors read ahead would pile up in memory.
-        arrays[place.leaf] = filled.block_until_ready()
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        arrays = [_zeros(leaf, on_host=on_host) for leaf in leaves]
+        for name, tensor in found.items():
+            place = places[name]
+            read = _divide(tensor.read(), leaves[place.leaf], place)
+            filled = _fill(arrays[place.leaf], read, place.layer, transposed=place.transposed)
+            # Dispatch is asynchronous: without waiting, tensors read ahead would pile up in memory.
+            arrays[place.leaf] = filled.block_until_ready()
     return jax.tree.unflatten(treedef, arrays)
 
 
@@ -124,30 +133,49 @@ def disassemble(params: nnx.State, names: Mapping[str, str], dtype: DTypeLike) -
         yield Tensor(name, shape, lambda take=take: np.asarray(take()))
 
 
-def init_on_host(config: LlamaConfig, seed: int, param_dtype: DTypeLike) -> nnx.State:
-    """Returns the weights of `init` in host memory; the device holds one layer at most."""
-    _, single = init(dataclasses.replace(config, num_layers=1), seed, param_dtype)
-    leaves, treedef = jax.tree.flatten(single)  # those outside the layers do not depend on depth
+def init_layer_by_layer(
+    config: LlamaConfig,
+    seed: int,
+    param_dtype: DTypeLike,
+    *,
+    on_host: bool = False,
+    mesh: Mesh | None = None,
+) -> nnx.State:
+    """Returns the weights of `init`; beside them a device holds one layer at most.
+
+    Args:
+      config: the model's shape.
+      seed: of the drawing.
+      param_dtype: of the parameters.
+      on_host: whether the parameters go to host memory.
+      mesh: of the devices among which they are divided.
+    """
+    leaves, treedef = jax.tree.flatten(_divided(config, param_dtype, mesh))
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        # Those outside the layers do not depend on depth.
+        _, single = init(dataclasses.replace(config, num_layers=1), seed, param_dtype)
+        arrays, stacked = [], []
+        for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(single)):
+            array = _zeros(leaves[index], on_host=on_host)
+            if _is_stacked(keys):
+                stacked.append(index)
+            else:
+                array = _fill(array, leaf, None, transposed=False)
+            arrays.append(array)
+        rngs = nnx.Rngs(jax.random.key(seed))
+        rngs.params()  # of the embedding, which Llama draws first
+        for layer, key in enumerate(jax.random.split(rngs.params(), config.num_layers)):
+            drawn = jax.tree.leaves(_init_layer(config, param_dtype, key))
+            for index, tensor in zip(stacked, drawn, strict=True):
+                filled = _fill(arrays[index], tensor, layer, transposed=False)
+                arrays[index] = filled.block_until_ready()
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def _divided(config: LlamaConfig, param_dtype: DTypeLike, mesh: Mesh | None) -> nnx.State:
+    """Returns the shapes of the parameters, and how they are divided."""
     _, params = abstract(config, param_dtype)
-    stacks = {
-        index: _zeros(leaf, on_host=True)
-        for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(params))
-        if _is_stacked(keys)
-    }
-    rngs = nnx.Rngs(jax.random.key(seed))
-    rngs.params()  # of the embedding, which Llama draws first
-    for layer, key in enumerate(jax.random.split(rngs.params(), config.num_layers)):
-        drawn = jax.tree.leaves(_init_layer(config, param_dtype, key))
-        for index, tensor in zip(stacks, drawn, strict=True):
-            filled = _fill(stacks[index], tensor, layer, transposed=False)
-            stacks[index] = filled.block_until_ready()
-    return jax.tree.unflatten(
-        treedef,
-        [
-            stacks[index] if index in stacks else jax.device_put(leaf, jax.memory.Space.Host)
-            for index, leaf in enumerate(leaves)
-        ],
-    )
+    return params if mesh is None else sharding.struct(params, shardings(config, params, mesh))
 
 
 def _places(params: nnx.State, names: Mapping[str, str]) -> dict[str, _Place]:
@@ -179,26 +207,44 @@ def _init_layer(config: LlamaConfig, param_dtype: DTypeLike, key: jax.Array) -> 
 
 def _zeros(leaf: jax.ShapeDtypeStruct, *, on_host: bool) -> jax.Array:
     if not on_host:
-        return jnp.zeros(leaf.shape, leaf.dtype)
+        return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
     # By way of numpy: jnp.zeros would pass through the device, which may have no room for it.
-    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), jax.memory.Space.Host)
+    if leaf.sharding is None:
+        return jax.device_put(np.zeros(leaf.shape, leaf.dtype), jax.memory.Space.Host)
+    place = leaf.sharding.with_memory_kind("pinned_host")
+
+    def zeros(index):  # the system makes only those pages of the whole that are read
+        return np.zeros(leaf.shape, leaf.dtype)[index]
+
+    return jax.make_array_from_callback(leaf.shape, place, zeros)
+
+
+def _divide(tensor: np.ndarray, leaf: jax.ShapeDtypeStruct, place: _Place) -> Any:
+    """Sends to each device what it is to hold of a tensor."""
+    if leaf.sharding is None:
+        return tensor
+    spec = leaf.sharding.spec
+    spec = spec if place.layer is None else spec[1:]
+    divided = NamedSharding(leaf.sharding.mesh, P(*(spec[::-1] if place.transposed else spec)))
+    return jax.make_array_from_callback(tensor.shape, divided, lambda index: tensor[index])
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transposed")
 def _fill(stack: jax.Array, tensor: jax.Array, layer: int | None, *, transposed: bool) -> jax.Array:
     tensor = (tensor.T if transposed else tensor).astype(stack.dtype)
-    tensor = jax.device_put(tensor, jax.typeof(stack).memory_space)
     if layer is None:
-        return tensor
+        return jax.device_put(divided_as(tensor, stack), jax.typeof(stack).memory_space)
+    tensor = divided_as(tensor[None], stack)
+    tensor = jax.device_put(tensor, jax.typeof(stack).memory_space)
     # Not stack.at[layer].set: its check of bounds makes XLA copy the whole stack.
-    return jax.lax.dynamic_update_index_in_dim(stack, tensor, layer, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(stack, tensor, layer, axis=0)
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
 def _take(stack: jax.Array, layer: int | None, *, transposed: bool, dtype: DTypeLike) -> jax.Array:
     tensor = stack if layer is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
     # A layer of a stack in host memory is computed with on the device.
-    tensor = jax.device_put(tensor, jax.memory.Space.Device)
+    tensor = sharding.replicate(jax.device_put(tensor, jax.memory.Space.Device))
     return (tensor.T if transposed else tensor).astype(dtype)
 
 

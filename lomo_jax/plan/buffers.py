@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lomo_jax.plan.figures import part
+
 # Of XLA's text: `%name = SHAPE opcode(...)`, where SHAPE may be a tuple; and an array in a SHAPE.
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%\S+ = (\(.*?\)|\S+) ([a-z][\w-]*)\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
@@ -30,12 +32,12 @@ class Buffer(NamedTuple):
 
 
 def arguments(tree: Any, *, on_host: bool) -> list[Buffer]:
-    """Returns the leaves of a pytree of arrays or shapes, named by their paths."""
+    """Returns what a device has of a pytree of arrays or shapes, leaves named by their paths."""
     return [
         Buffer(
             jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"),
-            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]",
-            leaf.size * leaf.dtype.itemsize,
+            f"{leaf.dtype}[{','.join(map(str, part(leaf)))}]",
+            math.prod(part(leaf)) * leaf.dtype.itemsize,
             on_host,
         )
         for path, leaf in jax.tree.leaves_with_path(tree)
@@ -51,7 +53,7 @@ def temporaries(compiled: jax.stages.Compiled, arguments: Any, layer_inputs: int
         taken for an update of it in place.
       layer_inputs: bytes of the layer inputs, by which they are recognised.
     """
-    updated = {(leaf.shape, leaf.dtype.itemsize) for leaf in jax.tree.leaves(arguments)}
+    updated = {(part(leaf), leaf.dtype.itemsize) for leaf in jax.tree.leaves(arguments)}
     found: dict[tuple[str, str, bool], Buffer] = {}
     for opcode, operation, dtype, dims, layout in _values(compiled.as_text() or ""):
         itemsize = math.ceil(_bits(dtype) / 8)

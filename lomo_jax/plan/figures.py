@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def read(
       gpu: what to call the device.
       device_gib: what the device has.
       usable_gib: what JAX may allocate of it.
-      layer_inputs: bytes of them, wherever they are.
+      layer_inputs: bytes of them on each device, wherever they are.
       offload: the step's.
       devices: how many there are.
     """
@@ -85,5 +86,10 @@ def read(
     )
 
 
+def part(leaf: jax.ShapeDtypeStruct | jax.Array) -> tuple[int, ...]:
+    """Returns the shape of what each device has of an array."""
+    return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
+
 def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from lomo_jax import sharding
 from lomo_jax.fused import Offload, StepState
 from lomo_jax.plan import buffers, figures
 from lomo_jax.plan.buffers import Buffer
@@ -17,6 +19,8 @@ from lomo_jax.plan.figures import Plan
 from lomo_jax.plan.gpus import GPU
 from lomo_jax.training import Config
 from lomo_jax.training import model as model_lib
+from lomo_jax.training.devices import check_batch, put
+from lomo_jax.training.devices import make_mesh as make_run_mesh
 from lomo_jax.training.step import batch_shapes, layer_inputs, make_step
 
 
@@ -60,10 +64,14 @@ def compile_run(
       ConfigError, FileNotFoundError, ValueError: see `training.model.abstract`.
       ModuleNotFoundError, ValueError: see `make_mesh`.
     """
-    model, params = model_lib.abstract(config, gpu.compute_capability)
-    step, inputs = make_step(config, model), layer_inputs(config, model)
-    mesh = make_mesh(gpu, devices)
-    executable, state = compile_step(step, params, batch_shapes(config), mesh, compiler_options)
+    if devices < 1:
+        raise ValueError(f"--devices: {devices}; set 1 or more")
+    mesh = make_mesh(gpu, *sharding.mesh_shape(devices, **vars(config.mesh)))
+    check_batch(config, mesh)
+    model, params = model_lib.abstract(config, gpu.compute_capability, mesh)
+    step, inputs = make_step(config, model), layer_inputs(config, model, mesh)
+    batch = batch_shapes(config, mesh)
+    executable, state = compile_step(step, params, batch, mesh, compiler_options)
     plan = figures.read(
         executable,
         params,
@@ -130,20 +138,27 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
             f"--measure: there is no {gpu.title} here, JAX runs on {device.device_kind}; leave it "
             "out to plan only"
         )
-    model, _ = model_lib.abstract(config, gpu.compute_capability)
+    mesh = make_run_mesh(config)
+    with jax.set_mesh(mesh):
+        return _measure(config, gpu, mesh, steps)
+
+
+def _measure(config: Config, gpu: GPU, mesh: Mesh, steps: int) -> float:
+    model, _ = model_lib.abstract(config, gpu.compute_capability, mesh)
     source = dataclasses.replace(config.model, init="random")
-    params = model_lib.load_params(dataclasses.replace(config, model=source), model)
-    step, shapes = make_step(config, model), batch_shapes(config)
+    params = model_lib.load_params(dataclasses.replace(config, model=source), model, mesh)
+    step, shapes = make_step(config, model), batch_shapes(config, mesh)
     tokens = np.random.default_rng(0).integers(
         model.config.vocab_size, size=shapes["tokens"].shape, dtype=np.int32
     )
     batch = {name: np.ones(x.shape, x.dtype) for name, x in shapes.items()} | {"tokens": tokens}
+    batch = put(batch, config, mesh, range(config.batch_size))
     state = jax.jit(lambda params: step.init(params, shapes))(params)
     run = jax.jit(step, donate_argnums=(0, 1))
     for _ in range(steps):
         params, state, out = run(params, state, batch)
         out.loss.block_until_ready()
-    return (device.memory_stats() or {})["peak_bytes_in_use"] / 2**30
+    return (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] / 2**30
 
 
 def _offload_flags(*names: str) -> str:

@@ -70,6 +70,15 @@ class OffloadConfig:
 
 
 @dataclasses.dataclass
+class MeshConfig:
+    """How many devices along each axis; -1 for those that are left."""
+
+    data: int = 1  # copies of the model, each with its part of the batch
+    fsdp: int = -1  # parts of the model and of the batch; a layer is gathered when it is its turn
+    tensor: int = 1  # parts of every layer's products: divides heads, MLP and vocabulary
+
+
+@dataclasses.dataclass
 class Config:
     """One run of `train.py`."""
 
@@ -88,6 +97,7 @@ class Config:
     rounding: str = "nearest"  # or "stochastic", which keeps small updates of bfloat16 weights
     remat: str = "full"  # or "attention", "none": what the backward pass computes again
     offload: OffloadConfig = dataclasses.field(default_factory=OffloadConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     attention: str = "auto"  # cuDNN's flash attention where there is one; or "xla", "cudnn"
 
     batch_size: int = 8  # sequences a step

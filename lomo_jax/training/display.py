@@ -10,10 +10,10 @@ from rich.text import Text
 class Display:
     """A run's progress on standard output; use as a context."""
 
-    def __init__(self, steps: int) -> None:
-        """Args: steps: Length of the run."""
+    def __init__(self, steps: int, *, quiet: bool = False) -> None:
+        """Args: steps: Length of the run; quiet: Whether to show nothing, as a second process."""
         # A file or a pipe has no width: lines are never folded there.
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),

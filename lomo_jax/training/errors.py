@@ -16,6 +16,10 @@ class OutOfMemoryError(ValueError):
     """The device's memory is too small; the message says what lowers the need of it."""
 
 
+class LostProcessError(ValueError):
+    """Another process of the run ended; this one cannot go on without it."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns "; did you mean 'a' or 'b'?" with the known names near `name`, "" if none is."""
     near = difflib.get_close_matches(name, list(known), n=3)

@@ -72,6 +72,8 @@ def _explain(error: BaseException) -> ConfigError:
     if override := re.match(r"flag --config\.(\S+?)=(.*?): ", str(error)):
         name, value = override.groups()
         return ConfigError(f"{name}: {value!r} is not {schema.describe(schema.field_type(name))}")
+    if flag := re.match(r"flag --(?!config=)(\w+)=(.*?): ", str(error)):
+        return ConfigError(f"--{flag[1]}: {flag[2]!r} is not a value of this flag; see --help")
     while error.__context__ is not None:
         error = error.__context__
     if keyword := re.search(

@@ -1,16 +1,20 @@
 """A run, from its config to the exported model."""
 
+import functools
 import itertools
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 import lomo_jax
 from lomo_jax import data, models
+from lomo_jax.training import devices
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.config import Config
 from lomo_jax.training.display import Display
@@ -36,41 +40,51 @@ def train(config: Config) -> None:
       ConfigError: The config does not fit the model, or `workdir` cannot be written.
       NonFiniteError: The loss became NaN or infinite.
       OutOfMemoryError: The device's memory is too small for the run.
+      LostProcessError: Another process of the run ended.
       FileNotFoundError, ValueError: The checkpoint or the text cannot be read.
     """
     started = time.perf_counter()
+    mesh = devices.make_mesh(config)
     workdir = _make_workdir(config)
-    with Display(config.steps) as display, MemoryGuard(config) as memory:
+    quiet = jax.process_index() > 0
+    with (
+        devices.together(),
+        jax.set_mesh(mesh),
+        Display(config.steps, quiet=quiet) as display,
+        MemoryGuard(config) as memory,
+    ):
         display.status("reading the model")
-        model, _ = model_lib.abstract(config, model_lib.compute_capability())
+        model, _ = model_lib.abstract(config, model_lib.compute_capability(), mesh)
         tokenizer = model_lib.load_tokenizer(config, model)
-        params = model_lib.load_params(config, model)
+        params = model_lib.load_params(config, model, mesh)
         size = sum(leaf.size for leaf in jax.tree.leaves(params))
         source = config.model.path if config.model.init == "checkpoint" else "random weights"
         display.line("model", f"{source}, {size:,} parameters, {config.param_dtype}")
+        if mesh.size > 1:
+            display.line("devices", devices.describe(mesh))
 
         display.status("reading the text")
-        batches, held_out = _load_text(config, tokenizer)
+        batches, held_out = _load_text(config, tokenizer, mesh)
         display.line("text", f"{config.data.path}, {len(held_out)} held-out batches")
 
         display.status("compiling the step")
         compiling = time.perf_counter()
-        step_fn, state = _compile(config, model, params)
+        step_fn, state = _compile(config, model, mesh, params)
         seconds = time.perf_counter() - compiling
         display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
-        plan = plan_step(config, model, step_fn, params, state)
+        plan = plan_step(config, model, mesh, step_fn, params, state)
         memory.planned(plan)
         display.line("memory", describe(plan))
 
         evaluate = make_evaluate(model, held_out)
-        with Recorder(config, model.config, workdir, display) as recorder:
+        with Recorder(config, model.config, workdir, display, mesh.size) as recorder:
             display.status("evaluating")
             recorder.evaluation(0, evaluate(params))
             _show_sample(config, display, model, tokenizer, params)
             recorder.restart_clock()
             late: tuple[int, lomo_jax.StepOutput] | None = None
             for step in range(1, config.steps + 1):
-                params, state, out = step_fn(params, state, jax.device_put(next(batches)))
+                params, state, out = step_fn(params, state, next(batches))
                 # The step before is read while this one runs: the device never waits for the host.
                 if late is not None:
                     recorder.step(*late)
@@ -109,9 +123,10 @@ def _show_sample(
         display.line("sample", config.prompt + text)
 
 
-def _load_text(config: Config, tokenizer: Any) -> tuple[Any, list[data.Batch]]:
-    """Returns the endless training batches and the held-out ones."""
+def _load_text(config: Config, tokenizer: Any, mesh: Mesh) -> tuple[Iterator[Any], list[Any]]:
+    """Returns the endless training batches, on the devices, and the held-out ones."""
     assert config.data.path is not None, "validate() asks for it"
+    rows = devices.rows_here(config, mesh)
     batches, held_out = data.text_dataset(
         model_lib.resolve(config.data.path),
         tokenizer,
@@ -120,13 +135,15 @@ def _load_text(config: Config, tokenizer: Any) -> tuple[Any, list[data.Batch]]:
         seed=config.seed,
         eval_fraction=config.data.eval_fraction,
         text_key=config.data.text_key,
+        rows=rows,
     )
-    return batches, list(itertools.islice(held_out, config.eval_batches))
+    send = functools.partial(devices.put, config=config, mesh=mesh, rows=rows)
+    return map(send, batches), [send(b) for b in itertools.islice(held_out, config.eval_batches)]
 
 
-def _compile(config: Config, model: Model, params: nnx.State) -> tuple[Any, Any]:
+def _compile(config: Config, model: Model, mesh: Mesh, params: nnx.State) -> tuple[Any, Any]:
     """Returns the step, compiled to update parameters and state in place, and its first state."""
-    step, batch = make_step(config, model), batch_shapes(config)
+    step, batch = make_step(config, model), batch_shapes(config, mesh)
     state = jax.jit(lambda params: step.init(params, batch))(params)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
     return compiled, state

@@ -4,6 +4,7 @@ import re
 from typing import Any, Self
 
 import jax
+from jax.sharding import Mesh
 
 from lomo_jax.fused import Offload
 from lomo_jax.plan import figures
@@ -57,9 +58,14 @@ def advice(config: Config) -> str:
 
 
 def plan_step(
-    config: Config, model: Model, compiled: jax.stages.Compiled, params: Any, state: Any
+    config: Config,
+    model: Model,
+    mesh: Mesh,
+    compiled: jax.stages.Compiled,
+    params: Any,
+    state: Any,
 ) -> figures.Plan:
-    """Returns what the compiled step of a run needs of the device that is there."""
+    """Returns what the compiled step of a run needs of each device."""
     device = jax.local_devices()[0]
     return figures.read(
         compiled,
@@ -67,8 +73,9 @@ def plan_step(
         state,
         gpu=device.device_kind,
         usable_gib=usable_gib(),
-        layer_inputs=layer_inputs(config, model),
+        layer_inputs=layer_inputs(config, model, mesh),
         offload=Offload(**vars(config.offload)),
+        devices=mesh.size,
     )
 
 

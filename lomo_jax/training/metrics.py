@@ -56,12 +56,15 @@ class MetricsFile:
 
 
 class Stopwatch:
-    """Tokens a second since the last reading, and the share of the device's peak that they are."""
+    """Tokens a second since the last reading, and the share of the devices' peak that they are."""
 
-    def __init__(self, config: LlamaConfig, batch_size: int, sequence_length: int) -> None:
+    def __init__(
+        self, config: LlamaConfig, batch_size: int, sequence_length: int, devices: int = 1
+    ) -> None:
         self._tokens = batch_size * sequence_length
         self._flops = self._tokens * flops_per_token(config, sequence_length)
-        self._peak = peak_flops(jax.devices()[0].device_kind)
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = None if peak is None else peak * devices
         self.restart()
 
     def restart(self) -> None:

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lomo_jax import models
+from lomo_jax import models, sharding
 from lomo_jax.data import package_path
 from lomo_jax.losses import Metrics, next_token_loss
 from lomo_jax.training.config import Config
@@ -32,19 +33,22 @@ class Model(NamedTuple):
         return next_token_loss(x_BxTxD, model.head(), batch["targets"], batch["weights"])
 
 
-def abstract(config: Config, capability: tuple[int, int] | None) -> tuple[Model, nnx.State]:
+def abstract(
+    config: Config, capability: tuple[int, int] | None, mesh: Mesh | None = None
+) -> tuple[Model, nnx.State]:
     """Builds the model, and reads or computes no weights.
 
     Args:
       config: A validated config. Without a checkpoint the model is of `config.model.architecture`.
       capability: The compute capability of the NVIDIA GPU to run on, None for another device.
+      mesh: Of the devices to run on; None for the default device.
 
     Returns:
-      The model, and its weights as `jax.ShapeDtypeStruct`.
+      The model, and its weights as `jax.ShapeDtypeStruct`, divided among the devices.
 
     Raises:
       ConfigError: The model is too short for `sequence_length`, or the model or the GPU does not
-        go with `attention` or `param_dtype`.
+        go with `attention`, `param_dtype` or `mesh`.
       FileNotFoundError: The checkpoint does not exist.
       ValueError: The checkpoint's shape is damaged or not supported.
     """
@@ -65,15 +69,21 @@ def abstract(config: Config, capability: tuple[int, int] | None) -> tuple[Model,
             "--config.dynamic_loss_scale=true"
         )
     graphdef, params = models.abstract(shape, jnp.dtype(config.param_dtype), attention)
+    if mesh is not None:
+        try:
+            params = sharding.struct(params, models.shardings(shape, params, mesh))
+        except ValueError as error:
+            raise ConfigError(f"mesh: {error}") from error
     return Model(shape, graphdef), params
 
 
-def load_params(config: Config, model: Model) -> nnx.State:
+def load_params(config: Config, model: Model, mesh: Mesh | None = None) -> nnx.State:
     """Reads the checkpoint, or draws random weights.
 
     Args:
       config: A validated config.
       model: Of `abstract`.
+      mesh: Of the devices among which the weights are divided; None for the default device.
 
     Returns:
       The weights in `config.param_dtype`; in host memory with `config.offload.params`, where they
@@ -85,11 +95,11 @@ def load_params(config: Config, model: Model) -> nnx.State:
     """
     dtype, on_host = jnp.dtype(config.param_dtype), config.offload.params
     if config.model.init == "random":
-        if on_host:
-            return models.init_on_host(model.config, config.seed, dtype)
-        return models.init(model.config, config.seed, dtype)[1]
+        return models.init_layer_by_layer(
+            model.config, config.seed, dtype, on_host=on_host, mesh=mesh
+        )
     assert config.model.path is not None, "validate() asks for it"
-    return models.load(resolve(config.model.path), dtype, on_host=on_host)[1]
+    return models.load(resolve(config.model.path), dtype, on_host=on_host, mesh=mesh)[1]
 
 
 def load_tokenizer(config: Config, model: Model) -> PreTrainedTokenizerBase:

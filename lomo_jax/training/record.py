@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,23 @@ class Recorder:
     """Takes in what each step and each evaluation gave; use as a context."""
 
     def __init__(
-        self, config: Config, model_config: LlamaConfig, workdir: Path, display: Display
+        self,
+        config: Config,
+        model_config: LlamaConfig,
+        workdir: Path,
+        display: Display,
+        devices: int = 1,
     ) -> None:
-        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         self._config = config
         self._display = display
-        self._file = MetricsFile(workdir / "metrics.jsonl")
-        self._stopwatch = Stopwatch(model_config, config.batch_size, config.sequence_length)
+        # Every process computes the same metrics, and the first one writes them.
+        self._file = None
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            self._file = MetricsFile(workdir / "metrics.jsonl")
+        self._stopwatch = Stopwatch(
+            model_config, config.batch_size, config.sequence_length, devices
+        )
         schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
         # All at once: asking the schedule in the loop would put work on the device.
         self._learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
@@ -39,7 +49,8 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of the throughput."""
@@ -63,7 +74,7 @@ class Recorder:
             self._shown |= self._stopwatch.read() | device_memory()
             # There is one of each for every microbatch.
             accuracy = np.average(np.ravel(metrics.accuracy), weights=np.ravel(metrics.weight))
-            self._file.write({"step": step, **self._shown, "accuracy": float(accuracy)})
+            self._write({"step": step, **self._shown, "accuracy": float(accuracy)})
         self._display.step(step, self._shown, logged=logged)
 
     def evaluation(self, step: int, result: Evaluation) -> None:
@@ -73,11 +84,15 @@ class Recorder:
           NonFiniteError: Its loss is NaN or infinite.
         """
         self._check_finite("held-out loss", result.loss, step)
-        self._file.write({"step": step, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
+        self._write({"step": step, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
         self._display.line(
             "held out",
             f"loss {result.loss:.4f}  accuracy {result.accuracy:.1%}  after {step} steps",
         )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(record)
 
     def _check_finite(self, name: str, loss: float, step: int) -> None:
         if not math.isfinite(loss):

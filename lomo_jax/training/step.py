@@ -1,12 +1,15 @@
 """The step that a run repeats: the same for `train.py` and for `python -m lomo_jax.plan`."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 import lomo_jax
+from lomo_jax.training import devices
 from lomo_jax.training.config import Config
 from lomo_jax.training.model import Model
 from lomo_jax.training.optimizer import make_optimizer, make_schedule
@@ -35,16 +38,19 @@ def make_step(config: Config, model: Model) -> lomo_jax.Step:
     )
 
 
-def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a `data.Batch`."""
+def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a `data.Batch`, divided among the devices."""
     shape = (config.batch_size, config.sequence_length)
+    divided = devices.batch_sharding(mesh)
+    int32, float32 = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=divided) for dtype in (jnp.int32, jnp.float32)
+    )
     names = ("tokens", "positions", "segments", "targets")
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    return shapes | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    return dict.fromkeys(names, int32) | {"weights": float32}
 
 
-def layer_inputs(config: Config, model: Model) -> int:
-    """Returns the bytes of the layer inputs that a step keeps for its backward pass."""
-    tokens = config.batch_size * config.sequence_length
+def layer_inputs(config: Config, model: Model, mesh: Mesh) -> int:
+    """Returns the bytes of the layer inputs that a device keeps for the backward pass."""
+    shape = devices.batch_sharding(mesh).shard_shape((config.batch_size, config.sequence_length))
     width = model.config.num_layers * model.config.width
-    return tokens * width * jnp.dtype(config.param_dtype).itemsize
+    return math.prod(shape) * width * jnp.dtype(config.param_dtype).itemsize

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lomo_jax.data.packing import PackedRows, best_fit
+from lomo_jax.data.packing import Batches, PackedRows, best_fit
 
 capacities_and_lengths = st.integers(1, 40).flatmap(
     lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), max_size=60))
@@ -89,3 +89,14 @@ def test_short_documents_waste_little(tail: int):
     lengths = np.random.default_rng(0).geometric(0.01, 2000).tolist()
     packed, expected = pack([n + tail for n in lengths], 128)
     assert len(expected) > 0.99 * len(packed) * 128
+
+
+def test_batches_are_the_rows_that_are_asked_for():
+    rows = [{"tokens": np.full(4, n), "weights": np.ones(4)} for n in range(5)]
+    whole, part = Batches(rows, 3, range(3)), Batches(rows, 3, [0, 2])
+    assert len(whole) == len(part) == 2
+    np.testing.assert_array_equal(whole[0]["tokens"][:, 0], [0, 1, 2])
+    np.testing.assert_array_equal(part[0]["tokens"], whole[0]["tokens"][[0, 2]])
+    # What is missing of the last batch has no weight.
+    np.testing.assert_array_equal(whole[1]["weights"].sum(1), [4, 4, 0])
+    np.testing.assert_array_equal(part[1]["weights"], whole[1]["weights"][[0, 2]])

@@ -30,7 +30,7 @@ RULES = {
 @pytest.fixture(scope="module")
 def sharding():
     pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `cuda`")
-    return jax.sharding.NamedSharding(make_mesh(gpus.find("rtx3090")), jax.sharding.PartitionSpec())
+    return jax.sharding.SingleDeviceSharding(make_mesh(gpus.find("rtx3090")).devices.item())
 
 
 def compiled(make_step, tx, num_layers, sharding):

@@ -19,7 +19,7 @@ def spaces(tree):
 
 @pytest.mark.parametrize(("config", "dtype"), [(CONFIG, jnp.float32), (TIED, jnp.bfloat16)])
 def test_weights_drawn_layer_by_layer_are_those_of_init(config, dtype):
-    drawn = models.init_on_host(config, 3, dtype)
+    drawn = models.init_layer_by_layer(config, 3, dtype, on_host=True)
     assert spaces(drawn) == {HOST}
     expected = models.init(config, 3, dtype)[1]
     chex.assert_trees_all_equal_shapes_and_dtypes(drawn, expected)
@@ -54,7 +54,7 @@ def test_stacks_in_host_memory_are_filled_in_place(monkeypatch):
 
     monkeypatch.setattr(weights, "_fill", watched)
     config = models.LlamaConfig(31, 16, 24, 3, 1, 1, 4)
-    models.init_on_host(config, 0, jnp.float32)
+    models.init_layer_by_layer(config, 0, jnp.float32, on_host=True)
     # Of that shape there is one stack, which every layer was written to.
     assert len(pointers[(id(np.dtype("float32")), 3, 24, 16)]) == 1
 

@@ -6,14 +6,17 @@ without one it always takes its own. Libraries get their operands from memory, s
 """
 
 import dataclasses
+import math
+import re
 from pathlib import Path
 
 import jax
 import pytest
 
 from lomo_jax.plan import gpus
+from lomo_jax.plan.figures import part
 from lomo_jax.plan.runs import compile_run
-from lomo_jax.training import OffloadConfig
+from lomo_jax.training import MeshConfig, OffloadConfig
 from lomo_jax.training.flags import parse
 
 pytestmark = pytest.mark.plan
@@ -29,7 +32,9 @@ BUDGETS = {  # config file, batch, sequence, what is in host memory, GiB at most
     "llama7b 8 x 512, all": ("llama7b", 8, 512, ALL, 1.6),  # MegaTrain: 4 to 9
     "llama3_8b 2 x 2048": ("llama3_8b", 2, 2048, OffloadConfig(), 17.2),  # torchtune: 18.9
     "llama65b 1 x 1024, all": ("llama65b", 1, 1024, ALL, 6.0),
+    "llama65b 8 x 1024 on 8": ("llama65b_8gpus", 8, 1024, OffloadConfig(), 18.5),  # LOMO: 19.18
 }
+DEVICES = {"llama65b 8 x 1024 on 8": 8}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,21 +44,22 @@ def compiler():
         yield
 
 
-def compiled(name, batch_size, length, offload, *, layers=None, options=None):
+def compiled(name, batch_size, length, offload, *, layers=None, options=None, devices=1):
     config = parse(["plan", "--config", str(CONFIGS / f"{name}.py")], for_plan=True)
     config = dataclasses.replace(
         config, batch_size=batch_size, sequence_length=length, offload=offload
     )
     if layers:
         config.model.architecture.num_layers = layers
-    return compile_run(config, gpus.find("rtx3090"), compiler_options=options)
+    return compile_run(config, gpus.find("rtx3090"), devices, compiler_options=options)
 
 
 @pytest.mark.parametrize("options", [None, LIBRARIES], ids=["kernels", "libraries"])
 @pytest.mark.parametrize("row", BUDGETS)
 def test_budget(row, options):
     name, batch_size, length, offload, most = BUDGETS[row]
-    run = compiled(name, batch_size, length, offload, options=options)
+    devices = DEVICES.get(row, 1)
+    run = compiled(name, batch_size, length, offload, options=options, devices=devices)
     print(f"{row}: {run.plan.total_gib:.2f} of {most}")
     assert run.plan.total_gib <= most
     assert run.plan.fits
@@ -63,9 +69,41 @@ def test_budget(row, options):
     kept = (weights if offload.params else 0) + (layers if offload.activations else 0)
     assert run.plan.host_gib == pytest.approx(kept, rel=0.01)
     # No stack of weights is copied, not even once.
-    stacks = [f"[{','.join(map(str, x.shape))}]" for x in leaves if x.ndim == 3]
-    copies = [line for line in run.executable.as_text().splitlines() if " copy(" in line]
-    assert not [line for line in copies if any(s in line.split(" copy(")[0] for s in stacks)]
+    stacks = [f"[{','.join(map(str, part(x)))}]" for x in leaves if x.ndim == 3]
+    lines = run.executable.as_text().splitlines()
+    copies = [line for line in lines if " copy(" in line or " transpose(" in line]
+    heads = [re.split(r" (?:copy|transpose)\(", line)[0] for line in copies]
+    assert not [head for head in heads if any(s in head for s in stacks)]
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (1, 4, 2)], ids=str)
+def test_one_layer_is_gathered_and_its_gradient_reduced_and_scattered(mesh):
+    """Of LLaMA-65B on eight GPUs, in what they say to each other."""
+    layers, width, mlp_width = 4, 8192, 22016
+    config = parse(["plan", "--config", str(CONFIGS / "llama65b_8gpus.py")], for_plan=True)
+    config = dataclasses.replace(config, mesh=MeshConfig(*mesh))
+    config.model.architecture.num_layers = layers
+    text = compile_run(config, gpus.find("rtx3090"), 8).executable.as_text()
+    sizes = {
+        name: [
+            math.prod(int(n) for n in dims.split(",") if n) * (4 if dtype == "f32" else 2)
+            for shape in re.findall(rf"= (\(.*?\)|\S+) {name}(?:-start)?\(", text)
+            for dtype, dims in re.findall(r"(bf16|f32)\[([\d,]*)\]", shape)
+        ]
+        for name in ("all-gather", "reduce-scatter", "all-reduce")
+    }
+    _, fsdp, tensor = mesh
+    matrices = 4 * [width * width * 2 // tensor] + 3 * [width * mlp_width * 2 // tensor]
+    # The largest is one matrix of a layer, whole along fsdp.
+    assert max(sizes["all-gather"]) == max(matrices)
+    # What is all-reduced: sums of rows and columns and, over `tensor`, activations; over `data` a
+    # gradient that is already scattered, of a matrix or of the embedding.
+    activations = 8 * 1024 * width * 4 // (mesh[0] * fsdp)
+    scattered = max(*matrices, 32000 * width * 2 // tensor) // fsdp
+    assert max(sizes["all-reduce"]) <= max(activations, scattered if mesh[0] > 1 else 0)
+    # Each of the seven gradients of a layer is reduced and scattered once: its shards are there.
+    shards = [size for size in sizes["reduce-scatter"] if size in {m // fsdp for m in matrices}]
+    assert len(shards) >= len(matrices)
 
 
 @pytest.mark.parametrize("offload", [OffloadConfig(), ALL], ids=["device", "host"])

@@ -16,7 +16,15 @@ import pytest
 from flax import nnx
 
 from lomo_jax import data, models
-from lomo_jax.training import Architecture, Config, DataConfig, ModelConfig, OffloadConfig, loop
+from lomo_jax.training import (
+    Architecture,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OffloadConfig,
+    loop,
+)
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.errors import NonFiniteError
 from lomo_jax.training.optimizer import make_schedule
@@ -64,6 +72,7 @@ def _config(text: str, folder: Path, **changes) -> Config:
         "eval_every": 5,
         "log_every": 4,
         "workdir": str(folder),
+        "mesh": MeshConfig(fsdp=1),
     }
     return Config(**fields | changes)
 

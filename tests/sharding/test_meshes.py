@@ -1,0 +1,110 @@
+"""A mesh of devices changes no result: ten steps on eight devices equal ten steps on one."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lomo_jax
+from lomo_jax import losses, models, sharding
+from lomo_jax.models import llama
+
+SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8]
+B, T, V = 16, 6, 48
+OPTIMIZERS = {
+    "lomo": lambda: lomo_jax.lomo(0.3),
+    "adalomo": lambda: lomo_jax.adalomo(1e-2),
+    "adamw": lambda: optax.adamw(1e-3, eps=1e-6),
+}
+
+
+def make_loss(tied):
+    config = models.LlamaConfig(
+        vocab_size=V,
+        width=32,
+        mlp_width=40,
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=4,
+        rope_theta=1e4,
+        norm_eps=1e-6,
+        max_length=T,
+        tie_embeddings=tied,
+    )
+    graphdef, params = models.init(config, seed=0)
+
+    def loss(params, batch):
+        model = nnx.merge(graphdef, params)
+        x_BxTxD = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+        mean, metrics = losses.next_token_loss(
+            x_BxTxD, model.head(), batch["targets"], batch["weights"], chunk=5
+        )
+        return lomo_jax.WeightedLoss(mean, metrics.weight), metrics
+
+    return loss, params
+
+
+def make_batches(steps):
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        tokens = rng.integers(V, size=(B, T + 1), dtype=np.int32)
+        yield {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "positions": np.tile(np.array([0, 1, 2, 3, 0, 1], np.int32), (B, 1)),
+            "segments": np.tile(np.array([1, 1, 1, 1, 2, 2], np.int32), (B, 1)),
+            "weights": rng.random((B, T), np.float32).round(),
+        }
+
+
+def run(mesh, make, optimizer, tied, steps=10, **options):
+    loss, params = make_loss(tied)
+    step = make(loss, OPTIMIZERS[optimizer](), has_aux=True, **options)
+    batches = make_batches(steps)
+    if mesh is not None:
+        params = jax.device_put(params, sharding.shardings(llama.RULES, params, mesh))
+        batches = (jax.device_put(b, NamedSharding(mesh, P(sharding.BATCH))) for b in batches)
+    params = jax.tree.map(jnp.copy, params)
+    first = jax.tree.map(lambda x: x.sharding, params)
+    update, state, outs = (
+        jax.jit(step, compiler_options={"xla_backend_optimization_level": 0}),
+        None,
+        [],
+    )
+    for batch in batches:
+        state = step.init(params, batch) if state is None else state
+        params, state, out = update(params, state, batch)
+        outs.append((out.loss, out.grad_norm, out.aux))
+    same = jax.tree.map(lambda x, s: s.is_equivalent_to(x.sharding, x.ndim), params, first)
+    assert all(jax.tree.leaves(same))
+    return jax.device_get((params, state, outs))
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    results = {}
+
+    def get(optimizer, tied, **options):
+        key = (optimizer, tied, *options.items())
+        if key not in results:
+            results[key] = run(None, lomo_jax.fused_step, optimizer, tied, **options)
+        return results[key]
+
+    return get
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_equals_one_device(shape, optimizer, on_one_device, assert_close, standard_promotion):
+    case = {"optimizer": optimizer, "tied": True, "clip_norm": 0.5, "microbatches": 2}
+    mesh = sharding.make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        actual = run(mesh, lomo_jax.fused_step, **case)
+    assert_close(actual, on_one_device(**case))

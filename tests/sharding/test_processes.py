@@ -1,0 +1,137 @@
+"""Runs of two and of four processes on one machine, which talk over gloo."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+from lomo_jax.training import Architecture, Config, DataConfig, MeshConfig, ModelConfig
+
+def get_config():
+    shape = Architecture(
+        vocab_size=258, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_dim=8, max_length=64,
+    )
+    return Config(
+        model=ModelConfig(init="random", architecture=shape),
+        data=DataConfig({text!r}, eval_fraction=0.1),
+        learning_rate=3e-2, batch_size=8, sequence_length=32, steps=10, eval_every=5, log_every=1,
+        param_dtype="float32", prompt="the", prompt_tokens=4, mesh=MeshConfig(tensor=2),
+    )
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start(commands):
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    return [subprocess.Popen([sys.executable, *map(str, command)], **pipe) for command in commands]
+
+
+def finish(processes, seconds=300):
+    try:
+        return [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def worker(processes, first, last, restore="-", save="-"):
+    """Runs the steps on so many processes; returns the losses, which all of them must print."""
+    where, path = f"localhost:{free_port()}", Path(__file__).with_name("worker.py")
+    running = start(
+        [path, where, processes, i, first, last, restore, save] for i in range(processes)
+    )
+    outputs = finish(running)
+    assert [p.returncode for p in running] == [0] * processes, outputs
+    printed = [[line for line in o.splitlines() if line.startswith("loss")] for o in outputs]
+    assert all(lines == printed[0] for lines in printed)
+    return [float(line.split()[1]) for line in printed[0]]
+
+
+def test_a_checkpoint_of_four_processes_goes_on_with_one_and_with_two(tmp_path):
+    expected = worker(1, 0, 5)
+    first = worker(4, 0, 2, save=tmp_path / "checkpoint")
+    np.testing.assert_allclose(first, expected[:3], rtol=1e-5)
+    for processes in (1, 2):
+        rest = worker(processes, 3, 5, restore=tmp_path / "checkpoint")
+        np.testing.assert_allclose(rest, expected[3:], rtol=1e-5)
+
+
+def train(folder, processes, *flags):
+    config, text = folder / "config.py", folder / "text.jsonl"
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], (60, 60))
+    text.write_text("\n".join(json.dumps({"text": " ".join(row)}) for row in words))
+    config.write_text(CONFIG.format(text=str(text)))
+    # Four devices, whichever way they are shared out.
+    devices = f"import jax; jax.config.update('jax_num_cpu_devices', {4 // processes}); "
+    command = [
+        "-c",
+        devices + "import sys, train; sys.exit(train.main(['train.py', *sys.argv[1:]]))",
+    ]
+    command += ["--config", config, f"--config.workdir={folder / f'run{processes}'}", *flags]
+    port = free_port()
+    ids = range(processes) if processes > 1 else [None]
+    joined = lambda i: [  # noqa: E731
+        f"--coordinator=localhost:{port}",
+        f"--num_processes={processes}",
+        f"--process_id={i}",
+    ]
+    return start([*command, *(joined(i) if processes > 1 else [])] for i in ids)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+def test_train_with_processes(tmp_path):
+    """The same losses, written once; an export that is the same to rounding."""
+    from safetensors.numpy import load_file
+
+    found = {}
+    for processes in (1, 2, 4):
+        running = train(tmp_path, processes)
+        outputs = finish(running)
+        assert [p.returncode for p in running] == [0] * processes, outputs
+        folder = tmp_path / f"run{processes}"
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        records = list(map(json.loads, lines))
+        losses = [r.get("loss", r.get("eval_loss")) for r in records]
+        found[processes] = losses, load_file(folder / "export" / "model.safetensors")
+        assert not list(folder.glob(".*"))  # nothing of the export is left over
+        # Only the first process says anything.
+        assert "step 10" in outputs[0]
+        assert all("loss" not in output for output in outputs[1:])
+    assert len(found[1][0]) == 13
+    for losses, weights in (found[2], found[4]):
+        np.testing.assert_allclose(losses, found[1][0], rtol=1e-5)
+        for name, weight in found[1][1].items():
+            np.testing.assert_allclose(weights[name], weight, rtol=0, atol=1e-5 * abs(weight).max())
+
+
+def test_a_process_that_is_killed_ends_the_others(tmp_path):
+    running = train(tmp_path, 2, "--config.steps=1000000", "--config.eval_every=0")
+    log = tmp_path / "run2" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 20):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    running[1].send_signal(signal.SIGKILL)
+    output, _ = finish(running, seconds=150)
+    assert running[0].returncode != 0
+    assert "has lost another one" in output or "another task died" in output
