@@ -109,6 +109,11 @@ def fused_step(
     for each. A layer that is computed again draws what it drew before. Callbacks and prints inside
     layers happen each time that the layer is computed.
 
+    *Several devices.* Under a mesh of Explicit axes, set by `jax.set_mesh`, parameters and state
+    stay divided as they are, gradients are divided like their parameters, and a weight that a layer
+    gathers with `jax.sharding.reshard` is gathered again rather than kept. Over Auto axes XLA
+    decides. See `lomo_jax.sharding`.
+
     Args:
       loss_fn: `(params, batch) -> loss`, or `(loss, aux)` with `has_aux`. The loss is a scalar of
         floating point, or a `WeightedLoss`. A checkpoint around the layers or inside them is
