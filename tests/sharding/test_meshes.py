@@ -3,7 +3,6 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 import lomo_jax
 from lomo_jax import losses, models, sharding
-from lomo_jax.models import llama
 
 SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8]
 B, T, V = 16, 6, 48
@@ -48,7 +46,7 @@ def make_loss(tied):
         )
         return lomo_jax.WeightedLoss(mean, metrics.weight), metrics
 
-    return loss, params
+    return loss, params, config
 
 
 def make_batches(steps):
@@ -65,13 +63,14 @@ def make_batches(steps):
 
 
 def run(mesh, make, optimizer, tied, steps=10, **options):
-    loss, params = make_loss(tied)
+    loss, params, config = make_loss(tied)
     step = make(loss, OPTIMIZERS[optimizer](), has_aux=True, **options)
     batches = make_batches(steps)
     if mesh is not None:
-        params = jax.device_put(params, sharding.shardings(llama.RULES, params, mesh))
+        params = jax.device_put(params, models.shardings(config, params, mesh))
+        if options.get("offload", lomo_jax.Offload()).params:
+            params = jax.device_put(params, jax.memory.Space.Host)
         batches = (jax.device_put(b, NamedSharding(mesh, P(sharding.BATCH))) for b in batches)
-    params = jax.tree.map(jnp.copy, params)
     first = jax.tree.map(lambda x: x.sharding, params)
     update, state, outs = (
         jax.jit(step, compiler_options={"xla_backend_optimization_level": 0}),
@@ -107,4 +106,14 @@ def test_equals_one_device(shape, optimizer, on_one_device, assert_close, standa
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
         actual = run(mesh, lomo_jax.fused_step, **case)
+    assert_close(actual, on_one_device(**case))
+
+
+@pytest.mark.parametrize("offload", [{"params": True, "activations": True}, {"state": True}])
+def test_host_memory_changes_nothing(offload, on_one_device, assert_close):
+    """Each device's part of a weight is in host memory, and the step leaves it there."""
+    case = {"optimizer": "adalomo", "tied": True, "clip_norm": 0.5, "microbatches": 2}
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        actual = run(mesh, lomo_jax.fused_step, **case, offload=lomo_jax.Offload(**offload))
     assert_close(actual, on_one_device(**case))
