@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from lomo_jax.fused import explicit, parameters
 
@@ -48,6 +48,11 @@ def make_mesh(
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
 
 
+def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
+    """Returns a mesh like that of `make_mesh`, without devices: to plan with."""
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
 def mesh_shape(devices: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
     """Returns the sizes of the axes of `make_mesh`, -1 filled in.
 
@@ -73,7 +78,7 @@ def mesh_shape(devices: int, data: int, fsdp: int, tensor: int) -> tuple[int, in
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
-def shardings(rules: Rules, params: Any, mesh: Mesh) -> Any:
+def shardings(rules: Rules, params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Says how each parameter is divided.
 
     Args:
@@ -107,7 +112,9 @@ def struct(tree: Any, shardings: Any) -> Any:
     )
 
 
-def check_divides(what: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> None:
+def check_divides(
+    what: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> None:
     """Raises ValueError if an axis of `shape` does not divide evenly among its devices."""
     if len(spec) > len(shape):
         raise ValueError(f"{what} has shape {list(shape)}, too few axes for {spec}")

@@ -83,6 +83,7 @@ def tiny(tmp_path) -> list[str]:
     fields = {
         **{"model.init": "random", "data.path": tmp_path / "text.txt", "workdir": tmp_path / "run"},
         **{"steps": 2, "batch_size": 2, "sequence_length": 16, "param_dtype": "float32"},
+        "mesh.fsdp": 1,
         **{f"model.architecture.{name}": value for name, value in architecture.items()},
     }
     return [

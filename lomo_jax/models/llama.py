@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from lomo_jax import sharding
+from lomo_jax.fused import explicit
 from lomo_jax.fused.offload import to_device
 from lomo_jax.models.config import LlamaConfig
 from lomo_jax.models.embedding import EMBEDDING, look_up
@@ -83,10 +84,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array, context: _Context) -> jax.Array:
         batch, length, _ = x_BxTxD.shape
-        heads = (batch, length, -1, self.head_dim)
-        q_BxTxHxh = _rotate(self.q(x_BxTxD).reshape(heads), context)
-        k_BxTxKxh = _rotate(self.k(x_BxTxD).reshape(heads), context)
-        v_BxTxKxh = self.v(x_BxTxD).reshape(heads)
+        q_BxTxHxh = _rotate(_split(self.q(x_BxTxD), self.head_dim), context)
+        k_BxTxKxh = _rotate(_split(self.k(x_BxTxD), self.head_dim), context)
+        v_BxTxKxh = _split(self.v(x_BxTxD), self.head_dim)
         y_BxTxHxh = _attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, context.mask, self.implementation)
         y_BxTxD = y_BxTxHxh.reshape(batch, length, -1)
         return self.o(y_BxTxD, out_sharding=sharding.last_axis_whole(y_BxTxD))
@@ -240,7 +240,7 @@ def abstract(
     )
 
 
-def shardings(config: LlamaConfig, params: nnx.State, mesh: Mesh) -> nnx.State:
+def shardings(config: LlamaConfig, params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
     """Says how the parameters of a model are divided among the devices of a mesh, by `RULES`.
 
     Args:
@@ -289,6 +289,14 @@ def _linear(inputs: int, outputs: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs
 
 def _dot_gathered(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     return jax.lax.dot_general(x, sharding.gather(kernel), *args, **kwargs)
+
+
+def _split(x_BxTxNh: jax.Array, head_dim: int) -> jax.Array:
+    """Returns the heads x_BxTxNxh, divided as their axis was."""
+    *others, width = x_BxTxNh.shape
+    heads = explicit.sharding(x_BxTxNh, P(*explicit.spec(x_BxTxNh), None))
+    shape = (*others, width // head_dim, head_dim)
+    return jax.lax.reshape(x_BxTxNh, shape, out_sharding=heads)
 
 
 def _attend(

@@ -83,7 +83,7 @@ def compile_step(
         return jax.tree.map(place_leaf, tree)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        state = jax.eval_shape(step.init, params, batch)
+        state = jax.eval_shape(step.init, place(params), place(batch))
         arguments = (
             place(params, on_host=step.offloads.params),
             place(state)._replace(optimizer=place(state.optimizer, on_host=step.offloads.state)),

@@ -88,7 +88,8 @@ def read(
 
 def part(leaf: jax.ShapeDtypeStruct | jax.Array) -> tuple[int, ...]:
     """Returns the shape of what each device has of an array."""
-    return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    sharding = getattr(leaf, "sharding", None)  # NumPy's arrays have none
+    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def _bytes(tree: Any) -> int:

@@ -66,12 +66,14 @@ def compile_run(
     """
     if devices < 1:
         raise ValueError(f"--devices: {devices}; set 1 or more")
-    mesh = make_mesh(gpu, *sharding.mesh_shape(devices, **vars(config.mesh)))
+    sizes = sharding.mesh_shape(devices, **vars(config.mesh))
+    # What is wrong with the run is told before what is missing to compile it.
+    mesh = sharding.abstract_mesh(sizes)
     check_batch(config, mesh)
     model, params = model_lib.abstract(config, gpu.compute_capability, mesh)
     step, inputs = make_step(config, model), layer_inputs(config, model, mesh)
     batch = batch_shapes(config, mesh)
-    executable, state = compile_step(step, params, batch, mesh, compiler_options)
+    executable, state = compile_step(step, params, batch, make_mesh(gpu, *sizes), compiler_options)
     plan = figures.read(
         executable,
         params,

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lomo_jax import sharding
 from lomo_jax.training.config import Config
@@ -89,7 +89,7 @@ def make_mesh(config: Config) -> Mesh:
     return mesh
 
 
-def check_batch(config: Config, mesh: Mesh) -> None:
+def check_batch(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError if a microbatch cannot be divided among the devices."""
     sizes = {name: mesh.shape[name] for name in sharding.BATCH}
     parts = int(np.prod(list(sizes.values())))
@@ -112,7 +112,7 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} x {kind}{of}: {axes}"
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Says how a batch is divided: by its rows."""
     return NamedSharding(mesh, PartitionSpec(sharding.BATCH, None))
 

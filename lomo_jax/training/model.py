@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -34,7 +34,9 @@ class Model(NamedTuple):
 
 
 def abstract(
-    config: Config, capability: tuple[int, int] | None, mesh: Mesh | None = None
+    config: Config,
+    capability: tuple[int, int] | None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[Model, nnx.State]:
     """Builds the model, and reads or computes no weights.
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 import lomo_jax
 from lomo_jax.training import devices
@@ -38,7 +38,7 @@ def make_step(config: Config, model: Model) -> lomo_jax.Step:
     )
 
 
-def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a `data.Batch`, divided among the devices."""
     shape = (config.batch_size, config.sequence_length)
     divided = devices.batch_sharding(mesh)
@@ -49,7 +49,7 @@ def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return dict.fromkeys(names, int32) | {"weights": float32}
 
 
-def layer_inputs(config: Config, model: Model, mesh: Mesh) -> int:
+def layer_inputs(config: Config, model: Model, mesh: Mesh | AbstractMesh) -> int:
     """Returns the bytes of the layer inputs that a device keeps for the backward pass."""
     shape = devices.batch_sharding(mesh).shard_shape((config.batch_size, config.sequence_length))
     width = model.config.num_layers * model.config.width

@@ -131,7 +131,12 @@ def test_measuring_takes_that_gpu(plan):
     [
         ([], None, "--gpu: missing; name one of t4, rtx3060,"),
         ([], "rtx309", "no GPU 'rtx309'; did you mean rtx3090"),
-        (["--devices=2"], "h100", "devices=2: several devices are not supported yet"),
+        (["--devices=0"], "h100", "--devices: 0; set 1 or more"),
+        (
+            ["--config.mesh.fsdp=4"],
+            "h100",
+            "mesh: data=1 fsdp=4 tensor=1 takes 4 devices and there",
+        ),
         (["--json", "--suggest"], "h100", "--json prints the plan alone"),
         (["--config.stepz=2"], "h100", "stepz: no such field"),
         (["--config.model.path=nowhere"], "h100", "nowhere does not exist"),
