@@ -165,13 +165,9 @@ def last_axis_whole(x: jax.Array) -> PartitionSpec | None:
 
 def is_explicit() -> bool:
     """Whether a mesh of `AXES`, of the type Explicit, has been set with `jax.set_mesh`."""
-    types = dict(zip(*_current(), strict=True))
-    return all(types.get(name) == AxisType.Explicit for name in AXES)
-
-
-def _current():
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.axis_names, mesh.axis_types
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return all(types.get(name) == AxisType.Explicit for name in AXES)
 
 
 def _without(names: Any, axis: str) -> Any:
