@@ -155,6 +155,18 @@ def test_quickstart_learns_within_its_budget(quickstart):
     assert (quickstart / "stdout").read_text().count(prompt) == 2
 
 
+_SENTENCES = (
+    "The quality of mercy is not strained; it droppeth as the gentle rain from heaven.",
+    "Paris is the capital of France, and its river is the Seine, on which many boats go.",
+    "def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)",
+    "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer",
+    "Water boils at one hundred degrees Celsius at sea level, and at less on a mountain top.",
+    "Friends, Romans, countrymen, lend me your ears; I come to bury Caesar, not to praise him.",
+    "The train leaves the station at half past nine and arrives in the city before noon today.",
+    "A matrix is a rectangular table of numbers, and the product of two of them is defined when",
+)
+
+
 @pytest.mark.slow
 @pytest.mark.oracle
 def test_quickstart_export_is_the_same_model_in_transformers(quickstart):
@@ -163,8 +175,8 @@ def test_quickstart_export_is_the_same_model_in_transformers(quickstart):
 
     export = quickstart / "export"
     tokenizer = transformers.AutoTokenizer.from_pretrained(export)
-    text = "The quality of mercy is not strained; it droppeth as the gentle rain from heaven."
-    tokens = np.array([tokenizer(text)["input_ids"]])
+    rows = [tokenizer(text)["input_ids"] for text in _SENTENCES]
+    tokens = np.array([row[: min(map(len, rows))] for row in rows])
 
     def theirs(dtype: str) -> np.ndarray:
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -183,6 +195,7 @@ def test_quickstart_export_is_the_same_model_in_transformers(quickstart):
 
     exact = theirs("float32")
     assert distance(ours("float32"), exact) <= 1e-4
-    # In bfloat16 thirty layers of rounding never come out the same: transformers' own two kinds of
-    # attention are 1.7 % apart here. Ours may be no farther from the exact logits than theirs.
+    # In bfloat16 thirty layers of rounding never come out the same: each is 1.5 to 6 % from the
+    # exact logits of one sentence, by chance and by the kernels that the processor has. Over all
+    # sentences ours may be no farther from them than theirs.
     assert distance(ours("bfloat16"), exact) <= 1.2 * distance(theirs("bfloat16"), exact) <= 0.04
