@@ -119,14 +119,18 @@ def adalomo(
             if p.ndim < 2:
                 moment = average(moment, g2)
                 u = g * jax.lax.rsqrt(moment)
+                rms_u = _rms(u)
             else:
-                moment = Factors(
-                    row=average(moment.row, g2.mean(-1)), col=average(moment.col, g2.mean(-2))
-                )
-                row_scale = jax.lax.rsqrt(moment.row / moment.row.mean(-1, keepdims=True))
-                col_scale = jax.lax.rsqrt(moment.col)
-                u = g * row_scale[..., :, None] * col_scale[..., None, :]
-            u = u / jnp.maximum(1.0, _rms(u) / clip_threshold)
+                col = average(moment.col, g2.mean(-2))
+                # One sum over each row is two: of g^2, and of what the mean of u^2 is made of. As a
+                # complex number they take one pass over g, which on a GPU is what an update costs.
+                sums = jax.lax.complex(g2, jnp.square(g) / col[..., None, :]).mean(-1)
+                row = average(moment.row, sums.real)
+                moment = Factors(row=row, col=col)
+                row_scale = row.mean(-1, keepdims=True) / row
+                rms_u = jnp.sqrt((row_scale * sums.imag).mean(-1))[..., None, None]
+                u = g * jnp.sqrt(row_scale)[..., :, None] * jax.lax.rsqrt(col)[..., None, :]
+            u = u / jnp.maximum(1.0, rms_u / clip_threshold)
             lr_p = lr * jnp.maximum(min_param_scale, _rms(p))
             return _Step(-lr_p * (u + weight_decay * p), moment)
 

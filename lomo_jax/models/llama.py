@@ -46,7 +46,7 @@ RULES: sharding.Rules = (
 _NORMAL = nnx.initializers.normal(0.02)
 
 
-class _Context(NamedTuple):
+class Context(NamedTuple):
     """What every layer needs besides its weights and its input."""
 
     cos: jax.Array  # [B, T, 1, h / 2] float32; B is 1 when all rows have the same positions
@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         self.v = linear(config.width, config.num_kv_heads * config.head_dim)
         self.o = linear(config.num_heads * config.head_dim, config.width)
 
-    def __call__(self, x_BxTxD: jax.Array, context: _Context) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, context: Context) -> jax.Array:
         batch, length, _ = x_BxTxD.shape
         q_BxTxHxh = _rotate(_split(self.q(x_BxTxD), self.head_dim), context)
         k_BxTxKxh = _rotate(_split(self.k(x_BxTxD), self.head_dim), context)
@@ -120,7 +120,7 @@ class Layer(nnx.Module):
         self.mlp_norm = norm()
         self.mlp = MLP(config, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, x_BxTxD: jax.Array, context: _Context) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, context: Context) -> jax.Array:
         x_BxTxD += self.attention(self.attention_norm(x_BxTxD), context)
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD))
 
@@ -186,13 +186,7 @@ class Llama(nnx.Module):
         tokens_BxT, positions_BxT, segments_BxT = sharding.divide_batch(
             (tokens_BxT, positions_BxT, segments_BxT)
         )
-        if positions_BxT is None:
-            positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
-        angles = positions_BxT.astype(jnp.float32)[:, :, None, None] * _frequencies(self.config)
-        mask = None
-        if segments_BxT is not None:
-            mask = segments_BxT[:, None, :, None] == segments_BxT[:, None, None, :]
-        context = _Context(jnp.cos(angles), jnp.sin(angles), mask)
+        context = self.context(tokens_BxT, positions_BxT, segments_BxT)
 
         # Inside a scan common subexpressions cannot undo the rematerialisation, so the barriers
         # that would prevent it only cost.
@@ -203,6 +197,21 @@ class Llama(nnx.Module):
         embedded_BxTxD = look_up(to_device(self.embedding[...]), tokens_BxT)
         x_BxTxD, _ = jax.lax.scan(apply, embedded_BxTxD, self.layers)
         return self.norm(x_BxTxD)
+
+    def context(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array | None = None,
+        segments_BxT: jax.Array | None = None,
+    ) -> Context:
+        """Returns what every layer needs besides its input; the arguments are those of `hidden`."""
+        if positions_BxT is None:
+            positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
+        angles = positions_BxT.astype(jnp.float32)[:, :, None, None] * _frequencies(self.config)
+        mask = None
+        if segments_BxT is not None:
+            mask = segments_BxT[:, None, :, None] == segments_BxT[:, None, None, :]
+        return Context(jnp.cos(angles), jnp.sin(angles), mask)
 
     def head(self) -> jax.Array:
         """Returns the output projection w_DxV: the transposed embedding where the two are tied."""
@@ -329,7 +338,7 @@ def _attend(
         specs = (heads, heads, heads, P(sharding.BATCH, None, None, None))
         attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
     # It also mixes dtypes, even where its caller forbids implicit promotion.
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), jax.named_scope("attention"):
         y_BxTxHxh = attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, mask).astype(dtype)
     # cuDNN's result is known to `remat="attention"` without a name, and would be kept twice.
     return checkpoint_name(y_BxTxHxh, "attention") if implementation == "xla" else y_BxTxHxh
@@ -347,7 +356,7 @@ def _frequencies(config: LlamaConfig) -> np.ndarray:
     return frequency.astype(np.float32)
 
 
-def _rotate(x_BxTxNxh: jax.Array, context: _Context) -> jax.Array:
+def _rotate(x_BxTxNxh: jax.Array, context: Context) -> jax.Array:
     """Turns the pairs (i, i + h / 2), the Hugging Face order, by the angles of their positions."""
     a, b = jnp.split(x_BxTxNxh.astype(jnp.float32), 2, axis=-1)
     turned = (a * context.cos - b * context.sin, b * context.cos + a * context.sin)

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# What to run when a GPU is at hand: correctness, planned against measured memory, the comparison at
+# 1B and 7B, and a profile of one step. 9 minutes; results are written as they come, so it may be cut
+# off anywhere. Needs jax, flax, optax and NumPy, and no installed lomo_jax; what needs more (torch,
+# transformers, lomo-optim) is skipped with the reason.
+# Usage: bash benchmarks/gpu.sh [--dry-run] [DIR]
+#   DIR: where the results go, one file for each part, benchmarks/results/gpu by default.
+#   --dry-run: tiny sizes on the CPU, to see that all of it works.
+# Then: python benchmarks/collect.py DIR writes benchmarks/results/DEVICE-DATE.json and the table in
+# benchmarks/README.md.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+small=1b large=7b rounds=5
+large_rows='^fused, (lomo|adalomo)$|^torch lomo-optim, AdaLomo'
+memory='^fused, adalomo' plans='^fused|scanned, adalomo'
+rivals='^forward|scanned, adal|unrolled, adal|^fused, (lomo|adalomo|adamw)$|torch'
+if [ "${1:-}" = --dry-run ]; then
+  shift
+  export JAX_PLATFORMS=cpu
+  small=tiny large=tiny rounds=1
+  memory='^fused, adalomo, all' plans='^fused, adalomo$' rivals='^forward|^fused, lomo|Lomo$'
+  large_rows='^fused, adalomo$'
+fi
+dir=${1:-benchmarks/results/gpu}
+mkdir -p "$dir"
+end=$((SECONDS + 540))
+failed=0
+
+part() { # part SECONDS NAME COMMAND...: runs a part, in what is left of its time and of all time
+  local left=$((end - SECONDS)) seconds=$1 name=$2
+  shift 2
+  if [ "$left" -lt "$seconds" ]; then seconds=$left; fi
+  echo "== $name, at most $seconds s"
+  if [ "$seconds" -le 0 ]; then
+    echo "skipped: the nine minutes are over"
+    return
+  fi
+  timeout "$seconds" "$@" || { echo "$name: exit status $?"; failed=1; }
+}
+
+compare() { # compare SECONDS NAME SIZE ROWS ROUNDS
+  part "$1" "$2" "$python" benchmarks/compare.py --size "$3" --rows "$4" --rounds "$5" \
+    --budget $(($1 - 5)) --json "$dir/$2.json"
+}
+
+# Plans are compiled without the GPU, beside the part that uses it.
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+plan() { # plan NAME SIZE
+  JAX_PLATFORMS=cpu timeout 300 "$python" benchmarks/compare.py --size "$2" --rows "$plans" \
+    --plan "${gpu:-rtx3090}" --json "$dir/planned-$1.json" >"$dir/planned-$1.log" 2>&1
+}
+{ plan small "$small"; plan large "$large"; } &
+
+part 120 correct "$python" benchmarks/correct.py --json "$dir/correct.json"
+compare 110 memory "$small" "$memory" 1
+compare 120 compare-small "$small" "$rivals" "$rounds"
+compare 150 compare-large "$large" "$large_rows" "$rounds"
+# Kernels inside a CUDA graph are not reported one by one.
+part 60 profile env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" \
+  "$python" benchmarks/profile_step.py --size "$large" --json "$dir/profile.json"
+wait
+ls "$dir"
+exit "$failed"

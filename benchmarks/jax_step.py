@@ -1,0 +1,148 @@
+"""The rows of `compare.py` that JAX runs."""
+
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from rows import LEARNING_RATES, Row, Size, batches
+
+import lomo_jax
+from lomo_jax import models
+from lomo_jax.losses import next_token_loss
+from lomo_jax.models.embedding import look_up
+from lomo_jax.models.weights import init_layer_by_layer
+
+_OFFLOADS = {
+    None: lomo_jax.Offload(),
+    "activations": lomo_jax.Offload(activations=True),
+    "all": lomo_jax.Offload(params=True, activations=True),
+}
+
+
+class Step:
+    """A step, `(params, state, tokens_BxT) -> (params, state, loss)`, before it is compiled."""
+
+    def __init__(self, row: Row, size: Size, *, on_gpu: bool) -> None:
+        self.row, self.size = row, size
+        self.config = models.LlamaConfig(**size.architecture(), max_length=size.length)
+        attention = "cudnn" if on_gpu and size.dtype == "bfloat16" else "xla"
+        self.graphdef, self.shapes = models.abstract(self.config, size.dtype, attention)
+        make = {"adalomo": lomo_jax.adalomo, "lomo": lomo_jax.lomo, "none": optax.sgd}
+        make = make | {"sgd": optax.sgd, "adamw": optax.adamw, "adafactor": optax.adafactor}
+        self.tx = make[row.optimizer](LEARNING_RATES[row.optimizer])
+        options = dict(row.options)
+        self.offload = _OFFLOADS[options.pop("offload", None)]
+        if "microbatches" in options:
+            options["microbatches"] = size.microbatches
+        self.fused = lomo_jax.fused_step(self.loss, self.tx, offload=self.offload, **options)
+
+    def arrange(self, params: nnx.State) -> Any:
+        """Returns stacked parameters as the row takes them: unrolled, its layers in a list."""
+        if self.row.kind != "unrolled":
+            return params
+        layers = [
+            jax.tree.map(lambda x, i=i: x[i], params["layers"])
+            for i in range(self.config.num_layers)
+        ]
+        return {"layers": layers, "others": _without_layers(params)}
+
+    def init(self, params: Any, tokens_BxT: Any) -> Any:
+        """Returns the state before the first step."""
+        if self.row.kind == "fused":
+            return self.fused.init(params, tokens_BxT)
+        if self.row.kind == "floor":  # its gradients stay where those before them were
+            return jax.tree.map(jnp.zeros_like, params)
+        return self.tx.init(params)
+
+    def __call__(self, params: Any, state: Any, tokens_BxT: jax.Array) -> tuple[Any, Any, Any]:
+        if self.row.kind == "fused":
+            params, state, out = self.fused(params, state, tokens_BxT)
+            return params, state, out.loss
+        loss = self.loss_unrolled if self.row.kind == "unrolled" else self.loss
+        value, grads = jax.value_and_grad(loss)(params, tokens_BxT)
+        if self.row.kind == "floor":
+            return params, grads, value
+        updates, state = self.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    def loss(self, params: nnx.State, tokens_BxT: jax.Array) -> jax.Array:
+        model = nnx.merge(self.graphdef, params)
+        return _next_token(model.hidden(tokens_BxT), model.head(), tokens_BxT)
+
+    def loss_unrolled(self, params: dict[str, Any], tokens_BxT: jax.Array) -> jax.Array:
+        """The same loss, of layers that Python goes through."""
+        first = jax.tree.map(lambda x: x[None], params["layers"][0])
+        model = nnx.merge(self.graphdef, nnx.merge_state(params["others"], {"layers": first}))
+        layer_graphdef = nnx.graphdef(model.layers)
+        context = model.context(tokens_BxT)
+
+        @jax.checkpoint
+        def apply(x_BxTxD, layer):
+            return nnx.merge(layer_graphdef, layer)(x_BxTxD, context)
+
+        x_BxTxD = look_up(model.embedding[...], tokens_BxT)
+        for layer in params["layers"]:
+            x_BxTxD = apply(x_BxTxD, layer)
+        return _next_token(model.norm(x_BxTxD), model.head(), tokens_BxT)
+
+
+class Run:
+    """A compiled step with its weights, on the device that is there."""
+
+    def __init__(self, row: Row, size: Size) -> None:
+        device = jax.devices()[0]
+        step = Step(row, size, on_gpu=device.platform == "gpu")
+        self.tokens = jax.device_put(batches(size))
+        self.params = step.arrange(
+            init_layer_by_layer(step.config, 0, size.dtype, on_host=step.offload.params)
+        )
+        self.state = step.init(self.params, self.tokens[0])
+        start = time.perf_counter()
+        self.step = (
+            jax.jit(step, donate_argnums=(0, 1))
+            .lower(self.params, self.state, self.tokens[0])
+            .compile()
+        )
+        self.facts = {
+            "compile_seconds": time.perf_counter() - start,
+            "planned_gib": planned_gib(self.step),
+            "device": device.device_kind if device.platform == "gpu" else _processor(),
+        }
+        self.count = 0
+
+    def __call__(self) -> float:
+        """Makes a step and returns its loss."""
+        tokens = self.tokens[self.count % len(self.tokens)]
+        self.params, self.state, loss = self.step(self.params, self.state, tokens)
+        self.count += 1
+        jax.block_until_ready((self.params, self.state))
+        return float(loss)
+
+    def device_peak(self) -> int | None:
+        """Returns the most bytes that were in use on the device, None where that is the host's."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def planned_gib(compiled: jax.stages.Compiled) -> float:
+    """Returns what XLA plans for a step, parameters, state and temporaries, in device memory."""
+    memory = compiled.memory_analysis()
+    assert memory is not None, "CPUs and GPUs plan their memory"
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / 2**30
+
+
+def _next_token(x_BxTxD: jax.Array, head_DxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    weights_BxT = jnp.ones(tokens_BxT.shape).at[:, -1].set(0.0)
+    return next_token_loss(x_BxTxD, head_DxV, jnp.roll(tokens_BxT, -1, 1), weights_BxT)[0]
+
+
+def _without_layers(params: nnx.State) -> nnx.State:
+    return nnx.State({name: value for name, value in params.items() if name != "layers"})
+
+
+def _processor() -> str:
+    return f"CPU, {os.cpu_count()} cores"

@@ -1,0 +1,103 @@
+"""A process that measures one row of `compare.py`."""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import multiprocessing
+import os
+import time
+import warnings
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rows import Row, Size
+
+
+class Worker:
+    """The process, seen from `compare.py`.
+
+    Args:
+      row: to measure.
+      size: of the model and the batch.
+    """
+
+    def __init__(self, row: Row, size: Size) -> None:
+        self.row = row
+        # Spawned, not forked: JAX and CUDA do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, row, size), daemon=True)
+        self._process.start()
+        there.close()
+
+    def receive(self, timeout: float) -> dict[str, Any]:
+        """Returns what the process sends next: first facts, then one answer for each `step`.
+
+        Raises:
+          RuntimeError: it failed, died or took more than `timeout` seconds; it says which.
+        """
+        if not self._here.poll(max(0.0, timeout)):
+            raise RuntimeError("out of time")
+        try:
+            answer = self._here.recv()
+        except EOFError:
+            self._process.join(5)
+            raise RuntimeError(f"its process died, exit code {self._process.exitcode}") from None
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def step(self) -> None:
+        """Asks for a step."""
+        self._here.send(True)
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(connection: Connection, row: Row, size: Size) -> None:
+    is_torch = row.kind == "torch"
+    if is_torch:
+        os.environ["JAX_PLATFORMS"] = "cpu"  # it only draws the weights
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+        # A CPU has one memory, and what goes from it to it cannot be donated.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+    try:
+        module = importlib.import_module("torch_step" if is_torch else "jax_step")
+        before = _status("VmRSS")
+        run = module.Run(row, size)
+        connection.send(run.facts)
+        _forget_peak()
+        while True:
+            connection.recv()
+            start = time.perf_counter()
+            loss = run()
+            answer = {"seconds": time.perf_counter() - start, "loss": loss}
+            peak = run.device_peak()
+            answer["peak_gib"] = (_status("VmHWM") - before if peak is None else peak) / 2**30
+            connection.send(answer)
+    except EOFError:  # `compare.py` is gone
+        pass
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        connection.send({"error": f"{type(error).__name__}: {lines[0][:200]}"})
+
+
+def _status(field: str) -> int:
+    """Returns a field of this process's memory, in bytes."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) * 2**10
+
+
+def _forget_peak() -> None:
+    """Starts the count of the peak of resident memory anew: compiling is not what is measured."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
