@@ -15,7 +15,7 @@ python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 small=1b large=7b rounds=5
 large_rows='^fused, (lomo|adalomo)$|^torch lomo-optim, AdaLomo'
-memory='^fused, adalomo' plans='^fused|scanned, adalomo'
+memory='^fused, adalomo(, (clip|micro|inputs|all).*)?$' plans='^fused|scanned, adalomo'
 rivals='^forward|scanned, adal|unrolled, adal|^fused, (lomo|adalomo|adamw)$|torch'
 if [ "${1:-}" = --dry-run ]; then
   shift
@@ -29,21 +29,26 @@ mkdir -p "$dir"
 end=$((SECONDS + 540))
 failed=0
 
-part() { # part SECONDS NAME COMMAND...: runs a part, in what is left of its time and of all time
-  local left=$((end - SECONDS)) seconds=$1 name=$2
+limit() { # limit SECONDS: those, or what is left of all time if that is less
+  local left=$((end - SECONDS))
+  echo $((left < $1 ? left : $1))
+}
+
+part() { # part SECONDS NAME COMMAND...
+  local seconds name=$2
+  seconds=$(limit "$1")
   shift 2
-  if [ "$left" -lt "$seconds" ]; then seconds=$left; fi
-  echo "== $name, at most $seconds s"
   if [ "$seconds" -le 0 ]; then
-    echo "skipped: the nine minutes are over"
+    echo "== $name, skipped: the nine minutes are over"
     return
   fi
+  echo "== $name, at most $seconds s"
   timeout "$seconds" "$@" || { echo "$name: exit status $?"; failed=1; }
 }
 
 compare() { # compare SECONDS NAME SIZE ROWS ROUNDS
   part "$1" "$2" "$python" benchmarks/compare.py --size "$3" --rows "$4" --rounds "$5" \
-    --budget $(($1 - 5)) --json "$dir/$2.json"
+    --budget $(($(limit "$1") - 5)) --json "$dir/$2.json"
 }
 
 # Plans are compiled without the GPU, beside the part that uses it.
@@ -54,12 +59,12 @@ plan() { # plan NAME SIZE
 }
 { plan small "$small"; plan large "$large"; } &
 
-part 120 correct "$python" benchmarks/correct.py --json "$dir/correct.json"
-compare 110 memory "$small" "$memory" 1
-compare 120 compare-small "$small" "$rivals" "$rounds"
-compare 150 compare-large "$large" "$large_rows" "$rounds"
+part 100 correct "$python" benchmarks/correct.py --json "$dir/correct.json"
+compare 100 memory "$small" "$memory" 1
+compare 110 compare-small "$small" "$rivals" "$rounds"
+compare 140 compare-large "$large" "$large_rows" "$rounds"
 # Kernels inside a CUDA graph are not reported one by one.
-part 60 profile env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" \
+part 90 profile env XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" \
   "$python" benchmarks/profile_step.py --size "$large" --json "$dir/profile.json"
 wait
 ls "$dir"

@@ -122,13 +122,11 @@ def adalomo(
                 rms_u = _rms(u)
             else:
                 col = average(moment.col, g2.mean(-2))
-                # One sum over each row is two: of g^2, and of what the mean of u^2 is made of. As a
-                # complex number they take one pass over g, which on a GPU is what an update costs.
-                sums = jax.lax.complex(g2, jnp.square(g) / col[..., None, :]).mean(-1)
-                row = average(moment.row, sums.real)
+                g2_mean, u2_mean = _row_means(g2, jnp.square(g) / col[..., None, :])
+                row = average(moment.row, g2_mean)
                 moment = Factors(row=row, col=col)
                 row_scale = row.mean(-1, keepdims=True) / row
-                rms_u = jnp.sqrt((row_scale * sums.imag).mean(-1))[..., None, None]
+                rms_u = jnp.sqrt((row_scale * u2_mean).mean(-1))[..., None, None]
                 u = g * jnp.sqrt(row_scale)[..., :, None] * jax.lax.rsqrt(col)[..., None, :]
             u = u / jnp.maximum(1.0, rms_u / clip_threshold)
             lr_p = lr * jnp.maximum(min_param_scale, _rms(p))
@@ -153,3 +151,16 @@ def _rms(x: jax.Array) -> jax.Array:
     """Root mean square of each matrix of [..., M, N] as [..., 1, 1]; of a vector as [1]."""
     axes = tuple(range(x.ndim))[-2:]
     return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
+
+
+def _row_means(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means over the last axis of two arrays that are computed from one.
+
+    As the parts of a complex number they are one sum, and the one array is read once: what an
+    update costs on a GPU is reading the gradient. Where devices share the array, XLA makes more of
+    a layer at a time then (LLaMA-65B on eight: 18.2 instead of 17.2 GiB), and each reads a part.
+    """
+    if jax.typeof(x).sharding.shard_shape(x.shape) != x.shape:
+        return x.mean(-1), y.mean(-1)
+    means = jax.lax.complex(x, y).mean(-1)
+    return means.real, means.imag
