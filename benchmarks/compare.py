@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     size = SIZES[flags.size]
     results = Results(flags.json, facts(flags.size))
-    if flags.plan:
+    if flags.show:
+        results.data = json.loads(flags.show.read_text())
+    elif flags.plan:
         _plan(rows, size, flags.plan, results)
     elif _has_gpu():
         _one_after_the_other(rows, size, flags.rounds, time.monotonic() + flags.budget, results)
@@ -184,6 +186,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it")
     parser.add_argument("--json", type=Path, help="a file to keep the results in, as they come")
     parser.add_argument("--plot", type=Path, help="a picture of time and memory, PNG or SVG")
+    parser.add_argument("--show", type=Path, help="report on such a file instead of measuring")
     parser.add_argument("--plan", metavar="GPU", help="only plan, for a GPU such as rtx3090")
     flags = parser.parse_args(argv)
     if flags.rounds < 1:

@@ -26,14 +26,14 @@ import lomo_jax
 from lomo_jax import models
 from lomo_jax.losses import next_token_loss
 
-STEPS, B, T = 5, 4, 128
+STEPS, B, T = 3, 2, 128
 CONFIG = models.LlamaConfig(
     vocab_size=2048,
-    width=256,
-    mlp_width=640,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
+    width=128,
+    mlp_width=320,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
     head_dim=64,
 )
 _RULES = {
@@ -100,8 +100,8 @@ def check_fused() -> Iterator[dict[str, Any]]:
                 for make in (lomo_jax.fused_step, lomo_jax.reference_step)
             ]
         name = ", ".join(["fused = reference", rule, *extra])
-        # Tests hold one step to 1e-5; five add up.
-        yield {"check": name, "measured": difference(*found), "bound": 5e-5}
+        # Tests hold one step to 1e-5; three add up.
+        yield {"check": name, "measured": difference(*found), "bound": 3e-5}
 
 
 def check_offload() -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ memory='^fused, adalomo(, (clip|micro|inputs|all).*)?$' plans='^fused|scanned, a
 rivals='^forward|scanned, adal|unrolled, adal|^fused, (lomo|adalomo|adamw)$|torch'
 if [ "${1:-}" = --dry-run ]; then
   shift
-  export JAX_PLATFORMS=cpu
+  export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0"
   small=tiny large=tiny rounds=1
   memory='^fused, adalomo, all' plans='^fused, adalomo$' rivals='^forward|^fused, lomo|Lomo$'
   large_rows='^fused, adalomo$'

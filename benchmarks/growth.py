@@ -91,7 +91,11 @@ def plot(paths: list[Path], target: Path) -> None:
         if data["planned"]:
             lines.append((data, "planned_gib", "GiB, planned"))
         else:
-            lines += [(data, "seconds", "s a step"), (data, "planned_gib", "GiB, planned")]
+            lines += [
+                (data, "seconds", "s a step"),
+                (data, "peak_gib", "GiB, measured"),
+                (data, "planned_gib", "GiB, planned"),
+            ]
     figure, panels = plt.subplots(
         len(lines), len(GROWS), figsize=(13, 2.6 * len(lines)), layout="constrained", squeeze=False
     )
@@ -102,7 +106,8 @@ def plot(paths: list[Path], target: Path) -> None:
                 mine = [point for point in here if point["row"] == name]
                 x = [point["value"] for point in mine]
                 axes.plot(x, [point[quantity] for point in mine], marker="o", label=name)
-            axes.set(xlabel=what, ylim=(0, None), xlim=(0, None))
+            top = max(point[quantity] for point in here)
+            axes.set(xlabel=what, ylim=(0, 1.1 * top), xlim=(0, None))
         axes_row[0].set_ylabel(f"{data['device']}\n{label}", fontsize=8)
     panels[0][0].legend(fontsize=7)
     figure.savefig(target, dpi=110)
@@ -139,6 +144,7 @@ def main() -> None:
             found = measure(group[0][1], rows)
         for row, values in zip(rows, found, strict=True):
             data["device"] = values.pop("device")
+            del values["compile_seconds"]  # `compare.py` is where to look for it
             data["points"].append({"grows": what, "value": value, "row": row.name} | values)
             print(what, value, row.name, values, flush=True)
         flags.json.write_text(json.dumps(data, indent=1) + "\n")

@@ -85,27 +85,27 @@ def _compared(rows: dict[str, Any]) -> list[list[str]]:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    """Draws time against memory, a point for each row."""
+    """Draws time and memory, a bar for each row."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     kinds = {row.name: row.kind for row in ROWS}
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for kind in dict.fromkeys(kinds.values()):
-        points = {
-            name: (row["peak_gib"], statistics.median(row["seconds"]))
-            for name, row in data["rows"].items()
-            if kinds[name] == kind and row["seconds"]
-        }
-        if not points:
-            continue
-        axes.scatter(*zip(*points.values(), strict=True), label=kind)
-        for name, point in points.items():
-            label = name.removeprefix(f"{kind}, ")
-            axes.annotate(label, point, (4, 2), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="peak memory, GiB", ylabel="seconds a step", xlim=(0, None), ylim=(0, None))
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    colours = {kind: f"C{k}" for k, kind in enumerate(dict.fromkeys(kinds.values()))}
+    rows = {name: row for name, row in reversed(data["rows"].items()) if row["seconds"]}
+    figure, panels = plt.subplots(
+        1, 2, figsize=(9, 1 + 0.24 * len(rows)), layout="constrained", sharey=True
+    )
+    colour = [colours[kinds[name]] for name in rows]
+    times = [row["seconds"] for row in rows.values()]
+    middle = [statistics.median(seconds) for seconds in times]
+    below = [m - min(seconds) for m, seconds in zip(middle, times, strict=True)]
+    above = [max(seconds) - m for m, seconds in zip(middle, times, strict=True)]
+    panels[0].barh(list(rows), middle, xerr=(below, above), color=colour, ecolor="0.4")
+    panels[0].set_xlabel("seconds a step, median and spread")
+    panels[1].barh(list(rows), [row["peak_gib"] for row in rows.values()], color=colour)
+    panels[1].set_xlabel("peak memory, GiB")
+    panels[0].tick_params(axis="y", labelsize=8)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -9,7 +9,7 @@ part that a GPU updates. On several machines start the same command on each, wit
 with --coordinator, --num_processes and --process_id; --config.mesh.data=M keeps a copy of the model
 on each of M machines, so that only gradients, already reduced to an eighth, travel between them.
 
-Hardware: eight NVIDIA GPUs with 24 GB. Planned for RTX 3090s, not measured: 17.5 GiB on each, by
+Hardware: eight NVIDIA GPUs with 24 GB. Planned for RTX 3090s, not measured: 17.2 GiB on each, by
 
     python -m lomo_jax.plan --config configs/llama65b_8gpus.py --gpu rtx3090 --devices 8
 
