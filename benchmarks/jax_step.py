@@ -97,9 +97,14 @@ class Run:
         device = jax.devices()[0]
         step = Step(row, size, on_gpu=device.platform == "gpu")
         self.tokens = jax.device_put(batches(size))
-        self.params = step.arrange(
-            init_layer_by_layer(step.config, 0, size.dtype, on_host=step.offload.params)
-        )
+        # Stacks are taken apart where they do not count: a device's peak cannot be reset.
+        unrolled = row.kind == "unrolled"
+        with jax.default_device(jax.local_devices(backend="cpu")[0] if unrolled else device):
+            params = init_layer_by_layer(step.config, 0, size.dtype, on_host=step.offload.params)
+            self.params = step.arrange(params)
+        if unrolled:
+            self.params = jax.device_put(self.params, device)
+        del params
         self.state = step.init(self.params, self.tokens[0])
         start = time.perf_counter()
         self.step = (

@@ -66,10 +66,9 @@ class Run:
 def _lomo(rule: str, model: torch.nn.Module) -> Callable[[torch.Tensor], None]:
     import lomo_optim
 
-    if (
-        not torch.cuda.is_available()
-    ):  # AdaLomo moves its state to a GPU, whether there is one or not
-        torch.Tensor.cuda = lambda self: self  # pyright: ignore[reportAttributeAccessIssue]
+    # AdaLomo moves its state to a GPU, whether there is one or not.
+    if not torch.cuda.is_available():
+        torch.Tensor.cuda = lambda self: self
     optimizer = getattr(lomo_optim, rule)(model)
     return lambda loss: optimizer.fused_backward(loss, LEARNING_RATES[rule.lower()])
 
