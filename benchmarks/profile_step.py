@@ -19,14 +19,8 @@ from jax.profiler import ProfileData
 from jax_step import Run
 from rows import ROWS, SIZES
 
-KINDS = (
-    "products",
-    "attention",
-    "update",
-    "copies",
-    "others",
-    "idle",
-)  # others: norms, rotations, ...
+# The others are norms, rotations and the like.
+KINDS = "products", "attention", "update", "copies", "others", "idle"
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = ")
 _NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -62,8 +56,8 @@ def kind(line: str, name: str) -> str:
     return "others"
 
 
-def events(path: Path) -> Iterator[tuple[str, str, float, float]]:
-    """Yields the device's (line, name of the instruction, start, end), in ns."""
+def events(path: Path) -> Iterator[tuple[float, float, str]]:
+    """Yields the device's (start, end, name of the instruction), in ns."""
     for plane in ProfileData.from_file(str(path)).planes:
         if "GPU" not in plane.name and "CPU" not in plane.name:
             continue
@@ -73,7 +67,7 @@ def events(path: Path) -> Iterator[tuple[str, str, float, float]]:
                 operation = stats.get("hlo_op")
                 if operation is None and "Memcpy" not in event.name:
                     continue
-                yield line.name, str(operation or "Memcpy"), event.start_ns, event.end_ns
+                yield event.start_ns, event.end_ns, str(operation or "Memcpy")
 
 
 def shares(path: Path, hlo: str) -> dict[str, float]:
@@ -82,7 +76,7 @@ def shares(path: Path, hlo: str) -> dict[str, float]:
     Where two kernels run at once, the time is that of the one that began first.
     """
     known = kinds(hlo) | {"Memcpy": "copies"}
-    spans = sorted((start, end, name) for _, name, start, end in events(path))
+    spans = sorted(events(path))
     if not spans:
         raise SystemExit("error: the profiler reported no kernel of the device")
     time: dict[str, float] = dict.fromkeys(KINDS, 0.0)

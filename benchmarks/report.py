@@ -26,7 +26,7 @@ def print_report(data: dict[str, Any]) -> None:
     )
     print("|---" * 9 + "|")
     for name, row in rows.items():
-        print("|", " | ".join([name, *_cells(rows, row, data["size"])]), "|")
+        print("|", " | ".join([name, *_cells(rows, name, data["size"])]), "|")
     if compared := _compared(rows):
         print()
         print("| fused row | rival | time | memory |")
@@ -45,10 +45,9 @@ def ratio(rows: dict[str, Any], name: str, other: str) -> float | None:
     return statistics.median(a / b for a, b in pairs) if pairs else None
 
 
-def _cells(rows: dict[str, Any], row: dict[str, Any], size_name: str) -> list[str]:
-    size = SIZES[size_name]
+def _cells(rows: dict[str, Any], name: str, size_name: str) -> list[str]:
+    row, size = rows[name], SIZES[size_name]
     config = LlamaConfig(**size.architecture())
-    name = next(n for n, r in rows.items() if r is row)
     cells = ["", "", "", ""]
     if row["seconds"]:
         seconds = statistics.median(row["seconds"])
