@@ -25,7 +25,7 @@ def print_report(data: dict[str, Any]) -> None:
         "| compiled in s | loss |"
     )
     print("|---" * 9 + "|")
-    for name, row in rows.items():
+    for name in rows:
         print("|", " | ".join([name, *_cells(rows, name, data["size"])]), "|")
     if compared := _compared(rows):
         print()
