@@ -4,8 +4,11 @@
 
 The config file says what the run does; its docstring gives the command, the hardware and what to
 expect. A field is changed with --config.NAME=VALUE; --print_config shows them all and exits. The
-run writes metrics.jsonl and, at its end, the model in Hugging Face form to --config.workdir.
-An error is one line; `python -X dev train.py ...` shows where it came from.
+run writes metrics, a log, checkpoints and, at its end, the model in Hugging Face form to
+--config.workdir. An error is one line; `python -X dev train.py ...` shows where it came from.
+
+Ctrl-C or SIGTERM stop it after the step that it is making, with a checkpoint and status 0; however
+it ended, the same command goes on from the last checkpoint, --config.resume=never starts anew.
 
 A run takes all GPUs of the machine, as --config.mesh divides them. On several machines start it on
 each: srun, mpirun and indexed Jobs of Kubernetes tell it of the others, anything else with
@@ -46,6 +49,9 @@ def main(argv: Sequence[str]) -> int:
 
         devices.start(**{name: flag.value for name, flag in processes.items()})
         train(config)
+    except KeyboardInterrupt:
+        print("error: stopped at once, without saving", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for a checkpoint that is being written: it does not count
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise

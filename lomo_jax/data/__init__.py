@@ -2,6 +2,6 @@
 
 from lomo_jax.data.documents import package_path
 from lomo_jax.data.packing import Batch
-from lomo_jax.data.text import text_dataset
+from lomo_jax.data.text import Text, text_dataset
 
-__all__ = ["Batch", "package_path", "text_dataset"]
+__all__ = ["Batch", "Text", "package_path", "text_dataset"]

@@ -6,7 +6,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
@@ -19,8 +19,22 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Rows are cut from memory in microseconds, so threads would only fight for the interpreter.
+# Rows are cut from memory in microseconds: one thread is enough to have the next batches ready, and
+# held-out ones need none.
+_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 _NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+class Text(NamedTuple):
+    """What `text_dataset` makes of text."""
+
+    # Endless; `get_state()` and `set_state()` give and restore the position, as JSON.
+    train: grain.DatasetIterator[Batch]
+    # Finite: the same batches whenever it is iterated, the last filled up with rows of weight 0.
+    held_out: grain.IterDataset[Batch]
+    # Of documents and tokenizer. Where it is the same, so is what comes after a position, given
+    # the same other arguments.
+    fingerprint: str
 
 
 def text_dataset(
@@ -33,7 +47,7 @@ def text_dataset(
     eval_fraction: float = 0.05,
     text_key: str = "text",
     rows: Sequence[int] | None = None,
-) -> tuple[grain.DatasetIterator[Batch], grain.IterDataset[Batch]]:
+) -> Text:
     """Tokenises text, holds out a part of it and packs both parts into batches.
 
     Documents. A line of a `.jsonl` file is a document. So is any other file, unless it is longer
@@ -67,9 +81,7 @@ def text_dataset(
       rows: which rows of every batch to read, for a process that needs only those; all by default.
 
     Returns:
-      The training batches, an endless iterator whose `get_state()` and `set_state()` give and
-      restore the position; and the held-out batches, a finite dataset that gives the same ones
-      whenever it is iterated, the last filled up with rows of weight 0. See `Batch`.
+      The training batches, the held-out ones, and a fingerprint; see `Text` and `Batch`.
 
     Raises:
       FileNotFoundError: a path does not exist or matches no file.
@@ -119,11 +131,13 @@ def text_dataset(
     )
     rows = range(batch_size) if rows is None else rows
     train = grain.MapDataset.source(train_rows).shuffle(seed).repeat()
-    train = grain.MapDataset.source(Batches(train, batch_size, rows)).to_iter_dataset(_NO_THREADS)
+    train = grain.MapDataset.source(Batches(train, batch_size, rows)).to_iter_dataset(_AHEAD)
     # In a random order, so that the first batches are a fair sample of all.
     evaluation = grain.MapDataset.source(eval_rows).shuffle(0)
     evaluation = grain.MapDataset.source(Batches(evaluation, batch_size, rows))
-    return iter(train), evaluation.to_iter_dataset(_NO_THREADS)
+    lengths = spans[distinct, 1] - spans[distinct, 0]
+    fingerprint = hashlib.blake2b(hashes[distinct].tobytes() + lengths.tobytes(), digest_size=8)
+    return Text(iter(train), evaluation.to_iter_dataset(_NO_THREADS), fingerprint.hexdigest())
 
 
 def _tokenize(

@@ -4,6 +4,7 @@ from lomo_jax.models.config import LlamaConfig as LlamaConfig
 from lomo_jax.models.config import RopeScaling as RopeScaling
 from lomo_jax.models.generate import generate as generate
 from lomo_jax.models.huggingface import save as save
+from lomo_jax.models.huggingface import save_config as save_config
 from lomo_jax.models.llama import RULES as RULES
 from lomo_jax.models.llama import Llama as Llama
 from lomo_jax.models.llama import abstract as abstract

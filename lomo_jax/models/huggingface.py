@@ -60,6 +60,7 @@ def save(
     *,
     dtype: DTypeLike | None = None,
     tokenizer: Any = None,
+    card: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a Hugging Face directory that `transformers` and `lomo_jax.models.load` read.
@@ -74,6 +75,7 @@ def save(
       params: the parameters, as `nnx.split` of a `Llama` gives them.
       dtype: of the saved weights: float32, bfloat16 or float16. By default the parameters' own.
       tokenizer: a transformers tokenizer to save with the model.
+      card: the text of README.md, the model card.
       max_shard_bytes: larger models are split into several files and an index.
 
     Raises:
@@ -88,12 +90,9 @@ def save(
         written = temporary / "new"
         if jax.process_index() == 0:
             written.mkdir()
-            if tokenizer is not None:
-                tokenizer.save_pretrained(written)
-            hf_config = config.to_hf(dtype)
-            special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
-            _write_json(written / _CONFIG, hf_config)
-            _write_json(written / _GENERATION_CONFIG, special)
+            save_config(written, config, dtype, tokenizer)
+            if card is not None:
+                (written / "README.md").write_text(card)
         _wait_for_all("directory")
         _write_weights(
             written, disassemble(params, HF_NAMES, dtype), dtype.itemsize, max_shard_bytes
@@ -101,6 +100,25 @@ def save(
         _wait_for_all("weights")
         if jax.process_index() == 0:
             _replace(path, written, temporary / "old")
+
+
+def save_config(
+    directory: Path, config: LlamaConfig, dtype: DTypeLike, tokenizer: Any = None
+) -> None:
+    """Writes all of a Hugging Face directory but the weights.
+
+    Args:
+      directory: which exists.
+      config: the model's shape.
+      dtype: of the weights.
+      tokenizer: a transformers tokenizer.
+    """
+    hf_config = config.to_hf(dtype)
+    special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
+    _write_json(directory / _CONFIG, hf_config)
+    _write_json(directory / _GENERATION_CONFIG, special)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ A config file defines `get_config() -> Config`. Every field can be set on the co
 """
 
 import dataclasses
+import importlib.util
 import math
 import types
 import typing
@@ -21,6 +22,7 @@ INITS = ("checkpoint", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 REMATS = ("full", "attention", "none")
 ATTENTIONS = ("auto", "xla", "cudnn")
+RESUMES = ("auto", "must", "never")
 _ALSO = {float: int, ConfigDict: dict}
 
 
@@ -45,7 +47,9 @@ class Architecture:
 class ModelConfig:
     """Where the model comes from."""
 
-    path: str | None = None  # Hugging Face directory or .gguf file, of weights and tokenizer
+    # Of weights and tokenizer: Hugging Face directory, .gguf file, or workdir of an earlier run, of
+    # which the last checkpoint is taken, or one of its checkpoints.
+    path: str | None = None
     init: str = "checkpoint"  # or "random": fresh weights; `path` then only gives the tokenizer
     # With random weights and no path, a token is a byte.
     architecture: Architecture = dataclasses.field(default_factory=Architecture)
@@ -94,6 +98,7 @@ class Config:
     microbatches: int = 1  # parts of a batch that go through a layer one after the other
     clip_norm: float | None = None  # of the gradient over all parameters; takes 1.7 times as long
     dynamic_loss_scale: bool = False  # for float16: skips steps that overflow; as long as clip_norm
+    skip_nonfinite: int = 0  # updates in a row that NaN or infinity may cost before the run stops
     rounding: str = "nearest"  # or "stochastic", which keeps small updates of bfloat16 weights
     remat: str = "full"  # or "attention", "none": what the backward pass computes again
     offload: OffloadConfig = dataclasses.field(default_factory=OffloadConfig)
@@ -109,9 +114,16 @@ class Config:
     eval_every: int = 100  # steps; 0: only before the first and after the last one
     eval_batches: int | None = None  # of held-out text, at most, in an evaluation; None: all
     log_every: int = 10  # steps
-    prompt: str = ""  # continued before and after training, and shown; "": nothing is
+    prompt: str = ""  # continued at each evaluation, and shown; "": nothing is
     prompt_tokens: int = 48  # length of that continuation
-    workdir: str = "runs/default"  # gets metrics.jsonl, config.json and export/
+    wandb: str | None = None  # project of Weights & Biases to log to, beside the files of workdir
+
+    workdir: str = "runs/default"  # of all that the run writes; one run at a time
+    resume: str = "auto"  # from the last checkpoint there; or "must" there be one, or "never"
+    checkpoint_every: int = 100  # steps; 0: only as the next two say, at the end and when stopped
+    checkpoint_minutes: float = 30.0  # since the last one, at most; 0: however long
+    keep_best: bool = True  # the checkpoint of the lowest held-out loss, beside the last ones
+    keep_checkpoints: int = 1  # of the last ones; each takes the disk that weights and state do
 
 
 def validate(config: Config, *, for_plan: bool = False) -> None:
@@ -140,6 +152,11 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
 
     if not for_plan:
         _require_paths(config)
+        if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"wandb: {config.wandb!r} asks for a package that is not installed: pip install "
+                "wandb"
+            )
     if config.batch_size % config.microbatches:
         raise ConfigError(
             f"microbatches: {config.microbatches} does not divide batch_size={config.batch_size}"
@@ -265,6 +282,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("batch_size", _positive, _POSITIVE),
     ("microbatches", _positive, _POSITIVE),
     ("clip_norm", _positive, _POSITIVE),
+    ("skip_nonfinite", _not_negative, _NOT_NEGATIVE),
     ("rounding", ROUNDINGS.__contains__, "one of " + ", ".join(ROUNDINGS)),
     ("remat", REMATS.__contains__, "one of " + ", ".join(REMATS)),
     ("attention", ATTENTIONS.__contains__, "one of " + ", ".join(ATTENTIONS)),
@@ -275,5 +293,10 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("eval_batches", _positive, _POSITIVE),
     ("log_every", _positive, _POSITIVE),
     ("prompt_tokens", _positive, _POSITIVE),
+    ("wandb", bool, "the name of a project"),
     ("workdir", bool, "a folder"),
+    ("resume", RESUMES.__contains__, "one of " + ", ".join(RESUMES)),
+    ("checkpoint_every", _not_negative, _NOT_NEGATIVE),
+    ("checkpoint_minutes", _not_negative, _NOT_NEGATIVE),
+    ("keep_checkpoints", _positive, _POSITIVE),
 )

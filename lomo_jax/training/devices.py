@@ -139,11 +139,14 @@ def put(batch: Mapping[str, Any], config: Config, mesh: Mesh, rows: Sequence[int
     """
     shape, divided = (config.batch_size, config.sequence_length), batch_sharding(mesh)
     here = {row: place for place, row in enumerate(rows)}
-
-    def part(x):
-        every = range(config.batch_size)
-        return lambda index: x[[here[row] for row in every[index[0]]]]
-
-    return {
-        name: jax.make_array_from_callback(shape, divided, part(x)) for name, x in batch.items()
+    places = {
+        device: [here[row] for row in range(config.batch_size)[index[0]]]
+        for device, index in divided.addressable_devices_indices_map(shape).items()
     }
+
+    def whole(x):
+        # Not make_array_from_callback: its transfers are implicit, which a transfer guard refuses.
+        parts = [jax.device_put(x[part], device) for device, part in places.items()]
+        return jax.make_array_from_single_device_arrays(shape, divided, parts)
+
+    return {name: whole(x) for name, x in batch.items()}

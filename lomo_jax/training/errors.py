@@ -12,6 +12,10 @@ class NonFiniteError(ValueError):
     """The loss is NaN or infinite; the message names the step."""
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message names it."""
+
+
 class OutOfMemoryError(ValueError):
     """The device's memory is too small; the message says what lowers the need of it."""
 

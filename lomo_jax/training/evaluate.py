@@ -21,17 +21,28 @@ class Evaluation(NamedTuple):
     accuracy: float  # share of the tokens that the model found likeliest
 
 
-def make_evaluate(model: Model, batches: Sequence[Batch]) -> Callable[[nnx.State], Evaluation]:
-    """Returns a function from parameters to their evaluation on all of `batches`."""
+def make_evaluate(
+    model: Model, batches: Sequence[Batch], is_over: Callable[[], bool] = lambda: False
+) -> Callable[[nnx.State], Evaluation | None]:
+    """Returns a function from parameters to their evaluation on all of `batches`.
+
+    It asks `is_over` at every batch, and gives up with None if that is so.
+    """
 
     @jax.jit
     def sums(params: nnx.State, batch: Any) -> jax.Array:
         loss, metrics = model.loss(params, batch)
         return metrics.weight * jnp.stack([loss, metrics.accuracy, jnp.ones_like(loss)])
 
-    def evaluate(params: nnx.State) -> Evaluation:
-        # Every batch is under way before the first result is waited for.
-        loss, accuracy, weight = np.sum(jax.device_get([sums(params, b) for b in batches]), axis=0)
+    def evaluate(params: nnx.State) -> Evaluation | None:
+        under_way: list[jax.Array] = []
+        for batch in batches:
+            if is_over():
+                return None
+            under_way.append(sums(params, batch))
+            # The next batch computes while this one is waited for, and no more are under way.
+            jax.block_until_ready(under_way[-2:-1])
+        loss, accuracy, weight = np.sum(jax.device_get(under_way), axis=0)
         return Evaluation(float(loss / weight), float(accuracy / weight))
 
     return evaluate

@@ -1,149 +1,193 @@
 """A run, from its config to the exported model."""
 
-import functools
-import itertools
-import tempfile
+import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
-from flax import nnx
-from jax.sharding import Mesh
+import numpy as np
+from jax.experimental import multihost_utils
 
-import lomo_jax
-from lomo_jax import data, models
+from lomo_jax import models
 from lomo_jax.training import devices
-from lomo_jax.training import model as model_lib
-from lomo_jax.training.config import Config
+from lomo_jax.training import workdir as workdir_lib
+from lomo_jax.training.card import model_card
+from lomo_jax.training.checkpoint import Checkpoints, Facts
+from lomo_jax.training.config import Config, to_dict
 from lomo_jax.training.display import Display
-from lomo_jax.training.errors import ConfigError
+from lomo_jax.training.errors import CheckpointError, NonFiniteError
 from lomo_jax.training.evaluate import continue_prompt, make_evaluate
-from lomo_jax.training.memory import MemoryGuard, describe, plan_step
-from lomo_jax.training.model import Model
+from lomo_jax.training.memory import MemoryGuard
+from lomo_jax.training.prepare import Run, prepare
 from lomo_jax.training.record import Recorder
-from lomo_jax.training.step import batch_shapes, make_step
+from lomo_jax.training.sinks import MetricsFile, Sink, TensorBoard, WeightsAndBiases
+from lomo_jax.training.stop import Stop
 
 
 def train(config: Config) -> None:
-    """Trains, evaluates and exports.
+    """Trains, evaluates and exports; goes on where an earlier run in the same folder has stopped.
 
-    `config.workdir` gets the config, `metrics.jsonl` with one JSON object for each logged step and
-    each evaluation, and at the end the model in Hugging Face form in `export`. The export of an
-    earlier run stays until this one's is complete.
+    `config.workdir` gets, by the names in `lomo_jax.training.workdir`, the config, the metrics, a
+    log, checkpoints and at the end the model in Hugging Face form. A run that starts anew moves
+    what it finds there aside. SIGTERM and SIGINT end the run after the step that it is making, with
+    a checkpoint and without an export; a second SIGINT raises KeyboardInterrupt.
 
     Args:
       config: A validated config.
 
     Raises:
-      ConfigError: The config does not fit the model, or `workdir` cannot be written.
-      NonFiniteError: The loss became NaN or infinite.
+      ConfigError: The config does not fit the model or the checkpoint, or `workdir` cannot be
+        written or is in use.
+      CheckpointError: No checkpoint can be read, or the last one not be written.
+      NonFiniteError: The loss, a gradient or a parameter became NaN or infinite.
       OutOfMemoryError: The device's memory is too small for the run.
       LostProcessError: Another process of the run ended.
-      FileNotFoundError, ValueError: The checkpoint or the text cannot be read.
+      FileNotFoundError, ValueError: The model or the text cannot be read.
     """
+    quiet = jax.process_index() > 0
+    with Stop() as stop, Display(config.steps, quiet=quiet) as display:
+        try:
+            _train(config, display, stop)
+        except KeyboardInterrupt:
+            if stop.has_begun:
+                raise
+            display.line("stopped", "before the first step")
+
+
+def _train(config: Config, display: Display, stop: Stop) -> None:
     started = time.perf_counter()
     mesh = devices.make_mesh(config)
-    workdir = _make_workdir(config)
-    quiet = jax.process_index() > 0
+    workdir = workdir_lib.make(config.workdir)
+    is_first = jax.process_index() == 0
     with (
+        workdir_lib.lock(workdir) if is_first else contextlib.nullcontext(),
         devices.together(),
         jax.set_mesh(mesh),
-        Display(config.steps, quiet=quiet) as display,
         MemoryGuard(config) as memory,
+        Checkpoints(
+            workdir / workdir_lib.CHECKPOINTS,
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best,
+            warn=lambda text: display.line("warning", text),
+        ) as checkpoints,
     ):
-        display.status("reading the model")
-        model, _ = model_lib.abstract(config, model_lib.compute_capability(), mesh)
-        tokenizer = model_lib.load_tokenizer(config, model)
-        params = model_lib.load_params(config, model, mesh)
-        size = sum(leaf.size for leaf in jax.tree.leaves(params))
-        source = config.model.path if config.model.init == "checkpoint" else "random weights"
-        display.line("model", f"{source}, {size:,} parameters, {config.param_dtype}")
-        if mesh.size > 1:
-            display.line("devices", devices.describe(mesh))
-
-        display.status("reading the text")
-        batches, held_out = _load_text(config, tokenizer, mesh)
-        display.line("text", f"{config.data.path}, {len(held_out)} held-out batches")
-
-        display.status("compiling the step")
-        compiling = time.perf_counter()
-        step_fn, state = _compile(config, model, mesh, params)
-        seconds = time.perf_counter() - compiling
-        display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
-        plan = plan_step(config, model, mesh, step_fn, params, state)
-        memory.planned(plan)
-        display.line("memory", describe(plan))
-
-        evaluate = make_evaluate(model, held_out)
-        with Recorder(config, model.config, workdir, display, mesh.size) as recorder:
-            display.status("evaluating")
-            recorder.evaluation(0, evaluate(params))
-            _show_sample(config, display, model, tokenizer, params)
-            recorder.restart_clock()
-            late: tuple[int, lomo_jax.StepOutput] | None = None
-            for step in range(1, config.steps + 1):
-                params, state, out = step_fn(params, state, next(batches))
-                # The step before is read while this one runs: the device never waits for the host.
-                if late is not None:
-                    recorder.step(*late)
-                late = step, out
-                if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-                    recorder.step(*late)
-                    late = None
-                    recorder.evaluation(step, evaluate(params))
-                    recorder.restart_clock()
-
-        _show_sample(config, display, model, tokenizer, params)
+        run = prepare(config, mesh, workdir, checkpoints, display, memory)
+        stop.begin()
+        with Recorder(
+            config, run.model.config, run.progress, display, _sinks(config, workdir, run), mesh.size
+        ) as recorder:
+            run = _make_steps(config, run, checkpoints, recorder, display, stop)
+        checkpoints.wait()
+        step = run.progress.step
+        if step < config.steps:
+            _check_saved(config, step, checkpoints.last)
+            display.line(
+                "stopped", f"after step {step}, saved; the same command goes on from there"
+            )
+            return
         display.status("exporting")
-        models.save(workdir / "export", model.config, params, tokenizer=tokenizer)
+        export = workdir / workdir_lib.EXPORT
+        card = model_card(to_dict(config), run.progress)
+        models.save(export, run.model.config, run.params, tokenizer=run.tokenizer, card=card)
         minutes = (time.perf_counter() - started) / 60
-        display.line("exported", f"{workdir / 'export'}, {minutes:.1f} minutes in all")
+        display.line("exported", f"{export}, {minutes:.1f} minutes in all")
 
 
-def _make_workdir(config: Config) -> Path:
-    workdir = Path(config.workdir).expanduser()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"workdir: {config.workdir!r} cannot be written: {error.strerror}; set --config.workdir"
-        ) from error
-    return workdir
+def _check_saved(config: Config, step: int, last: int | None) -> None:
+    """Raises CheckpointError if the run was stopped after a step that is not the last one saved."""
+    if last != step:
+        there = f"the last checkpoint is of step {last}" if last else "there is no checkpoint"
+        raise CheckpointError(
+            f"stopped after step {step}, which could not be saved; {there}; make room on the disk "
+            f"of {config.workdir!r}"
+        )
 
 
-def _show_sample(
-    config: Config, display: Display, model: Model, tokenizer: Any, params: nnx.State
-) -> None:
+def _sinks(config: Config, workdir: Path, run: Run) -> list[Sink]:
+    if jax.process_index() > 0:  # every process computes the same metrics, the first writes them
+        return []
+    step = run.progress.step
+    sinks: list[Sink] = []
+    if config.wandb is not None:
+        sinks.append(WeightsAndBiases(config.wandb, workdir, to_dict(config)))
+    sinks.append(MetricsFile(workdir / workdir_lib.METRICS))
+    sinks.append(TensorBoard(workdir / workdir_lib.TENSORBOARD, step))
+    return sinks
+
+
+def _make_steps(
+    config: Config,
+    run: Run,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    display: Display,
+    stop: Stop,
+) -> Run:
+    """Makes the steps that are left, with the evaluations and checkpoints that are due."""
+    evaluate = make_evaluate(run.model, run.held_out, lambda: stop.is_wanted)
+    params, state, progress = run.params, run.state, run.progress
+    saved_at = time.monotonic()
+    recorder.restart_clock()
+    while True:
+        step = progress.step
+        is_last = step >= config.steps
+        eval_loss, is_best = None, False
+        wants_evaluation = is_last or _is_due(step, config.eval_every)
+        if wants_evaluation and progress.evaluated < step and not stop.is_wanted:
+            recorder.flush()
+            display.status("evaluating")
+            result = evaluate(params)
+            if result is not None:
+                eval_loss, is_best = result.loss, recorder.evaluation(step, result)
+                _show_sample(config, recorder, run, params, step)
+            recorder.restart_clock()
+        is_asked = stop.after(step)
+        is_due = step > 0 and _is_due(step, config.checkpoint_every)
+        if step > 0 and (
+            is_last
+            or is_asked
+            or is_due
+            or (is_best and config.keep_best)
+            or (step % config.log_every == 0 and _is_long_ago(saved_at, config))
+        ):
+            recorder.flush()
+            progress.data = run.text.train.get_state()
+            facts = Facts(progress, to_dict(config), run.text.fingerprint, {})
+            in_place = config.offload.params or config.offload.state
+            if not checkpoints.save(params, state, facts, eval_loss=eval_loss, in_place=in_place):
+                raise NonFiniteError(
+                    f"a parameter is not finite after step {step}: the run stopped and saved "
+                    f"nothing; the last checkpoint is of step {checkpoints.last}; lower "
+                    f"learning_rate ({config.learning_rate:g}) or set --config.skip_nonfinite"
+                )
+            saved_at = time.monotonic()
+            recorder.restart_clock()
+        if is_last or is_asked:
+            return run._replace(params=params, state=state)
+        batch = run.send(next(run.text.train))
+        params, state, out, scale = run.step(params, state, batch)
+        progress.step = step + 1
+        recorder.step(step + 1, out, scale)
+        checkpoints.poll()
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps, 0 for never, is done after this one."""
+    return step == 0 or (every > 0 and step % every == 0)
+
+
+def _is_long_ago(saved_at: float, config: Config) -> bool:
+    """Whether the last checkpoint is older than the config allows, by the first process's clock."""
+    minutes = config.checkpoint_minutes
+    over = bool(minutes) and time.monotonic() - saved_at > 60 * minutes
+    if jax.process_count() > 1:
+        over = bool(multihost_utils.broadcast_one_to_all(np.array(over)))
+    return over
+
+
+def _show_sample(config: Config, recorder: Recorder, run: Run, params, step: int) -> None:
     if config.prompt:
-        text = continue_prompt(model, tokenizer, params, config.prompt, config.prompt_tokens)
-        display.line("sample", config.prompt + text)
-
-
-def _load_text(config: Config, tokenizer: Any, mesh: Mesh) -> tuple[Iterator[Any], list[Any]]:
-    """Returns the endless training batches, on the devices, and the held-out ones."""
-    assert config.data.path is not None, "validate() asks for it"
-    rows = devices.rows_here(config, mesh)
-    batches, held_out = data.text_dataset(
-        model_lib.resolve(config.data.path),
-        tokenizer,
-        sequence_length=config.sequence_length,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        eval_fraction=config.data.eval_fraction,
-        text_key=config.data.text_key,
-        rows=rows,
-    )
-    send = functools.partial(devices.put, config=config, mesh=mesh, rows=rows)
-    return map(send, batches), [send(b) for b in itertools.islice(held_out, config.eval_batches)]
-
-
-def _compile(config: Config, model: Model, mesh: Mesh, params: nnx.State) -> tuple[Any, Any]:
-    """Returns the step, compiled to update parameters and state in place, and its first state."""
-    step, batch = make_step(config, model), batch_shapes(config, mesh)
-    state = jax.jit(lambda params: step.init(params, batch))(params)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
-    return compiled, state
+        text = continue_prompt(
+            run.model, run.tokenizer, params, config.prompt, config.prompt_tokens
+        )
+        recorder.sample(step, config.prompt, text)

@@ -1,40 +1,11 @@
-"""What a run measures of itself, and the file it goes to."""
+"""What a run measures of itself."""
 
-import itertools
-import json
-import math
 import time
-from pathlib import Path
-from typing import Any
 
 import jax
 
 from lomo_jax.flops import flops_per_token, peak_flops
 from lomo_jax.models import LlamaConfig
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, on disk as soon as it is written.
-
-    The file of an earlier run in the same folder is kept, as `metrics-1.jsonl` and so on.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if path.exists():
-            numbered = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(1))
-            path.rename(next(other for other in numbered if not other.exists()))
-        self._file = path.open("w", buffering=1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        # JSON has no NaN: null keeps the file readable for every parser.
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        self._file.write(json.dumps(finite) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class Stopwatch:

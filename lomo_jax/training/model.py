@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lomo_jax import models, sharding
 from lomo_jax.data import package_path
 from lomo_jax.losses import Metrics, next_token_loss
+from lomo_jax.training import workdir
 from lomo_jax.training.config import Config
 from lomo_jax.training.errors import ConfigError
 
@@ -56,7 +57,7 @@ def abstract(
     """
     source = config.model
     if source.init == "checkpoint" and source.path is not None:
-        shape = models.load_config(resolve(source.path))
+        shape = models.load_config(_hf_path(source.path))
     else:
         shape = models.LlamaConfig(**vars(source.architecture))
     if config.sequence_length > shape.max_length:
@@ -101,7 +102,15 @@ def load_params(config: Config, model: Model, mesh: Mesh | None = None) -> nnx.S
             model.config, config.seed, dtype, on_host=on_host, mesh=mesh
         )
     assert config.model.path is not None, "validate() asks for it"
-    return models.load(resolve(config.model.path), dtype, on_host=on_host, mesh=mesh)[1]
+    run = workdir.locate(config.model.path)
+    if run is None:
+        return models.load(resolve(config.model.path), dtype, on_host=on_host, mesh=mesh)[1]
+    from lomo_jax.training import checkpoint  # slow to import, and a plan needs no weights
+
+    shapes = models.abstract(model.config, dtype)[1]
+    if mesh is not None:
+        shapes = sharding.struct(shapes, models.shardings(model.config, shapes, mesh))
+    return checkpoint.read_params(*run, on_host_like(shapes) if on_host else shapes)[0]
 
 
 def load_tokenizer(config: Config, model: Model) -> PreTrainedTokenizerBase:
@@ -111,7 +120,7 @@ def load_tokenizer(config: Config, model: Model) -> PreTrainedTokenizerBase:
       ConfigError: The model is smaller than the tokenizer's vocabulary.
       FileNotFoundError, ValueError: The files are not there or damaged.
     """
-    path = None if config.model.path is None else resolve(config.model.path)
+    path = None if config.model.path is None else _hf_path(config.model.path)
     tokenizer = _byte_tokenizer() if path is None else models.tokenizer(path)
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
@@ -134,6 +143,18 @@ def resolve(path: str) -> str:
     if not path.startswith(_PACKAGE):
         return path
     return package_path(*path.removeprefix(_PACKAGE).split("/"))
+
+
+def on_host_like(shapes: Any) -> Any:
+    """Returns shapes with shardings, of the same arrays in host memory."""
+    kinds = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), shapes)
+    return sharding.struct(shapes, kinds)
+
+
+def _hf_path(path: str) -> str:
+    """Returns where config.json and tokenizer lie: of a run's checkpoint, in its workdir."""
+    run = workdir.locate(path)
+    return resolve(path) if run is None else str(run[0] / workdir.MODEL)
 
 
 def _attention(config: Config, head_dim: int, capability: tuple[int, int] | None) -> str:

@@ -1,8 +1,8 @@
-"""Tells a run's progress to the person and to `metrics.jsonl`, and stops it where it went wrong."""
+"""Tells a run's progress to the person and to its sinks, and stops it where it went wrong."""
 
-import json
 import math
-from pathlib import Path
+import time
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
@@ -11,12 +11,14 @@ import numpy as np
 
 import lomo_jax
 from lomo_jax.models import LlamaConfig
-from lomo_jax.training.config import Config, to_dict
+from lomo_jax.training.checkpoint import Progress
+from lomo_jax.training.config import Config
 from lomo_jax.training.display import Display
 from lomo_jax.training.errors import NonFiniteError
 from lomo_jax.training.evaluate import Evaluation
-from lomo_jax.training.metrics import MetricsFile, Stopwatch, device_memory
+from lomo_jax.training.metrics import Stopwatch, device_memory
 from lomo_jax.training.optimizer import make_schedule
+from lomo_jax.training.sinks import Record, Sink
 
 
 class Recorder:
@@ -26,77 +28,152 @@ class Recorder:
         self,
         config: Config,
         model_config: LlamaConfig,
-        workdir: Path,
+        progress: Progress,
         display: Display,
+        sinks: Sequence[Sink],
         devices: int = 1,
     ) -> None:
+        """Args: progress: Where the run goes on; what is skipped and evaluated is counted there."""
         self._config = config
+        self._progress = progress
         self._display = display
-        # Every process computes the same metrics, and the first one writes them.
-        self._file = None
-        if jax.process_index() == 0:
-            (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-            self._file = MetricsFile(workdir / "metrics.jsonl")
+        self._sinks = list(sinks)
+        self._late: tuple[int, Any] | None = None
         self._stopwatch = Stopwatch(
             model_config, config.batch_size, config.sequence_length, devices
         )
         schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
         # All at once: asking the schedule in the loop would put work on the device.
         self._learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
-        self._shown: dict[str, float] = {}
+        self._measured: dict[str, float] = {}  # of the last steps
+        self._shown: dict[str, float] = {}  # beside it, to the person
+        if progress.step:
+            self._write({"step": progress.step, "resumed": True})
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        for sink in self._sinks:
+            sink.close()
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of the throughput."""
         self._stopwatch.restart()
 
-    def step(self, step: int, out: lomo_jax.StepOutput) -> None:
-        """Waits for step number `step` (from 1) and records it.
+    def step(self, step: int, out: lomo_jax.StepOutput, scale: jax.Array | None) -> None:
+        """Takes what step number `step` (from 1) will give, and records the one before.
+
+        So the device has its next step already when the host waits for the last one.
+
+        Args:
+          step: Its number.
+          out: Its output.
+          scale: What its loss was multiplied by, if the loss scale is dynamic.
 
         Raises:
-          NonFiniteError: Its loss is NaN or infinite.
+          NonFiniteError: Loss or gradient of the step before is not finite.
         """
-        loss, metrics, norm = jax.device_get((out.loss, out.aux, out.grad_norm))
-        self._stopwatch.step()
-        self._check_finite("loss", float(loss), step)
-        learning_rate = float(self._learning_rates[step - 1])
-        self._shown |= {"loss": float(loss), "learning_rate": learning_rate}
-        if norm is not None:
-            self._shown["grad_norm"] = float(norm)
-        logged = step in (1, self._config.steps) or step % self._config.log_every == 0
-        if logged:
-            self._shown |= self._stopwatch.read() | device_memory()
-            # There is one of each for every microbatch.
-            accuracy = np.average(np.ravel(metrics.accuracy), weights=np.ravel(metrics.weight))
-            self._write({"step": step, **self._shown, "accuracy": float(accuracy)})
-        self._display.step(step, self._shown, logged=logged)
+        before, self._late = self._late, (step, (out, scale))
+        self._record(before)
 
-    def evaluation(self, step: int, result: Evaluation) -> None:
+    def flush(self) -> None:
+        """Waits for the last step and records it; raises what `step` does."""
+        before, self._late = self._late, None
+        self._record(before)
+
+    def _record(self, late: tuple[int, Any] | None) -> None:
+        if late is None:
+            return
+        step, given = late
+        out, scale = jax.device_get(given)
+        self._stopwatch.step()
+        loss = float(out.loss)
+        learning_rate = float(self._learning_rates[step - 1])
+        self._measured |= {"loss": loss, "learning_rate": learning_rate}
+        if out.grad_norm is not None:
+            self._measured["grad_norm"] = float(out.grad_norm)
+        if scale is not None and self._config.dynamic_loss_scale:
+            self._measured["loss_scale"] = float(scale)
+        stopped = self._count_skipped(step, loss, finite=bool(out.finite), scale=scale)
+        logged = step in (1, self._config.steps) or step % self._config.log_every == 0
+        if logged or stopped:
+            self._measured |= self._stopwatch.read() | device_memory()
+            tokens = self._config.batch_size * self._config.sequence_length
+            seconds = tokens / self._measured["tokens_per_second"]
+            # There is one of each for every microbatch.
+            metrics = out.aux
+            accuracy = np.average(np.ravel(metrics.accuracy), weights=np.ravel(metrics.weight))
+            self._write({"step": step, **self._measured, "accuracy": float(accuracy)})
+            self._shown["seconds_left"] = (self._config.steps - step) * seconds
+        self._display.step(step, self._measured | self._shown, logged=logged)
+        if stopped:
+            raise NonFiniteError(stopped)
+
+    def evaluation(self, step: int, result: Evaluation) -> bool:
         """Records an evaluation after `step` steps.
 
+        Returns:
+          Whether its loss is the lowest so far.
+
         Raises:
           NonFiniteError: Its loss is NaN or infinite.
         """
-        self._check_finite("held-out loss", result.loss, step)
+        if not math.isfinite(result.loss):
+            raise NonFiniteError(self._advice("held-out loss", result.loss, step))
         self._write({"step": step, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
         self._display.line(
             "held out",
             f"loss {result.loss:.4f}  accuracy {result.accuracy:.1%}  after {step} steps",
         )
+        self._shown["eval_loss"] = result.loss
+        self._progress.evaluated = step
+        is_best = self._progress.best is None or result.loss < self._progress.best
+        if is_best:
+            self._progress.best = result.loss
+        return is_best
 
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(record)
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Records how the model continues the prompt after `step` steps."""
+        self._write({"step": step, "sample": text})
+        self._display.line("sample", prompt + text)
 
-    def _check_finite(self, name: str, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"{name} is {loss} at step {step}: the run stopped and exported nothing; lower "
-                f"learning_rate ({self._config.learning_rate:g}) or lengthen warmup"
-            )
+    def _write(self, record: Record) -> None:
+        record = {"step": record["step"], "time": time.time(), **record}
+        for sink in list(self._sinks):
+            try:
+                sink.write(record)
+            except OSError as error:
+                # The run is worth more than its metrics, and a disk that is full may not stay so.
+                self._display.line("warning", f"metrics of step {record['step']} are lost: {error}")
+
+    def _count_skipped(
+        self, step: int, loss: float, *, finite: bool, scale: np.ndarray | None
+    ) -> str | None:
+        """Counts the step if its update was skipped; returns why the run has to stop, if it has."""
+        progress = self._progress
+        if finite:
+            progress.skipped_in_a_row = 0
+            return None
+        if math.isfinite(loss):
+            norm = self._measured.get("grad_norm")
+            why = self._advice("gradient", "not finite" if norm is None else norm, step)
+        else:
+            why = self._advice("loss", loss, step)
+        if scale is None:
+            return why
+        progress.skipped += 1
+        self._measured["skipped"] = progress.skipped
+        if math.isfinite(loss) and scale > 1:  # a lower scale may do: what it is dynamic for
+            return None
+        progress.skipped_in_a_row += 1
+        limit = self._config.skip_nonfinite
+        return why if progress.skipped_in_a_row > limit else None
+
+    def _advice(self, name: str, value: object, step: int) -> str:
+        after = self._progress.skipped_in_a_row
+        skipped = f", after {after} steps in a row were skipped" if after > 1 else ""
+        return (
+            f"{name} is {value} at step {step}{skipped}: the run stopped and exported nothing; "
+            f"lower learning_rate ({self._config.learning_rate:g}) or lengthen warmup"
+        )

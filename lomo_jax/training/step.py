@@ -31,11 +31,20 @@ def make_step(config: Config, model: Model) -> lomo_jax.Step:
         has_aux=True,
         clip_norm=config.clip_norm,
         microbatches=config.microbatches,
-        loss_scale=lomo_jax.DynamicLossScale() if config.dynamic_loss_scale else None,
+        loss_scale=_loss_scale(config),
         rounding=config.rounding,
         remat=config.remat,
         offload=lomo_jax.Offload(**vars(config.offload)),
     )
+
+
+def _loss_scale(config: Config) -> lomo_jax.DynamicLossScale | None:
+    if config.dynamic_loss_scale:
+        return lomo_jax.DynamicLossScale()
+    if config.skip_nonfinite:
+        # A scale of 1 that neither falls nor grows: what is left of it is that steps are skipped.
+        return lomo_jax.DynamicLossScale(initial=1.0, minimum=1.0, growth_interval=2**31 - 1)
+    return None
 
 
 def batch_shapes(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -40,7 +40,7 @@ def targets(batches: list[Batch]) -> list[int]:
 
 def load(path: Any, tokenizer: PreTrainedTokenizerFast, **kwargs: Any):
     kwargs = {"sequence_length": T, "batch_size": 1, "eval_fraction": 0.1, **kwargs}
-    return text_dataset(path, tokenizer, **kwargs)
+    return text_dataset(path, tokenizer, **kwargs)[:2]
 
 
 def epochs(path: Path, tokenizer: PreTrainedTokenizerFast, number: int, seed: int = 0):

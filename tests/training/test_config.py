@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,13 @@ def test_a_missing_config_file_gets_one_line(argv):
 def test_a_wrong_value_gets_one_line(changes, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}[^\n]*$"):
         validate(_valid(**changes))
+
+
+def test_a_project_of_weights_and_biases_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    message = "^wandb: 'mine' asks for a package that is not installed: pip install wandb$"
+    with pytest.raises(ConfigError, match=message):
+        validate(_valid(wandb="mine"))
 
 
 def test_values_of_a_kindred_type_are_fine():

@@ -89,7 +89,7 @@ def _batches(config: Config):
     model, _ = model_lib.abstract(config, None)
     params = model_lib.load_params(config, model)
     assert config.data.path is not None
-    train, held_out = data.text_dataset(
+    train, held_out, _ = data.text_dataset(
         config.data.path,
         model_lib.load_tokenizer(config, model),
         sequence_length=config.sequence_length,
@@ -238,10 +238,10 @@ def test_off_a_terminal_the_run_is_told_in_plain_lines(finished):
     lines = finished.output.splitlines()
     assert [line[:9].rstrip() for line in lines if line[:9].strip()] == [
         *("model", "text", "step", "memory", "held out", "sample"),
-        *("step 1", "step 4", "held out", "step 8", "held out", "step 12", "held out"),
-        *("sample", "exported"),
+        *("step 1", "step 4", "held out", "sample", "step 8", "held out", "sample"),
+        *("step 12", "held out", "sample", "exported"),
     ]
-    assert sum(line.startswith("sample    the cat") for line in lines) == 2
+    assert sum(line.startswith("sample    the cat") for line in lines) == 4
     assert "\x1b" not in finished.output
 
 
@@ -267,7 +267,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, export, steps, 
     )
     with pytest.raises(NonFiniteError, match=message):
         loop.train(config)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()} == export
+    aside = tmp_path / "earlier-1" / "export"
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == export
+    assert not (tmp_path / "export").exists()
     assert 1 in _column(tmp_path, "loss")
 
 

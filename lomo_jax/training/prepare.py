@@ -1,0 +1,234 @@
+"""All that a run needs before its first step."""
+
+import dataclasses
+import functools
+import itertools
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+import lomo_jax
+from lomo_jax import data, models, sharding
+from lomo_jax.training import devices, resume
+from lomo_jax.training import model as model_lib
+from lomo_jax.training import workdir as workdir_lib
+from lomo_jax.training.checkpoint import Checkpoints, Facts, Progress
+from lomo_jax.training.config import Config, ModelConfig, to_dict
+from lomo_jax.training.display import Display
+from lomo_jax.training.errors import CheckpointError
+from lomo_jax.training.memory import MemoryGuard, describe, plan_step
+from lomo_jax.training.model import Model
+from lomo_jax.training.step import batch_shapes, make_step
+
+
+class Run(NamedTuple):
+    """A run, about to make its next step."""
+
+    model: Model
+    tokenizer: Any
+    text: data.Text
+    held_out: list[Any]  # batches, on the devices
+    send: Callable[[Any], Any]  # a batch to the devices
+    step: jax.stages.Compiled
+    params: nnx.State
+    state: lomo_jax.StepState
+    progress: Progress
+
+
+def prepare(
+    config: Config,
+    mesh: Mesh,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    display: Display,
+    memory: MemoryGuard,
+) -> Run:
+    """Reads the model and the text, compiles the step, and finds where the run starts.
+
+    Raises what `loop.train` does, but for what happens in steps.
+    """
+    warn = functools.partial(display.line, "warning")
+    candidates = resume.candidates(config, checkpoints, warn)
+    facts = next(candidates, None)
+
+    display.status("reading the model")
+    model_config = config
+    if facts is None:
+        resume.check_start(config, workdir)
+    else:
+        # Only the weights are in the checkpoint, and where the rest came from may be gone.
+        model_config = dataclasses.replace(
+            config, model=ModelConfig(path=str(workdir / workdir_lib.MODEL))
+        )
+    capability = model_lib.compute_capability()
+    model, shapes = model_lib.abstract(model_config, capability, mesh)
+    tokenizer = model_lib.load_tokenizer(model_config, model)
+    params = None if facts else model_lib.load_params(config, model, mesh)
+    size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    source = config.model.path if config.model.init == "checkpoint" else "random weights"
+    display.line("model", f"{source}, {size:,} parameters, {config.param_dtype}")
+    if mesh.size > 1:
+        display.line("devices", devices.describe(mesh))
+
+    display.status("reading the text")
+    text, held_out, send = _load_text(config, tokenizer, mesh)
+    display.line("text", f"{config.data.path}, {len(held_out)} held-out batches")
+    if facts is not None:
+        resume.check_same_text(facts, config, text.fingerprint)
+
+    display.status("compiling the step")
+    compiling = time.perf_counter()
+    if config.offload.params:
+        shapes = model_lib.on_host_like(shapes)
+    step, init, state_shapes = _compile(config, model, mesh, shapes)
+    seconds = time.perf_counter() - compiling
+    display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
+    plan = plan_step(config, model, mesh, step, shapes, state_shapes)
+    memory.planned(plan)
+    display.line("memory", describe(plan))
+
+    if params is not None:
+        state, progress = init(params), Progress()
+        _start_anew(config, workdir, checkpoints, display, model, tokenizer)
+    else:
+        display.status("reading the checkpoint")
+        params, state, progress = _restore(
+            config, checkpoints, display, facts, candidates, shapes, state_shapes
+        )
+        state = _add_missing(config, model, mesh, params, state, state_shapes)
+        text.train.set_state(progress.data)
+    facts_of_run = {
+        "source": source,
+        "parameters": size,
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "processes": jax.process_count(),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "lomo_jax": lomo_jax.__version__,
+        },
+        "plan": dataclasses.asdict(plan),
+    }
+    if jax.process_index() == 0:
+        workdir_lib.write_json(workdir / workdir_lib.CONFIG, to_dict(config))
+        workdir_lib.write_json(workdir / workdir_lib.RUN, facts_of_run)
+        display.log_to(workdir / workdir_lib.LOG)
+    return Run(model, tokenizer, text, held_out, send, step, params, state, progress)
+
+
+def _start_anew(
+    config: Config,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    display: Display,
+    model: Model,
+    tokenizer: Any,
+) -> None:
+    """Moves the files of an earlier run aside, and writes what a resumed run reads first."""
+    if jax.process_index() == 0:
+        aside = workdir_lib.set_aside(workdir)
+        if aside is not None:
+            display.line("moved", f"what an earlier run left in {workdir}, to {aside.name}")
+        folder = workdir / workdir_lib.MODEL
+        folder.mkdir()
+        models.save_config(folder, model.config, config.param_dtype, tokenizer)
+    checkpoints.begin()
+
+
+def _restore(
+    config: Config,
+    checkpoints: Checkpoints,
+    display: Display,
+    facts: Facts,
+    candidates: Iterator[Facts],
+    shapes: nnx.State,
+    state_shapes: lomo_jax.StepState,
+) -> tuple[nnx.State, lomo_jax.StepState, Progress]:
+    """Reads the last checkpoint that is whole."""
+    while True:
+        try:
+            params, state = checkpoints.restore(facts, shapes, state_shapes)
+            break
+        except CheckpointError as error:
+            display.line("warning", f"{error}; trying the one before")
+            facts = next(candidates)  # which raises if there is none
+    progress = facts.progress
+    damaged = [step for step in checkpoints.steps() if step > progress.step]
+    if damaged:
+        checkpoints.set_aside(damaged)
+    for change in resume.changes(facts, config):
+        display.line("changed", change)
+    display.line("resumed", f"after step {progress.step} of {config.steps}")
+    return params, state, progress
+
+
+def _add_missing(
+    config: Config,
+    model: Model,
+    mesh: Mesh,
+    params: nnx.State,
+    state: lomo_jax.StepState,
+    shapes: lomo_jax.StepState,
+) -> lomo_jax.StepState:
+    """Starts what the config has switched on since the checkpoint: loss scale, rounding."""
+    step, batch = make_step(config, model), batch_shapes(config, mesh)
+    first = jax.jit(lambda params: step.init(params, batch)._replace(optimizer={}))(params)
+    missing = {name: part for name, part in first._asdict().items() if getattr(state, name) is None}
+    return state._replace(
+        **{
+            name: jax.tree.map(
+                lambda x, s: jax.device_put(x, s.sharding), part, getattr(shapes, name)
+            )
+            for name, part in missing.items()
+        }
+    )
+
+
+def _load_text(
+    config: Config, tokenizer: Any, mesh: Mesh
+) -> tuple[data.Text, list[Any], Callable[[Any], Any]]:
+    """Returns the text, its held-out batches on the devices, and what sends a batch there."""
+    assert config.data.path is not None, "validate() asks for it"
+    rows = devices.rows_here(config, mesh)
+    text = data.text_dataset(
+        model_lib.resolve(config.data.path),
+        tokenizer,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        eval_fraction=config.data.eval_fraction,
+        text_key=config.data.text_key,
+        rows=rows,
+    )
+    send = functools.partial(devices.put, config=config, mesh=mesh, rows=rows)
+    held_out = [send(batch) for batch in itertools.islice(text.held_out, config.eval_batches)]
+    return text, held_out, send
+
+
+def _compile(
+    config: Config, model: Model, mesh: Mesh, params: nnx.State
+) -> tuple[jax.stages.Compiled, jax.stages.Compiled, lomo_jax.StepState]:
+    """Compiles for parameters of these shapes, wherever they are.
+
+    Returns:
+      The step, which updates parameters and state in place and gives a `StepOutput` and the loss
+      scale that it took; what makes its first state; and the shapes of the state.
+    """
+    step, batch = make_step(config, model), batch_shapes(config, mesh)
+
+    def step_and_scale(params, state, batch):
+        params, new_state, out = step(params, state, batch)
+        return params, new_state, out, state.loss_scale and state.loss_scale.scale
+
+    lowered = jax.jit(lambda params: step.init(params, batch)).lower(params)
+    init = lowered.compile()
+    state = sharding.struct(lowered.out_info, init.output_shardings)
+    compiled = jax.jit(step_and_scale, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    return compiled, init, state

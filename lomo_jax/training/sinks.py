@@ -1,0 +1,128 @@
+"""Where the metrics of a run go: `metrics.jsonl`, TensorBoard, Weights & Biases."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from lomo_jax.training.errors import ConfigError
+
+Record = dict[str, Any]  # "step" and what was measured after it: numbers, or a sample of text
+
+
+class Sink(Protocol):
+    """Takes records."""
+
+    def write(self, record: Record) -> None:
+        """Takes one record."""
+        ...
+
+    def close(self) -> None:
+        """Takes no more."""
+        ...
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, on disk as soon as it is written, and never removed.
+
+    A run that went on from a checkpoint says so by `{"step": N, "resumed": true}`. Records before
+    that line with a step above N are of a process that was lost: what follows takes their place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file to append to it, if there is one."""
+        _drop_torn_line(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, record: Record) -> None:
+        """Appends a line."""
+        # JSON has no NaN: null keeps the file readable for every parser.
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files for TensorBoard; what a lost process wrote after `step` is not shown."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Args: folder: of the event files; step: where the run goes on, 0 for a new one."""
+        from tensorboardX import SummaryWriter  # slow to import, and for the first process only
+
+        # Without a limit to its queue: where the disk is full its thread ends, and nobody would
+        # take the records that the queue has no room for.
+        self._writer = SummaryWriter(
+            str(folder), purge_step=step + 1 if step else None, max_queue=0, flush_secs=10
+        )
+
+    def write(self, record: Record) -> None:
+        """Adds a point to the curve of each number."""
+        step = record["step"]
+        for name, value in record.items():
+            if isinstance(value, str):
+                self._writer.add_text(name, value, step)
+            elif name not in ("step", "time", "resumed") and math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes what is not written yet."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, the same one after each restart."""
+
+    def __init__(self, project: str, workdir: Path, config: dict[str, Any]) -> None:
+        """Starts or resumes the run.
+
+        Args:
+          project: Its name.
+          workdir: Of the run; holds the files of wandb and the run's identifier.
+          config: Of the run, to be shown.
+
+        Raises:
+          ConfigError: The service refuses.
+        """
+        import wandb  # an extra, for those who ask for it
+
+        folder = workdir / "wandb"
+        folder.mkdir(exist_ok=True)
+        identifier = folder / "run_id"
+        if not identifier.exists():
+            identifier.write_text(wandb.util.generate_id())
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=workdir.name,
+                dir=os.fspath(workdir),
+                config=config,
+                id=identifier.read_text(),
+                resume="allow",
+            )
+        except wandb.Error as error:
+            raise ConfigError(f"wandb: {str(error).splitlines()[0]}") from error
+        # By the run's step, not by wandb's own count, which cannot go back when a run is resumed.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        """Logs a record."""
+        self._run.log(record)
+
+    def close(self) -> None:
+        """Waits until everything is sent."""
+        self._run.finish()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts off the last line if the process that wrote it was killed in the middle."""
+    if path.exists():
+        with path.open("r+b") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)

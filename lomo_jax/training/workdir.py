@@ -1,0 +1,126 @@
+"""The folder of a run: who may write to it, and what an earlier run has left there."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lomo_jax.training.errors import ConfigError
+
+CHECKPOINTS = "checkpoints"  # one folder a step, by orbax
+MODEL = "model"  # config.json and tokenizer, as Hugging Face has them: a model without weights
+EXPORT = "export"  # the trained model in Hugging Face form
+CONFIG = "config.json"
+RUN = "run.json"  # what the config does not tell: parameters, devices, versions, planned memory
+METRICS = "metrics.jsonl"
+LOG = "log.txt"  # what the terminal showed
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+REPORT = "report.html"
+_OF_A_RUN = (
+    *(CHECKPOINTS, MODEL, EXPORT, CONFIG, RUN),
+    *(METRICS, LOG, TENSORBOARD, WANDB, REPORT),
+)
+_LOCK = ".lock"
+
+
+def make(workdir: str) -> Path:
+    """Makes the folder.
+
+    Raises:
+      ConfigError: It cannot be written.
+    """
+    path = Path(workdir).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"workdir: {workdir!r} cannot be written: {error.strerror}; set --config.workdir"
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Keeps other processes out of the folder while this one lives.
+
+    The lock belongs to the open file: the kernel drops it with the process, however that ends.
+
+    Raises:
+      ConfigError: Another run has the folder.
+    """
+    with (workdir / _LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(
+                f"workdir: {str(workdir)!r} is in use by {holder}; wait for that run or stop it, "
+                "or set another --config.workdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def set_aside(workdir: Path) -> Path | None:
+    """Moves the files of an earlier run into a folder of their own, `earlier-1` and so on.
+
+    Returns:
+      That folder; None if there was no earlier run.
+    """
+    found = [name for name in _OF_A_RUN if not _is_nothing(workdir / name)]
+    if not found:
+        return None
+    numbered = (workdir / f"earlier-{number}" for number in itertools.count(1))
+    aside = next(folder for folder in numbered if not folder.exists())
+    aside.mkdir()
+    for name in found:
+        (workdir / name).rename(aside / name)
+    return aside
+
+
+def is_inside(path: str, workdir: Path) -> bool:
+    """Whether a path is, or lies in, what `set_aside` would move."""
+    workdir, place = workdir.resolve(), Path(path).expanduser().resolve()
+    moved = [workdir / name for name in _OF_A_RUN]
+    return place == workdir or any(folder in (place, *place.parents) for folder in moved)
+
+
+def locate(path: str) -> tuple[Path, int | None] | None:
+    """Returns workdir and step if a path is the workdir of a run or one of its checkpoints.
+
+    The step of a workdir is None.
+    """
+    place = Path(path).expanduser()
+    if (place / CHECKPOINTS).is_dir() and (place / MODEL).is_dir():
+        return place, None
+    if place.is_dir() and place.parent.name == CHECKPOINTS and place.name.isdigit():
+        return place.parent.parent, int(place.name)
+    return None
+
+
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote."""
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file as a whole: a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _is_nothing(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))

@@ -1,0 +1,139 @@
+"""Runs of a tiny model, to be stopped, killed, damaged and resumed."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lomo_jax.training import Architecture, Config, DataConfig, MeshConfig, ModelConfig
+
+ROOT = Path(__file__).parents[2]
+_WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "red", "house", "sea"]
+
+
+def write_text(path: Path, documents: int = 60) -> Path:
+    """Writes documents of words in random order, as JSON lines."""
+    rng = np.random.default_rng(0)
+    lines = [json.dumps({"text": " ".join(rng.choice(_WORDS, 60))}) for _ in range(documents)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def make_config(text: str | Path, workdir: Path, **changes: Any) -> Config:
+    """Returns the config of twelve steps of a model of 35,000 parameters on one device."""
+    shape = {
+        **{"vocab_size": 257, "width": 32, "mlp_width": 64, "num_layers": 2, "num_heads": 4},
+        **{"num_kv_heads": 2, "head_dim": 8, "max_length": 64},
+    }
+    fields: dict[str, Any] = {
+        "model": ModelConfig(init="random", architecture=Architecture(**shape)),
+        "data": DataConfig(str(text), eval_fraction=0.1),
+        "learning_rate": 3e-2,
+        "batch_size": 4,
+        "sequence_length": 32,
+        "steps": 12,
+        "param_dtype": "float32",
+        "eval_every": 5,
+        "log_every": 1,
+        "checkpoint_every": 4,
+        "workdir": str(workdir),
+        "mesh": MeshConfig(fsdp=1),
+    }
+    return Config(**fields | changes)
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    """Returns all lines of metrics.jsonl that are whole."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def column(workdir: Path, key: str) -> dict[int, float]:
+    """Returns the last value of each step."""
+    return {record["step"]: record[key] for record in records(workdir) if key in record}
+
+
+def last_step(workdir: Path) -> int:
+    """Returns the last step that was logged."""
+    return max(column(workdir, "loss"), default=0)
+
+
+def weights(workdir: Path) -> dict[str, np.ndarray]:
+    """Returns the exported weights."""
+    from safetensors.numpy import load_file
+
+    return load_file(workdir / "export" / "model.safetensors")
+
+
+def assert_same_run(workdir: Path, expected: Path) -> None:
+    """Every loss and every weight are equal, bit for bit."""
+    for key in ("loss", "accuracy", "eval_loss", "learning_rate", "sample"):
+        assert column(workdir, key) == column(expected, key)
+    found, wanted = weights(workdir), weights(expected)
+    assert found.keys() == wanted.keys()
+    for name, weight in wanted.items():
+        np.testing.assert_array_equal(found[name], weight)
+
+
+@contextlib.contextmanager
+def signal_when(condition: Callable[[], Any], number: signal.Signals) -> Iterator[None]:
+    """Sends this process a signal, once, as soon as `condition` holds inside the block."""
+    sent, ended = threading.Event(), threading.Event()
+
+    def watch():
+        while not ended.is_set():
+            if condition():
+                sent.set()
+                os.kill(os.getpid(), number)
+                return
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    assert sent.is_set(), "the moment for the signal never came"
+
+
+CONFIG = """
+from pathlib import Path
+from lomo_jax.training import *
+
+def get_config():
+    return {config!r}
+"""
+
+
+def start(config: Config, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Starts `train.py` with this config."""
+    folder = Path(config.workdir).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{Path(config.workdir).name}.py"
+    text = CONFIG.format(config=config)
+    path.write_text("from ml_collections import ConfigDict\n" + text)
+    with output_of(config).open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), "--config", str(path), *flags],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        )
+
+
+def output_of(config: Config) -> Path:
+    """Returns the file that holds what the last `start` of this config has printed."""
+    return Path(config.workdir).with_suffix(".out")

@@ -1,0 +1,201 @@
+"""Checkpoints that are damaged, and disks that are full."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import runs
+
+from lomo_jax.training import Config, loop
+from lomo_jax.training.errors import CheckpointError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def stopped(text, tmp_path_factory):
+    """The workdir of a run with the checkpoints 2, 4, ... that was stopped."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    with runs.signal_when(lambda: runs.last_step(workdir) >= 7, signal.SIGTERM):
+        loop.train(_config(text, workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    loop.train(_config(text, workdir))
+    return workdir
+
+
+def _config(text, workdir, **changes):
+    fields = {"checkpoint_every": 2, "keep_checkpoints": 3, "keep_best": False, "eval_every": 0}
+    return runs.make_config(text, workdir, **fields | changes)
+
+
+def _steps(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def _largest(checkpoint: Path, item: str) -> Path:
+    return max((checkpoint / item).rglob("d/*"), key=lambda path: path.stat().st_size)
+
+
+def _truncate(checkpoint: Path) -> None:
+    file = _largest(checkpoint, "params")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flip_a_bit(checkpoint: Path) -> None:
+    file = _largest(checkpoint, "optimizer")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def _empty_the_facts(checkpoint: Path) -> None:
+    (checkpoint / "facts" / "metadata").write_text("")
+
+
+def _remove_an_item(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "optimizer")
+
+
+def _leave_half_of_a_new_one(checkpoint: Path) -> None:
+    """As a process does that is killed while it writes."""
+    half = checkpoint.with_name(f"{checkpoint.name}.orbax-checkpoint-tmp")
+    checkpoint.rename(half)
+    shutil.rmtree(half / "optimizer")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_truncate, _flip_a_bit, _empty_the_facts, _remove_an_item, _leave_half_of_a_new_one],
+)
+def test_the_checkpoint_before_a_damaged_one_is_taken(
+    text, stopped, whole, tmp_path, capsys, damage
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped, workdir)
+    *_, before, last = _steps(workdir)
+    damage(workdir / "checkpoints" / str(last))
+    loop.train(_config(text, workdir))
+    output = capsys.readouterr()
+    assert f"resumed   after step {before} of 12" in output.out
+    assert "Traceback" not in output.err
+    if damage is _leave_half_of_a_new_one:
+        assert not list((workdir / "checkpoints").glob("*tmp*"))
+    else:
+        assert f"warning   {workdir}/checkpoints/{last} is damaged: " in output.out
+        assert (workdir / "checkpoints" / f"{last}.damaged").is_dir()
+    assert _steps(workdir) == [8, 10, 12]
+    runs.assert_same_run(workdir, whole)
+
+
+def test_when_all_are_damaged_the_run_stops_and_touches_nothing(text, stopped, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped, workdir)
+    for step in _steps(workdir):
+        _truncate(workdir / "checkpoints" / str(step))
+    before = sorted(workdir.rglob("*"))
+    listed = ", ".join(str(step) for step in reversed(_steps(workdir)))
+    with pytest.raises(CheckpointError, match=f"no checkpoint that can be read, of steps {listed}"):
+        loop.train(_config(text, workdir))
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_the_last_ones_and_the_best_are_kept(text, tmp_path):
+    config = _config(
+        text, tmp_path, keep_checkpoints=2, keep_best=True, eval_every=3, learning_rate=0.5
+    )
+    loop.train(config)
+    losses = runs.column(tmp_path, "eval_loss")
+    del losses[0]
+    best = min(losses, key=losses.get)
+    assert best < 10, "the test is about a best one that is not among the last"
+    assert _steps(tmp_path) == [best, 10, 12]
+
+
+_ON_A_SMALL_DISK = """
+mount -t tmpfs -o size={kib}k none {disk} && {command}
+status=$?
+cp -r {disk}/. {copy}
+exit $status
+"""
+
+
+def _run_on_a_small_disk(
+    config: Config, folder: Path, kib: int, stop_after: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs with a file system of that size at `folder / "disk"`; copies it to `folder / "copy"`.
+
+    Sends SIGTERM after so many seconds.
+    """
+    disk, copy, path = folder / "disk", folder / "copy", folder / "config.py"
+    disk.mkdir()
+    copy.mkdir()
+    path.write_text(runs.CONFIG.format(config=config))
+    command = f"{sys.executable} {runs.ROOT / 'train.py'} --config {path}"
+    if stop_after is not None:
+        command = f"timeout --signal=TERM {stop_after} {command}"
+    script = _ON_A_SMALL_DISK.format(kib=kib, disk=disk, command=command, copy=copy)
+    unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*unshare, f"mount -t tmpfs none {disk}"], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    return subprocess.run(
+        [*unshare, script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(text, whole, tmp_path):
+    config = _config(text, tmp_path / "disk" / "run", keep_checkpoints=1)
+    # Room for one checkpoint and half of another.
+    result = _run_on_a_small_disk(config, tmp_path, 560)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        f"warning   the checkpoint of step {step} was not written, the disk is full; the last good "
+        "one is of step 2"
+        for step in (4, 6, 8, 10, 12)
+    ]
+    copy = tmp_path / "copy" / "run"
+    runs.assert_same_run(copy, whole)
+    assert _steps(copy) == [2]
+    assert not list((copy / "checkpoints").glob("*tmp*"))
+    shutil.rmtree(copy / "export")
+    loop.train(_config(text, copy))
+    assert [r["step"] for r in runs.records(copy) if "resumed" in r] == [2]
+    runs.assert_same_run(copy, whole)
+
+
+def test_a_run_that_is_stopped_and_cannot_save_says_so(text, tmp_path):
+    config = _config(text, tmp_path / "disk" / "run", steps=10**6, log_every=1000)
+    result = _run_on_a_small_disk(config, tmp_path, 300, stop_after=20)
+    assert result.returncode == 1
+    *_, error = result.stderr.splitlines()
+    assert re.fullmatch(
+        r"error: stopped after step \d+, which could not be saved; there is no checkpoint; make "
+        rf"room on the disk of '{config.workdir}'",
+        error,
+    )

@@ -1,0 +1,223 @@
+"""Mistakes, and the one line that `train.py` answers with.
+
+`{tmp}` is the folder of the test. It holds text.txt, a run in `run` that ended after two steps, and
+a copy of its export in `model`.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+import runs
+
+from lomo_jax.training import loop, workdir
+
+_SPEC = importlib.util.spec_from_file_location("train", runs.ROOT / "train.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+train = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(train)
+
+# The flags beside those of a run that would go well; the error.
+CONFIGS = {
+    "--config.modle.init=random": "modle: no such field; did you mean 'model'?",
+    "--config.steps=many": "steps: 'many' is not a whole number",
+    "--config.batch_size=0": "batch_size: 0 is not allowed; it must be a positive number",
+    "--config.optimizer=adamv": (
+        "optimizer: 'adamv' is not adalomo, lomo or an optimizer of optax, such as adamw; did you "
+        "mean 'adam' or 'radam' or 'adamw'?"
+    ),
+    "--config.optimizer_kwargs={'weight_decy': 0.1}": (
+        "optimizer_kwargs: adalomo takes no 'weight_decy'; did you mean 'weight_decay'?"
+    ),
+    "--config.microbatches=3": "microbatches: 3 does not divide batch_size=4",
+    "--config.warmup=12": (
+        "warmup: 12 is 12 of 12 steps, it must be shorter than the run; below 1 it is a fraction "
+        "of `steps`, from 1 on a number of steps"
+    ),
+    "--config.resume=maybe": "resume: 'maybe' is not allowed; it must be one of auto, must, never",
+    "--config.keep_checkpoints=0": (
+        "keep_checkpoints: 0 is not allowed; it must be a positive number"
+    ),
+    "--config.sequence_length=65": (
+        "sequence_length: 65 is longer than the model allows, 64 tokens; lower it"
+    ),
+    "--config.mesh.fsdp=3": (
+        "batch_size: 4 is not divided by the 3 devices of mesh.data=1 * mesh.fsdp=3; set "
+        "--config.batch_size=6, or a larger mesh.tensor: it divides no batch"
+    ),
+    "--config.resume=must": (
+        "resume: 'must', but '{tmp}/new' has no checkpoint; set --config.workdir to that of the "
+        "run, or --config.resume=auto to start one"
+    ),
+    "--config.wandb=": "wandb: '' is not allowed; it must be the name of a project",
+}
+
+
+def _write(name: str, content: str | bytes):
+    def prepare(tmp: Path) -> None:
+        (tmp / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return prepare
+
+
+def _edit_config(tmp: Path) -> None:
+    path = tmp / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["MambaLM"]}))
+
+
+def _truncate_weights(tmp: Path) -> None:
+    path = tmp / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _remove_tokenizer(tmp: Path) -> None:
+    for path in (tmp / "model").glob("tokenizer*"):
+        path.unlink()
+
+
+def _nothing(tmp: Path) -> None:
+    pass
+
+
+_TEXT, _MODEL = "--config.data.path={tmp}/", "--config.model.init=checkpoint --config.model.path="
+_RUN = "--config.workdir={tmp}/run --config.steps=20"
+# What was done to the files; flags; the error.
+INPUTS = {
+    "no text": (
+        *(_nothing, _TEXT + "none.txt"),
+        "{tmp}/none.txt does not exist: give a file, a folder or a glob of UTF-8 text",
+    ),
+    "empty text": (
+        *(_write("a.txt", ""), _TEXT + "a.txt"),
+        "{tmp}/a.txt has no text: it is empty or blank",
+    ),
+    "text in Latin-1": (
+        *(_write("a.txt", b"caf\xe9 " * 99), _TEXT + "a.txt"),
+        "{tmp}/a.txt is not UTF-8 text (byte 0xe9): convert it, or name the files to read with a "
+        "glob",
+    ),
+    "a line that is no JSON": (
+        *(_write("a.jsonl", '{"text": "one"}\n{"text": '), _TEXT + "a.jsonl"),
+        "{tmp}/a.jsonl:2 is not JSON: Expecting value",
+    ),
+    "JSON without the text": (
+        *(_write("a.jsonl", '{"body": "one"}\n'), _TEXT + "a.jsonl"),
+        "{tmp}/a.jsonl:1 has no 'text' (found: body): set text_key",
+    ),
+    "a few words": (
+        *(_write("a.txt", "One more time."), _TEXT + "a.txt"),
+        "the training text has 12 tokens to predict, less than one sequence of 32: add text or "
+        "lower sequence_length",
+    ),
+    "no model": (
+        *(_nothing, _MODEL + "{tmp}/none"),
+        "{tmp}/none does not exist; give a model directory or a .gguf file",
+    ),
+    "a model of another kind": (
+        *(_edit_config, _MODEL + "{tmp}/model"),
+        "{tmp}/model/config.json: architecture MambaLM is not supported; supported: "
+        "LlamaForCausalLM",
+    ),
+    "weights that were not downloaded to the end": (
+        *(_truncate_weights, _MODEL + "{tmp}/model"),
+        "{tmp}/model/model.safetensors is truncated or not a safetensors file (Error while "
+        "deserializing header: incomplete metadata, file not fully covered); download it again",
+    ),
+    "a model without its tokenizer": (
+        *(_remove_tokenizer, _MODEL + "{tmp}/model"),
+        "{tmp}/model has no tokenizer (tokenizer.json, tokenizer.model, vocab.json); copy the "
+        "model's there",
+    ),
+    "a workdir that is a file": (
+        *(_nothing, "--config.workdir={tmp}/text.jsonl"),
+        "workdir: '{tmp}/text.jsonl' cannot be written: File exists; set --config.workdir",
+    ),
+    "text that has changed since": (
+        *(_write("text.jsonl", "".join(f'{{"text": "document {n}"}}\n' for n in range(99))), _RUN),
+        "data.path: '{tmp}/text.jsonl' is other text than '{made}/text.jsonl', that of the "
+        "checkpoint in '{tmp}/run': the place of the run in it is lost; bring it back, or start "
+        "another run, in another --config.workdir, with --config.model.path={tmp}/run "
+        "--config.model.init=checkpoint",
+    ),
+    "a checkpoint of another optimizer": (
+        *(_nothing, f"{_RUN} --config.optimizer=lomo"),
+        "optimizer: 'lomo', but the checkpoint in '{tmp}/run' is of a run with 'adalomo'; set it "
+        "back, or another --config.workdir for another run",
+    ),
+    "a checkpoint of another model": (
+        *(_nothing, f"{_RUN} --config.model.architecture.width=16"),
+        "model.architecture.width: 16, but the checkpoint in '{tmp}/run' is of a run with 32; set "
+        "it back, or another --config.workdir for another run",
+    ),
+    "a checkpoint of a later step": (
+        *(_nothing, "--config.workdir={tmp}/run --config.steps=1"),
+        "steps: 1, but the checkpoint in '{tmp}/run' is of step 2; raise it, or export that step "
+        "with python -m lomo_jax.export",
+    ),
+    "its own export": (
+        *(_nothing, f"--config.resume=never --config.workdir={{tmp}}/run {_MODEL}{{tmp}}/run"),
+        "model.path: '{tmp}/run' lies in the workdir of this run, which starts anew and moves "
+        "aside what is there; set another --config.workdir",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    tmp = tmp_path_factory.mktemp("made")
+    text = runs.write_text(tmp / "text.jsonl")
+    config = runs.make_config(text, tmp / "run", steps=2)
+    with jax.numpy_dtype_promotion("standard"):
+        loop.train(config)
+    shutil.copytree(tmp / "run" / "export", tmp / "model")
+    return tmp
+
+
+@pytest.fixture
+def answer(made, tmp_path, capsys):
+    """Runs the command with flags, and returns what it printed as an error."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    config = runs.make_config(tmp_path / "text.jsonl", tmp_path / "new")
+    (tmp_path / "config.py").write_text(runs.CONFIG.format(config=config))
+
+    def run(flags: str) -> str:
+        flags = flags.replace("{tmp}", str(tmp_path))
+        argv = ["train.py", f"--config={tmp_path}/config.py", *flags.split(" --")]
+        argv[3:] = [f"--{flag}" for flag in argv[3:]]
+        with jax.numpy_dtype_promotion("standard"):
+            assert train.main(argv) == 1
+        error = capsys.readouterr().err
+        return error.replace(str(tmp_path), "{tmp}").replace(str(made), "{made}")
+
+    return run
+
+
+@pytest.mark.parametrize("flags", CONFIGS)
+def test_a_bad_config_gets_one_line(answer, flags):
+    assert answer(flags) == f"error: {CONFIGS[flags]}\n"
+
+
+@pytest.mark.parametrize("mistake", INPUTS)
+def test_a_bad_input_gets_one_line(answer, tmp_path, mistake):
+    prepare, flags, message = INPUTS[mistake]
+    prepare(tmp_path)
+    run = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
+    assert answer(flags) == f"error: {message}\n"
+    for path, time in run.items():
+        if path.name != ".lock":
+            assert path.stat().st_mtime_ns == time
+    assert not (tmp_path / "new" / "metrics.jsonl").exists()
+
+
+def test_a_folder_in_use_gets_one_line(answer, made, tmp_path):
+    with workdir.lock(tmp_path / "run"):
+        message = answer("--config.workdir={tmp}/run")
+    assert message.startswith("error: workdir: '{tmp}/run' is in use by process ")
+    assert message.endswith("; wait for that run or stop it, or set another --config.workdir\n")
+    assert message.count("\n") == 1

@@ -1,0 +1,223 @@
+"""Where a run starts, and what it keeps of an earlier one."""
+
+import dataclasses
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import jax
+import pytest
+import runs
+
+from lomo_jax import models
+from lomo_jax.training import DataConfig, ModelConfig, OffloadConfig, loop
+from lomo_jax.training.errors import ConfigError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def made(text, tmp_path_factory):
+    """The workdir of a run of six steps, with the checkpoints 3 and 6, from a model in a folder."""
+    folder = tmp_path_factory.mktemp("made")
+    loop.train(runs.make_config(text, folder / "model", steps=1))
+    config = _config(text, folder / "run", folder / "model" / "export")
+    loop.train(config)
+    shutil.rmtree(folder / "model")  # it is not needed again
+    return folder / "run"
+
+
+def _config(text, workdir, model, **changes):
+    fields = {
+        **{"steps": 6, "checkpoint_every": 3, "keep_checkpoints": 2, "eval_every": 3},
+        **{"model": ModelConfig(str(model)), "schedule": "constant", "optimizer": "adamw"},
+    }
+    return runs.make_config(text, workdir, **fields | changes)
+
+
+@pytest.fixture
+def again(text, made, tmp_path):
+    """Returns the config of a copy of that run, with changes."""
+    shutil.copytree(made, tmp_path / "run")
+
+    def config(**changes):
+        model = made.parent / "model" / "export"
+        return dataclasses.replace(_config(text, tmp_path / "run", model), **changes)
+
+    return config
+
+
+def _lines(text: str, label: str) -> list[str]:
+    return [line[10:] for line in text.splitlines() if line.startswith(f"{label:<9} ")]
+
+
+def test_a_run_that_is_complete_makes_its_export_again(again, made, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "run" / "export")
+    before = runs.records(tmp_path / "run")
+    loop.train(again())
+    assert _lines(capsys.readouterr().out, "resumed") == ["after step 6 of 6"]
+    *kept, resumed = runs.records(tmp_path / "run")
+    assert kept == before
+    assert (resumed["step"], resumed["resumed"]) == (6, True)
+    runs.assert_same_run(tmp_path / "run", made)
+
+
+def test_what_may_change_is_told(again, tmp_path, capsys):
+    loop.train(again(steps=7, learning_rate=1e-3, microbatches=2, rounding="stochastic"))
+    assert _lines(capsys.readouterr().out, "changed") == [
+        "learning_rate: 0.03 until step 6, now 0.001",
+        "microbatches: 1 until step 6, now 2",
+        "rounding: 'nearest' until step 6, now 'stochastic'",
+        "steps: 6 until step 6, now 7",
+    ]
+    assert runs.column(tmp_path / "run", "learning_rate")[7] == pytest.approx(1e-3)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 7
+
+
+def test_skipping_can_be_switched_on_where_a_run_has_stopped(again, tmp_path):
+    loop.train(again(steps=8, skip_nonfinite=2))
+    plain = again(steps=8, workdir=str(tmp_path / "plain"))
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "plain" / "checkpoints")
+    shutil.rmtree(tmp_path / "plain" / "checkpoints" / "8")
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "plain" / "model")
+    loop.train(plain)
+    skipping, plain = (runs.column(tmp_path / name, "loss") for name in ("run", "plain"))
+    assert skipping[8] == pytest.approx(plain[8], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"optimizer": "lomo"}, "optimizer"),
+        ({"param_dtype": "bfloat16"}, "param_dtype"),
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 8}, "batch_size"),
+        ({"model": ModelConfig("elsewhere")}, "model.path"),
+    ],
+)
+def test_a_config_of_another_run_is_refused(again, changes, name):
+    with pytest.raises(ConfigError, match=rf"^{name}: .*, but the checkpoint in .* is of a run"):
+        loop.train(again(**changes))
+
+
+def test_text_may_move_but_not_change(again, text, tmp_path):
+    moved = shutil.copy(text, tmp_path / "moved.jsonl")
+    loop.train(again(steps=7, data=DataConfig(str(moved), eval_fraction=0.1)))
+    runs.write_text(moved, documents=61)
+    with pytest.raises(ConfigError, match="has changed since the checkpoint"):
+        loop.train(again(steps=8, data=DataConfig(str(moved), eval_fraction=0.1)))
+
+
+def test_never_moves_an_earlier_run_aside(again, text, made, tmp_path, capsys):
+    loop.train(runs.make_config(text, tmp_path / "run", resume="never", steps=1))
+    assert "to earlier-1" in capsys.readouterr().out
+    runs.assert_same_run(tmp_path / "run" / "earlier-1", made)
+    assert runs.last_step(tmp_path / "run") == 1
+    # The earlier one can go on where it is now.
+    aside = dataclasses.replace(again(), workdir=str(tmp_path / "run" / "earlier-1"), steps=7)
+    loop.train(aside)
+    assert runs.last_step(tmp_path / "run" / "earlier-1") == 7
+
+
+@pytest.mark.parametrize(("place", "step"), [("", 6), ("checkpoints/6", 6), ("checkpoints/3", 3)])
+def test_a_checkpoint_is_a_model_to_start_from(text, made, tmp_path, place, step):
+    config = _config(text, tmp_path, made / place, steps=1, optimizer="lomo")
+    loop.train(config)
+    first = runs.column(tmp_path, "eval_loss")[0]
+    assert first == pytest.approx(runs.column(made, "eval_loss")[step], rel=1e-6)
+
+
+def test_a_checkpoint_in_another_dtype(text, made, tmp_path):
+    loop.train(_config(text, tmp_path, made, steps=1, param_dtype="bfloat16"))
+    first = runs.column(tmp_path, "eval_loss")[0]
+    assert first == pytest.approx(runs.column(made, "eval_loss")[6], rel=1e-2)
+
+
+def test_into_host_memory_and_back(again, made, text, tmp_path):
+    """A run that is offloaded on its way ends like one that is not."""
+    offload = OffloadConfig(params=True, state=True)
+    loop.train(again(steps=9, offload=offload))
+    loop.train(again(steps=12))
+    shutil.copytree(made, tmp_path / "plain")
+    loop.train(dataclasses.replace(again(steps=12), workdir=str(tmp_path / "plain")))
+    found, expected = (runs.column(tmp_path / name, "loss") for name in ("run", "plain"))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_checkpoint_by_time(text, tmp_path):
+    config = runs.make_config(
+        text, tmp_path, checkpoint_every=0, checkpoint_minutes=1e-6, log_every=5, keep_best=False
+    )
+    loop.train(dataclasses.replace(config, keep_checkpoints=9))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "10", "12"}
+
+
+def test_what_is_written_beside_the_metrics(made):
+    run = json.loads((made / "run.json").read_text())
+    size = sum(leaf.size for leaf in runs.weights(made).values())
+    assert (run["parameters"], run["device"], run["devices"]) == (size, "cpu", 1)
+    assert run["plan"]["total_gib"] > run["plan"]["weights_gib"] > 0
+    log = (made / "log.txt").read_text()
+    for words in (f"{size:,} parameters", "step 6", "held out", "exported"):
+        assert words in log
+    config, _ = models.load(made / "export")
+    assert config.width == 32
+    card = (made / "export" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| steps | 6 of 6, 768 tokens |" in card
+
+
+def test_tensorboard_has_the_losses(made):
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in (made / "tensorboard").iterdir():
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+    for name in ("loss", "learning_rate", "eval_loss"):
+        for step, value in runs.column(made, name).items():
+            assert found[name, step] == pytest.approx(value, rel=1e-6)
+
+
+def test_the_loop_transfers_nothing_behind_its_back(text, tmp_path, monkeypatch):
+    make_steps = loop._make_steps
+
+    def guarded(*args):
+        with jax.transfer_guard("disallow"):
+            return make_steps(*args)
+
+    monkeypatch.setattr(loop, "_make_steps", guarded)
+    loop.train(runs.make_config(text, tmp_path))
+    assert runs.last_step(tmp_path) == 12
+
+
+def test_weights_and_biases(text, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for steps in (2, 4):
+        loop.train(runs.make_config(text, tmp_path, steps=steps, wandb="lomo_jax"))
+    offline = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert len({path.name.rpartition("-")[2] for path in offline}) == 1
+    assert len(offline) == 2
+
+
+def test_names(made):
+    assert {path.name for path in Path(made).iterdir()} == {
+        *(".lock", "checkpoints", "config.json", "export", "log.txt", "metrics.jsonl", "model"),
+        *("run.json", "tensorboard"),
+    }

@@ -1,0 +1,114 @@
+"""Runs that are asked to stop, and go on."""
+
+import functools
+import signal
+
+import jax
+import pytest
+import runs
+
+from lomo_jax.training import MeshConfig, loop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # optax's cosine schedule mixes dtypes
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return runs.write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """The workdir of a run that nobody stopped."""
+    workdir = tmp_path_factory.mktemp("whole")
+    loop.train(runs.make_config(text, workdir))
+    return workdir
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on(text, whole, tmp_path, capsys, number):
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    config = runs.make_config(text, tmp_path, checkpoint_every=0)
+    with runs.signal_when(lambda: runs.last_step(tmp_path) >= 3, number):
+        loop.train(config)
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    stopped = runs.last_step(tmp_path)
+    assert 3 <= stopped < 12
+    assert f"stopped   after step {stopped}, saved" in capsys.readouterr().out
+    assert not (tmp_path / "export").exists()
+    loop.train(config)
+    assert f"resumed   after step {stopped} of 12" in capsys.readouterr().out
+    runs.assert_same_run(tmp_path, whole)
+
+
+def test_a_signal_while_a_checkpoint_is_written(text, whole, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    with runs.signal_when(lambda: list(checkpoints.glob("*tmp*")), signal.SIGTERM):
+        loop.train(runs.make_config(text, tmp_path, checkpoint_every=2))
+    assert not list(checkpoints.glob("*tmp*"))
+    assert str(runs.last_step(tmp_path)) in {path.name for path in checkpoints.iterdir()}
+    loop.train(runs.make_config(text, tmp_path, checkpoint_every=2))
+    runs.assert_same_run(tmp_path, whole)
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_to_resume(text, whole, tmp_path, capsys):
+    with runs.signal_when((tmp_path / ".lock").exists, signal.SIGTERM):
+        loop.train(runs.make_config(text, tmp_path))
+    assert "stopped   before the first step" in capsys.readouterr().out
+    loop.train(runs.make_config(text, tmp_path))
+    runs.assert_same_run(tmp_path, whole)
+
+
+def test_a_signal_during_an_evaluation_puts_it_off(text, whole, tmp_path, monkeypatch):
+    def evaluate_slowly(model, batches, is_over):
+        def evaluate(params):
+            if runs.last_step(tmp_path) == 5:
+                signal.raise_signal(signal.SIGTERM)
+            return make(model, batches, is_over)(params)
+
+        return evaluate
+
+    make = loop.make_evaluate
+    monkeypatch.setattr(loop, "make_evaluate", evaluate_slowly)
+    loop.train(runs.make_config(text, tmp_path))
+    assert list(runs.column(tmp_path, "eval_loss")) == [0]
+    monkeypatch.undo()
+    loop.train(runs.make_config(text, tmp_path))
+    runs.assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_run_goes_on_on_another_mesh(text, tmp_path, mesh):
+    """Losses equal to 1e-6 those on one device."""
+    for name, first, then in (("one", {"fsdp": 1}, {"fsdp": 1}), ("two", mesh, {"fsdp": 2})):
+        workdir = tmp_path / name
+        shape = runs.make_config(text, workdir).model
+        shape.architecture.vocab_size = 258  # to be divided by `tensor`
+        options = {"batch_size": 8, "model": shape}
+        began = functools.partial(lambda workdir: runs.last_step(workdir) >= 3, workdir)
+        with runs.signal_when(began, signal.SIGTERM):
+            loop.train(runs.make_config(text, workdir, mesh=MeshConfig(**first), **options))
+        assert 3 <= runs.last_step(workdir) < 12
+        loop.train(runs.make_config(text, workdir, mesh=MeshConfig(**then), **options))
+    for key in ("loss", "eval_loss"):
+        one, two = (runs.column(tmp_path / name, key) for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-6)
+
+
+def test_the_commands_status(text, tmp_path):
+    """0 after one signal, 130 at once after a second interrupt."""
+    for name, signals, status in (("once", 1, 0), ("twice", 2, 130)):
+        config = runs.make_config(
+            text, tmp_path / name, steps=10**6, eval_every=0, checkpoint_every=0
+        )
+        process = runs.start(config)
+        while runs.last_step(tmp_path / name) < 3:
+            assert process.poll() is None, runs.output_of(config).read_text()
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == status, runs.output_of(config).read_text()
+    assert "stopped at once" in runs.output_of(config).read_text()
