@@ -80,6 +80,7 @@ def save(
 
     Raises:
       ValueError: `path` exists and is not a model directory.
+      OSError: it cannot be written, for example because the disk is full.
     """
     path = Path(path)
     dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype if dtype is None else dtype)
@@ -94,9 +95,11 @@ def save(
             if card is not None:
                 (written / "README.md").write_text(card)
         _wait_for_all("directory")
-        _write_weights(
-            written, disassemble(params, HF_NAMES, dtype), dtype.itemsize, max_shard_bytes
-        )
+        tensors = disassemble(params, HF_NAMES, dtype)
+        try:
+            _write_weights(written, tensors, dtype.itemsize, max_shard_bytes)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path} was not written: {error}") from None
         _wait_for_all("weights")
         if jax.process_index() == 0:
             _replace(path, written, temporary / "old")

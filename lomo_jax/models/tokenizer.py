@@ -47,7 +47,10 @@ def tokenizer(path: str | os.PathLike[str]) -> Any:
         )
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    found = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    for key in ("is_local", "local_files_only"):  # how it was found, which it would save
+        found.init_kwargs.pop(key, None)
+    return found
 
 
 def _from_gguf(metadata: Metadata) -> Any:

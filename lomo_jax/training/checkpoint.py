@@ -275,7 +275,7 @@ def read_params(folder: Path, step: int | str | None, like: Any) -> tuple[nnx.St
         elif step == "best":
             step = checkpoints.best()
         if step not in steps:
-            there = f"those there are of step {', '.join(map(str, steps))}" if steps else "none"
+            there = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(f"{folder} has no checkpoint of step {step}: there is {there}")
         facts = checkpoints.facts(step)
         return checkpoints.restore(facts, like)[0], facts

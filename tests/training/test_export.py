@@ -1,0 +1,87 @@
+"""`python -m lomo_jax.export`: any checkpoint of a run, as a Hugging Face directory."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+from safetensors.numpy import load_file
+
+from lomo_jax import export, models
+from lomo_jax.training import loop
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The workdir of a run with the checkpoints 4, 8 (the best) and 12."""
+    folder = tmp_path_factory.mktemp("made")
+    text = runs.write_text(folder / "text.jsonl")
+    fields = {"keep_checkpoints": 3, "eval_every": 4, "learning_rate": 0.3, "schedule": "constant"}
+    with jax.numpy_dtype_promotion("standard"):
+        loop.train(runs.make_config(text, folder / "run", **fields))
+    return folder / "run"
+
+
+def _export(*arguments) -> int:
+    return export.main(["export", *map(str, arguments)])
+
+
+def test_the_last_checkpoint_is_what_the_run_exported(made, tmp_path, capsys):
+    assert _export(made, tmp_path / "out") == 0
+    assert capsys.readouterr().out == f"exported  step 12 of {made} to {tmp_path / 'out'}\n"
+    of_run, files = made / "export", {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {path.name for path in of_run.iterdir()}
+    assert files >= {"README.md", "config.json", "generation_config.json", "tokenizer.json"}
+    for name in files - {"model.safetensors"}:
+        assert (tmp_path / "out" / name).read_text() == (of_run / name).read_text()
+    found, expected = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "out", of_run)
+    )
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(found[name], weight)
+
+
+def test_an_earlier_checkpoint(made, tmp_path):
+    assert _export(made, tmp_path / "out", "--step", 4) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| steps | 4 of 12, 512 tokens |" in card
+    text = runs.column(made, "eval_loss")
+    with jax.numpy_dtype_promotion("standard"):
+        config = runs.make_config(made.parent / "text.jsonl", tmp_path / "again", steps=1)
+        config.model.init, config.model.path = "checkpoint", str(tmp_path / "out")
+        loop.train(config)
+    assert runs.column(tmp_path / "again", "eval_loss")[0] == pytest.approx(text[4], rel=1e-6)
+
+
+def test_the_best_checkpoint(made, tmp_path, capsys):
+    losses = runs.column(made, "eval_loss")
+    best = min((4, 8, 12), key=losses.get)
+    assert _export(made, tmp_path / "out", "--step", "best") == 0
+    assert f"step {best} " in capsys.readouterr().out
+
+
+def test_large_models_are_written_in_shards(made, tmp_path):
+    config, params = models.load(made / "export")
+    models.save(tmp_path / "out", config, params, card="# A card", max_shard_bytes=50_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert (tmp_path / "out" / "README.md").read_text() == "# A card"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{made}", "{tmp}/out", "--step=5"), "{made} has no checkpoint of step 5: there is 12, "),
+        (("{tmp}", "{tmp}/out"), "{tmp} is not the workdir of a run: it has no folder model"),
+        (("{made}", "{tmp}"), "{tmp} exists and is not a model directory; choose another export"),
+    ],
+)
+def test_a_mistake_gets_one_line(made, tmp_path, capsys, arguments, message):
+    (tmp_path / "file").touch()
+    names = {"made": made, "tmp": tmp_path}
+    assert _export(*(argument.format(**names) for argument in arguments)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message.format(**names)}")
+    assert error.count("\n") == 1
