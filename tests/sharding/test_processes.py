@@ -1,6 +1,7 @@
 """Runs of two and of four processes on one machine, which talk over gloo."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -122,6 +123,39 @@ def test_train_with_processes(tmp_path):
         np.testing.assert_allclose(losses, found[1][0], rtol=1e-5)
         for name, weight in found[1][1].items():
             np.testing.assert_allclose(weights[name], weight, rtol=0, atol=1e-5 * abs(weight).max())
+
+
+def test_processes_stop_together_and_one_goes_on(tmp_path):
+    """One of two processes is told to stop; both save after the same step."""
+    fields = ["--config.steps=200", "--config.eval_every=0", "--config.prompt="]
+    running = train(tmp_path, 2, *fields)
+    log = tmp_path / "run2" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 20):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    outputs = finish(running)
+    assert [p.returncode for p in running] == [0, 0], outputs
+    (stopped,) = re.findall(r"stopped   after step (\d+), saved", outputs[0])
+    assert 20 <= int(stopped) < 200
+    assert [path.name for path in (tmp_path / "run2" / "checkpoints").iterdir()] == [stopped]
+
+    (process,) = train(tmp_path, 1, *fields, f"--config.workdir={tmp_path / 'run2'}")
+    (output,) = finish([process])
+    assert process.returncode == 0, output
+    assert f"resumed   after step {stopped} of 200" in output
+    (process,) = train(tmp_path, 1, *fields)
+    (output,) = finish([process])
+    assert process.returncode == 0, output
+    until = int(stopped) + 10  # later on rounding, which another mesh does otherwise, has grown
+    losses = []
+    for name in ("run2", "run1"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        of_steps = {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
+        assert list(of_steps) == list(range(1, 201))
+        losses.append([of_steps[step] for step in range(1, until)])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_a_process_that_is_killed_ends_the_others(tmp_path):

@@ -165,6 +165,7 @@ def _run_on_a_small_disk(
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(text, whole, tmp_path):
     config = _config(text, tmp_path / "disk" / "run", keep_checkpoints=1)
     # Room for one checkpoint and half of another.
@@ -187,6 +188,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(text, whole, tmp_path):
     runs.assert_same_run(copy, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_cannot_save_says_so(text, tmp_path):
     config = _config(text, tmp_path / "disk" / "run", steps=10**6, log_every=1000)
     result = _run_on_a_small_disk(config, tmp_path, 300, stop_after=20)

@@ -82,6 +82,7 @@ def test_a_signal_during_an_evaluation_puts_it_off(text, whole, tmp_path, monkey
     runs.assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_a_run_goes_on_on_another_mesh(text, tmp_path, mesh):
     """Losses equal to 1e-6 those on one device."""
@@ -100,6 +101,7 @@ def test_a_run_goes_on_on_another_mesh(text, tmp_path, mesh):
         assert two == pytest.approx(one, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_commands_status(text, tmp_path):
     """0 after one signal, 130 at once after a second interrupt."""
     for name, status in (("once", 0), ("again and again", 130)):
