@@ -34,7 +34,7 @@ class Progress:
     """Where a run is, apart from its arrays."""
 
     step: int = 0  # steps made
-    data: dict[str, Any] | None = None  # position in the text, of grain; None at its start
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)  # position in the text, of grain
     evaluated: int = -1  # the step of the last evaluation; -1 before the first
     best: float | None = None  # the lowest held-out loss so far
     skipped: int = 0  # updates skipped because loss or gradient was not finite
@@ -194,42 +194,48 @@ class Checkpoints:
           CheckpointError: It is damaged.
         """
         with _damaged(self._folder / str(step)):
-            facts = self._manager.restore(
-                step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())
-            ).facts
+            args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+            found: Any = self._manager.restore(step, args=args)
+            facts = found["facts"]
             return Facts(**facts | {"progress": Progress(**facts["progress"])})
 
     def restore(
-        self, facts: Facts, params: Any, state: lomo_jax.StepState | None = None
-    ) -> tuple[nnx.State, lomo_jax.StepState | None]:
+        self, facts: Facts, params: nnx.State, state: lomo_jax.StepState
+    ) -> tuple[nnx.State, lomo_jax.StepState]:
         """Reads the arrays of a checkpoint, to wherever these are.
 
         Args:
           facts: Of the checkpoint.
           params: The parameters as `jax.ShapeDtypeStruct` with their shardings.
-          state: Likewise, that of the step; None to read the parameters alone. What the checkpoint
-            has none of comes back as None.
+          state: Likewise, that of the step. A part that the checkpoint has none of comes back as
+            None.
 
         Raises:
           CheckpointError: It is damaged.
         """
+        found = self._read(facts, _items(params, state))
+        rounding = found.get("rounding", {"key": None})["key"]
+        state = lomo_jax.StepState(found["optimizer"], found.get("loss_scale"), rounding)
+        return found["params"], state
+
+    def restore_params(self, facts: Facts, params: nnx.State) -> nnx.State:
+        """Reads the parameters alone; see `restore`."""
+        return self._read(facts, {"params": params})["params"]
+
+    def _read(self, facts: Facts, wanted: dict[str, Any]) -> dict[str, Any]:
         step = facts.progress.step
-        wanted = {"params": params} if state is None else _items(params, state)
         wanted = {name: tree for name, tree in wanted.items() if name in facts.checksums}
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         with _damaged(self._folder / str(step)):
-            args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-            found = self._manager.restore(step, args=ocp.args.Composite(**args))
-            as_saved = jax.tree.leaves(params)[0].dtype == facts.config["param_dtype"]
-            for name in wanted if as_saved else ():
+            found: Any = self._manager.restore(step, args=ocp.args.Composite(**args))
+            as_saved = jax.tree.leaves(wanted["params"])[0].dtype == facts.config["param_dtype"]
+            for name in wanted:
+                if name == "params" and not as_saved:
+                    continue  # they are converted, and their bits are others
                 if checksums(found[name]).sums != facts.checksums[name]:
                     raise ValueError(f"the bits of {name} are not those that were saved")
         self.last = step
-        if state is None:
-            return found["params"], None
-        rounding = found["rounding"]["key"] if "rounding" in wanted else None
-        return found["params"], lomo_jax.StepState(
-            found["optimizer"], found.get("loss_scale"), rounding
-        )
+        return {name: found[name] for name in wanted}
 
     def set_aside(self, steps: Sequence[int]) -> None:
         """Renames damaged checkpoints, so that they count no more: 40 to 40.damaged."""
@@ -278,7 +284,7 @@ def read_params(folder: Path, step: int | str | None, like: Any) -> tuple[nnx.St
             there = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(f"{folder} has no checkpoint of step {step}: there is {there}")
         facts = checkpoints.facts(step)
-        return checkpoints.restore(facts, like)[0], facts
+        return checkpoints.restore_params(facts, like), facts
 
 
 def _items(params: Any, state: lomo_jax.StepState) -> dict[str, Any]:

@@ -139,9 +139,10 @@ def put(batch: Mapping[str, Any], config: Config, mesh: Mesh, rows: Sequence[int
     """
     shape, divided = (config.batch_size, config.sequence_length), batch_sharding(mesh)
     here = {row: place for place, row in enumerate(rows)}
+    indices: Any = divided.addressable_devices_indices_map(shape)
     places = {
         device: [here[row] for row in range(config.batch_size)[index[0]]]
-        for device, index in divided.addressable_devices_indices_map(shape).items()
+        for device, index in indices.items()
     }
 
     def whole(x):

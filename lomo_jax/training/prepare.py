@@ -58,7 +58,7 @@ def prepare(
     facts = next(candidates, None)
 
     display.status("reading the model")
-    model_config = config
+    model_config, params = config, None
     if facts is None:
         resume.check_start(config, workdir)
     else:
@@ -69,7 +69,8 @@ def prepare(
     capability = model_lib.compute_capability()
     model, shapes = model_lib.abstract(model_config, capability, mesh)
     tokenizer = model_lib.load_tokenizer(model_config, model)
-    params = None if facts else model_lib.load_params(config, model, mesh)
+    if facts is None:
+        params: Any = model_lib.load_params(config, model, mesh)
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     source = config.model.path if config.model.init == "checkpoint" else "random weights"
     display.line("model", f"{source}, {size:,} parameters, {config.param_dtype}")
@@ -93,7 +94,7 @@ def prepare(
     memory.planned(plan)
     display.line("memory", describe(plan))
 
-    if params is not None:
+    if facts is None:
         state, progress = init(params), Progress()
         _start_anew(config, workdir, checkpoints, display, model, tokenizer)
     else:

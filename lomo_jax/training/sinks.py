@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,13 +91,13 @@ class WeightsAndBiases:
         Raises:
           ConfigError: The service refuses.
         """
-        import wandb  # an extra, for those who ask for it
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
         folder = workdir / "wandb"
         folder.mkdir(exist_ok=True)
         identifier = folder / "run_id"
         if not identifier.exists():
-            identifier.write_text(wandb.util.generate_id())
+            identifier.write_text(uuid.uuid4().hex)
         try:
             self._run = wandb.init(
                 project=project,

@@ -273,6 +273,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, export, steps, 
     assert 1 in _column(tmp_path, "loss")
 
 
+def test_parameters_that_are_not_finite_are_never_saved(text, tmp_path):
+    config = _config(text, tmp_path, optimizer="sgd", learning_rate=1e20, schedule="constant")
+    config.param_dtype = "float16"  # whose largest number is 65504
+    with pytest.raises(NonFiniteError, match="^a parameter is not finite after step 1: "):
+        loop.train(dataclasses.replace(config, checkpoint_every=1))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_run_that_skips_too_many_steps_stops(text, tmp_path):
+    config = _config(text, tmp_path, optimizer="sgd", learning_rate=1e30, schedule="constant")
+    message = "^gradient is not finite at step 5, after 3 steps in a row were skipped: "
+    with pytest.raises(NonFiniteError, match=message):
+        loop.train(dataclasses.replace(config, skip_nonfinite=3, log_every=1))
+    assert list(_column(tmp_path, "skipped").values())[-1] == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

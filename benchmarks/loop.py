@@ -1,0 +1,108 @@
+"""What the trainer's loop costs on top of the bare compiled step.
+
+    python benchmarks/loop.py [--rounds N]
+
+trains a model whose step takes about 100 ms on two CPU cores, with `lomo_jax.training.loop.train`
+and by calling the compiled step on one batch and nothing else, in turn. Prints the medians and
+their ratio. Evaluations and checkpoints are not part of a step: the loop's figure is the tokens a
+second of its own `metrics.jsonl`, which leaves them out.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from lomo_jax.training import (
+    Architecture,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    devices,
+    loop,
+    model,
+)
+from lomo_jax.training.step import batch_shapes, make_step
+
+_STEPS = 40
+
+
+def main() -> None:
+    """Prints the medians."""
+    parser = argparse.ArgumentParser(description="Times the trainer's loop and the bare step.")
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.txt")
+        text.write_text("".join(f"Line {n} of a text that says nothing.\n" for n in range(20_000)))
+        cache = ("jax_compilation_cache_dir", str(Path(folder, "cache")))
+        jax.config.update(*cache)
+        times = {"bare step": [], "loop": []}
+        for number in range(rounds):
+            config = _config(text, Path(folder, str(number)))
+            times["bare step"].append(_bare(config))
+            times["loop"].append(_loop(config))
+    bare, inside = (statistics.median(times[name]) for name in times)
+    print(f"bare step {bare * 1e3:.1f} ms, in the loop {inside * 1e3:.1f} ms, {inside / bare:.3f}")
+    ratios = [a / b for a, b in zip(times["loop"], times["bare step"], strict=True)]
+    print("ratio of each round:", ", ".join(f"{ratio:.3f}" for ratio in ratios))
+
+
+def _config(text: Path, workdir: Path) -> Config:
+    shape = {"vocab_size": 257, "width": 256, "mlp_width": 768, "num_layers": 6, "num_heads": 4}
+    shape |= {"num_kv_heads": 4, "head_dim": 64, "max_length": 256}
+    return Config(
+        model=ModelConfig(init="random", architecture=Architecture(**shape)),
+        data=DataConfig(str(text), eval_fraction=0.01),
+        mesh=MeshConfig(fsdp=1),
+        batch_size=2,
+        sequence_length=128,
+        steps=_STEPS,
+        param_dtype="float32",
+        eval_every=0,
+        eval_batches=1,
+        log_every=_STEPS // 2,
+        checkpoint_every=0,
+        workdir=str(workdir),
+    )
+
+
+def _loop(config: Config) -> float:
+    """Seconds a step in the second half of a run."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        loop.train(config)
+    lines = Path(config.workdir, "metrics.jsonl").read_text().splitlines()
+    speeds = [r["tokens_per_second"] for r in map(json.loads, lines) if r.get("step") == _STEPS]
+    return config.batch_size * config.sequence_length / speeds[0]
+
+
+def _bare(config: Config) -> float:
+    """Seconds a step of the same step alone."""
+    mesh = devices.make_mesh(config)
+    with jax.set_mesh(mesh):
+        found, _ = model.abstract(config, None, mesh)
+        params = model.load_params(config, found, mesh)
+        step, shapes = make_step(config, found), batch_shapes(config, mesh)
+        batch = jax.tree.map(
+            lambda x: jax.device_put(jax.numpy.ones(x.shape, x.dtype), x.sharding), shapes
+        )
+        state = jax.jit(lambda params: step.init(params, shapes))(params)
+        update = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, shapes).compile()
+        for _half in range(2):
+            started = time.perf_counter()
+            for _ in range(_STEPS // 2):
+                params, state, out = update(params, state, batch)
+            jax.block_until_ready((params, out))
+            seconds = (time.perf_counter() - started) / (_STEPS // 2)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
