@@ -30,7 +30,7 @@ def get_config() -> Config:
         sequence_length=128,
         steps=24,
         param_dtype="float32",  # CPUs multiply it faster than bfloat16
-        eval_every=0,
+        eval_every=8,
         eval_batches=8,
         log_every=1,
         prompt="### SCENE II. A forest.\n\n_Enter the KING and a Messenger_\n\n**KING**  \n",

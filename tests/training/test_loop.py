@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, export, steps, 
 def test_parameters_that_are_not_finite_are_never_saved(text, tmp_path):
     config = _config(text, tmp_path, optimizer="sgd", learning_rate=1e20, schedule="constant")
     config.param_dtype = "float16"  # whose largest number is 65504
-    with pytest.raises(NonFiniteError, match="^a parameter is not finite after step 1: "):
+    with pytest.raises(NonFiniteError, match=r"^a parameter is not finite after step 1: "):
         loop.train(dataclasses.replace(config, checkpoint_every=1))
     assert not list((tmp_path / "checkpoints").iterdir())
 
