@@ -79,8 +79,8 @@ def _loop(config: Config) -> float:
     with contextlib.redirect_stdout(io.StringIO()):
         loop.train(config)
     lines = Path(config.workdir, "metrics.jsonl").read_text().splitlines()
-    speeds = [r["tokens_per_second"] for r in map(json.loads, lines) if r.get("step") == _STEPS]
-    return config.batch_size * config.sequence_length / speeds[0]
+    records = [r for r in map(json.loads, lines) if "tokens_per_second" in r]
+    return config.batch_size * config.sequence_length / records[-1]["tokens_per_second"]
 
 
 def _bare(config: Config) -> float:

@@ -78,8 +78,13 @@ def duration(seconds: float | None) -> str:
 
 
 def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields name and value of every field of a config, such as ("model.path", "...")."""
+    """Yields name and value of every field of a config, such as ("model.path", "...").
+
+    The shape in it is left out where the model has that of its checkpoint.
+    """
     for name, value in config.items():
+        if prefix == "model." and name == "architecture" and config.get("init") == "checkpoint":
+            continue
         # A dictionary is either a group of fields or, if so named, the value of one.
         if isinstance(value, dict) and not name.endswith("_kwargs"):
             yield from leaves(value, f"{prefix}{name}.")

@@ -160,6 +160,8 @@ def _restore(
         except CheckpointError as error:
             display.line("warning", f"{error}; trying the one before")
             facts = next(candidates)  # which raises if there is none
+    if facts.config["dynamic_loss_scale"] != config.dynamic_loss_scale:
+        state = state._replace(loss_scale=None)  # that of skip_nonfinite is 1, and stays so
     progress = facts.progress
     damaged = [step for step in checkpoints.steps() if step > progress.step]
     if damaged:
@@ -179,15 +181,20 @@ def _add_missing(
     shapes: lomo_jax.StepState,
 ) -> lomo_jax.StepState:
     """Starts what the config has switched on since the checkpoint: loss scale, rounding."""
+    missing = [name for name in shapes._fields if getattr(state, name) is None]
+    missing = [name for name in missing if getattr(shapes, name) is not None]
+    if not missing:
+        return state
     step, batch = make_step(config, model), batch_shapes(config, mesh)
     first = jax.jit(lambda params: step.init(params, batch)._replace(optimizer={}))(params)
-    missing = {name: part for name, part in first._asdict().items() if getattr(state, name) is None}
     return state._replace(
         **{
             name: jax.tree.map(
-                lambda x, s: jax.device_put(x, s.sharding), part, getattr(shapes, name)
+                lambda x, like: jax.device_put(x, like.sharding),
+                getattr(first, name),
+                getattr(shapes, name),
             )
-            for name, part in missing.items()
+            for name in missing
         }
     )
 

@@ -164,8 +164,8 @@ class Recorder:
             return why
         progress.skipped += 1
         self._measured["skipped"] = progress.skipped
-        if math.isfinite(loss) and scale > 1:  # a lower scale may do: what it is dynamic for
-            return None
+        if self._config.dynamic_loss_scale and math.isfinite(loss) and scale > 1:
+            return None  # a lower scale may do: what it is dynamic for
         progress.skipped_in_a_row += 1
         limit = self._config.skip_nonfinite
         return why if progress.skipped_in_a_row > limit else None

@@ -8,6 +8,7 @@ import pytest
 from workdirs import CONFIG, FACTS, evaluation, resumed, sample, step, write
 
 from lomo_jax import report
+from lomo_jax.report import words
 from lomo_jax.report.configs import as_file
 from lomo_jax.training import Config, flags
 from lomo_jax.training.config import to_dict
@@ -242,3 +243,11 @@ def test_the_file_to_run_again_makes_the_same_config(tmp_path):
     file.write_text(as_file(to_dict(config)))
     again = flags.parse(["train.py", "--config", str(file), f"--config.workdir={config.workdir}"])
     assert to_dict(again) == to_dict(config)
+
+
+def test_the_shape_is_shown_only_where_it_is_that_of_the_model():
+    for init, shown in (("checkpoint", False), ("random", True)):
+        config = {"model": {"init": init, "architecture": {"width": 16}}, "steps": 3}
+        names = [name for name, _ in words.leaves(config)]
+        assert ("model.architecture.width" in names) == shown
+        assert {"model.init", "steps"} <= set(names)

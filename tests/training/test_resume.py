@@ -85,6 +85,8 @@ def test_what_may_change_is_told(again, tmp_path, capsys):
 
 
 def test_skipping_can_be_switched_on_where_a_run_has_stopped(again, tmp_path):
+    loop.train(again(steps=7, dynamic_loss_scale=True))
+    assert runs.column(tmp_path / "run", "loss_scale") == {7: 2.0**16}
     loop.train(again(steps=8, skip_nonfinite=2))
     plain = again(steps=8, workdir=str(tmp_path / "plain"))
     shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "plain" / "checkpoints")
