@@ -9,10 +9,11 @@ Their dependencies are not needed, hence --no-deps.
 
 Hardware: two CPU cores, 3 GB of memory and 2 GB of disk.
 
-Expect: four minutes, at 117 tokens a second. On held-out parts of the plays the loss falls from
-4.00 to 3.35 and the accuracy rises from 34 % to 41 %. The prompt, the head of a scene, is continued
-with one line over and over before, with a dialogue of the king and the messenger after. Stop the run
-with Ctrl-C, and the same command goes on; `python -m lomo_jax.report runs/quickstart` shows it.
+Expect: four minutes, at 105 to 117 tokens a second. On held-out parts of the plays the loss falls
+from 4.00 to 3.35 and the accuracy rises from 34 % to 41 %. The prompt, the head of a scene, is
+continued with one line over and over before, with a dialogue of the king and the messenger after.
+Stop the run with Ctrl-C, and the same command goes on; `python -m lomo_jax.report runs/quickstart`
+shows it.
 """
 
 from lomo_jax.training import Config, DataConfig, ModelConfig
