@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -56,7 +57,13 @@ def main() -> None:
 
 
 def _config(text: Path, workdir: Path) -> Config:
-    shape = {"vocab_size": 257, "width": 256, "mlp_width": 768, "num_layers": 6, "num_heads": 4}
+    shape: dict[str, Any] = {
+        "vocab_size": 257,
+        "width": 256,
+        "mlp_width": 768,
+        "num_layers": 6,
+        "num_heads": 4,
+    }
     shape |= {"num_kv_heads": 4, "head_dim": 64, "max_length": 256}
     return Config(
         model=ModelConfig(init="random", architecture=Architecture(**shape)),

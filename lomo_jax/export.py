@@ -22,9 +22,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("workdir", metavar="WORKDIR", help="of the run")
     parser.add_argument("out", metavar="OUT", help="the directory to write")
-    parser.add_argument(
-        "--step", type=_step, help="of the checkpoint, or best: of the lowest held-out loss"
-    )
+    parser.add_argument("--step", help="of the checkpoint, or best: of the lowest held-out loss")
     arguments = parser.parse_args(argv[1:])
     # A checkpoint needs no GPU to be read, and one that is there may be busy.
     jax.config.update("jax_platforms", "cpu")
@@ -32,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     from lomo_jax.training.export import export  # slow to import: a typo is told before
 
     try:
-        step = export(Path(arguments.workdir), Path(arguments.out), arguments.step)
+        step = export(Path(arguments.workdir), Path(arguments.out), _step(arguments.step))
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
@@ -42,8 +40,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _step(text: str) -> int | str:
-    return text if text == "best" else int(text)
+def _step(text: str | None) -> int | str | None:
+    if text is None or text == "best":
+        return text
+    if not text.isdigit():
+        raise ValueError(f"--step: {text!r} is neither a number nor best")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from lomo_jax.models.weights import HF_NAMES, Tensor, assemble, disassemble
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_OLD = "old"  # where an earlier export is while the new one takes its place
 _DTYPES = ("F32", "BF16", "F16")
 
 
@@ -102,7 +102,7 @@ def save(
             raise OSError(f"{path} was not written: {error}") from None
         _wait_for_all("weights")
         if jax.process_index() == 0:
-            _replace(path, written, temporary / "old")
+            _replace(path, written, temporary / _OLD)
 
 
 def save_config(
@@ -127,13 +127,12 @@ def save_config(
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """Yields a new directory, the same in all processes, that is gone afterwards."""
-    if jax.process_count() == 1:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            yield Path(temporary)
-        return
     temporary = path.parent / f".{path.name}.writing"
     if jax.process_index() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        # One that is there is of a process that was killed, perhaps between two renamings.
+        if (temporary / _OLD).exists() and not path.exists():
+            (temporary / _OLD).rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     try:
         yield temporary

@@ -11,22 +11,20 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 import lomo_jax
-from lomo_jax.training import workdir
+from lomo_jax.training import devices, workdir
 from lomo_jax.training.checksums import checksums
 from lomo_jax.training.errors import CheckpointError
 
 _PARTIAL = ".orbax-checkpoint-tmp"  # what orbax appends to the name of a folder until it is whole
-_EVAL_LOSS = "eval_loss"
 
 
 @dataclasses.dataclass
@@ -36,7 +34,8 @@ class Progress:
     step: int = 0  # steps made
     data: dict[str, Any] = dataclasses.field(default_factory=dict)  # position in the text, of grain
     evaluated: int = -1  # the step of the last evaluation; -1 before the first
-    best: float | None = None  # the lowest held-out loss so far
+    best: float | None = None  # the lowest held-out loss after a step
+    best_step: int | None = None  # that step
     skipped: int = 0  # updates skipped because loss or gradient was not finite
     skipped_in_a_row: int = 0  # the last of them that had no other cause than that
 
@@ -71,61 +70,52 @@ class Checkpoints:
         """Opens the folder.
 
         Args:
-          folder: Made with the first checkpoint.
+          folder: Made if it is not there.
           keep: The number of checkpoints, of the last ones, that are kept.
           keep_best: Whether the one of the lowest held-out loss is kept beside them.
           warn: Takes a line on a checkpoint that could not be written.
           read_only: Whether nothing will be saved, nor what is half-written be removed.
         """
-        self._folder, self._warn = folder, warn
+        self._folder, self._warn, self._read_only = folder, warn, read_only
+        self._preserve = _LastAndBest(keep)
+        self._keep_best = keep_best
         self._saving: int | None = None
+        self._failure: Exception | None = None
         self.last: int | None = None  # step of the last one that is known to be whole
-        policies: list[Any] = [LatestN(keep)]
-        if keep_best:
-            policies.append(
-                BestN(
-                    get_metric_fn=lambda metrics: metrics[_EVAL_LOSS],
-                    reverse=True,  # the best is the lowest
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(_quiet())
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                best_fn=lambda metrics: metrics[_EVAL_LOSS],
-                best_mode="min",
-                preservation_policy=AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            ),
-        )
+        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_quiet())
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._preserve,
+                    cleanup_tmp_directories=not self._read_only,
+                    read_only=self._read_only,
+                    lightweight_initialize=True,  # nothing is read that might be damaged
+                ),
+            )
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.wait()
-        with self._quiet, contextlib.suppress(Exception):  # what failed has been told
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is KeyboardInterrupt and self._saving is not None:
+            return  # of a person who does not want to wait for it
+        with self._stack:
+            self.wait()
             self._manager.close()
 
     def begin(self) -> None:
         """Forgets the checkpoints of an earlier run, which have been moved away."""
         if jax.process_index() == 0:
             self._folder.mkdir(exist_ok=True)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("folder of checkpoints")
+        devices.wait_for_all("folder of checkpoints")
         self._manager.reload()
 
     def steps(self) -> list[int]:
         """Returns the steps of the checkpoints, the last one first."""
         return sorted(self._manager.all_steps(), reverse=True)
-
-    def best(self) -> int | None:
-        """Returns the step of the lowest held-out loss, of the checkpoints that know theirs."""
-        return self._manager.best_step()
 
     def save(
         self,
@@ -133,7 +123,6 @@ class Checkpoints:
         state: lomo_jax.StepState,
         facts: Facts,
         *,
-        eval_loss: float | None = None,
         in_place: bool = False,
     ) -> bool:
         """Starts to write a checkpoint, and returns when the arrays may be donated.
@@ -144,7 +133,6 @@ class Checkpoints:
           params: The parameters after `facts.progress.step` steps.
           state: That of the step.
           facts: Their checksums are filled in.
-          eval_loss: The held-out loss of these parameters, if it is known.
           in_place: Whether the arrays are written from where they are, which takes as long as the
             disk does, and not copied to host memory first.
 
@@ -161,31 +149,42 @@ class Checkpoints:
         if step in self.steps():  # the one that the run has gone on from
             return True
         self._saving = step
-        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        metrics = None if eval_loss is None else {_EVAL_LOSS: eval_loss}
-        with self._telling():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(**args, facts=ocp.args.JsonSave(dataclasses.asdict(facts))),
-                metrics=metrics,
-                force=True,
-            )
+        self._preserve.best = facts.progress.best_step if self._keep_best else None
+        args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args["facts"] = ocp.args.JsonSave(dataclasses.asdict(facts))
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        except Exception as error:  # of the disk, of orbax, of TensorStore
+            self._failure = error
         if in_place:
             self.wait()
         return True
 
     def poll(self) -> None:
-        """Tells of a checkpoint that has failed by now."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
+        """Tells of a checkpoint that has failed by now, unless other processes must agree on it."""
+        if self._saving is None or jax.process_count() > 1:
+            return
+        if self._failure is not None or not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written."""
-        if self._saving is not None:
-            with self._telling():
-                self._manager.wait_until_finished()
-                self.last = self._saving
-            self._saving = None
+        """Waits for the checkpoint that is being written, and tells if it was not."""
+        if self._saving is None:
+            return
+        step, error, self._saving, self._failure = self._saving, self._failure, None, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as raised:  # as above
+            error = error or raised
+        if _in_all(error is None):
+            self.last = step
+            return
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / f"{step}{_PARTIAL}", ignore_errors=True)
+        self._manager.reload()
+        reason = "another process failed" if error is None else _reason(error)
+        last = f"the last good one is of step {self.last}" if self.last else "there is none yet"
+        self._warn(f"the checkpoint of step {step} was not written, {reason}; {last}")
 
     def facts(self, step: int) -> Facts:
         """Reads what a checkpoint says beside its arrays.
@@ -226,8 +225,11 @@ class Checkpoints:
         step = facts.progress.step
         wanted = {name: tree for name, tree in wanted.items() if name in facts.checksums}
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        with _damaged(self._folder / str(step)):
+        folder = self._folder / str(step)
+        with _damaged(folder):
             found: Any = self._manager.restore(step, args=ocp.args.Composite(**args))
+        # All processes have read their parts, and compute the checksums together.
+        with _damaged(folder):
             as_saved = jax.tree.leaves(wanted["params"])[0].dtype == facts.config["param_dtype"]
             for name in wanted:
                 if name == "params" and not as_saved:
@@ -245,22 +247,21 @@ class Checkpoints:
                 names = (self._folder / name for name in numbered)
                 aside = next(path for path in names if not path.exists())
                 (self._folder / str(step)).rename(aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints")
+        devices.wait_for_all("damaged checkpoints")
         self._manager.reload()
 
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Turns the failure of a save into a line for the person."""
-        try:
-            yield
-        except Exception as error:  # of the disk, of orbax, of TensorStore
-            step, self._saving = self._saving, None
-            if jax.process_index() == 0:
-                shutil.rmtree(self._folder / f"{step}{_PARTIAL}", ignore_errors=True)
-            self._manager.reload()
-            last = f"the last good one is of step {self.last}" if self.last else "there is none yet"
-            self._warn(f"the checkpoint of step {step} was not written, {_reason(error)}; {last}")
+
+class _LastAndBest:
+    """Tells orbax which checkpoints to keep: the last ones, and that of the best evaluation."""
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self.best: int | None = None  # its step
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        last = sorted(info.step for info in checkpoints)[-self._keep :]
+        return [info.step in last or info.step == self.best for info in checkpoints]
 
 
 def read_params(folder: Path, step: int | str | None, like: Any) -> tuple[nnx.State, Facts]:
@@ -276,13 +277,16 @@ def read_params(folder: Path, step: int | str | None, like: Any) -> tuple[nnx.St
     """
     with Checkpoints((folder / workdir.CHECKPOINTS).absolute(), read_only=True) as checkpoints:
         steps = checkpoints.steps()
+        if not steps:
+            raise CheckpointError(f"{folder} has no checkpoint")
         if step is None:
-            step = steps[0] if steps else None
+            step = steps[0]
         elif step == "best":
-            step = checkpoints.best()
+            step = checkpoints.facts(steps[0]).progress.best_step
         if step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise CheckpointError(f"{folder} has no checkpoint of step {step}: there is {there}")
+            there = ", ".join(map(str, steps))
+            what = "the best step" if step is None else f"step {step}"
+            raise CheckpointError(f"{folder} has no checkpoint of {what}: there is {there}")
         facts = checkpoints.facts(step)
         return checkpoints.restore_params(facts, like), facts
 
@@ -303,12 +307,16 @@ def _damaged(folder: Path) -> Iterator[None]:
         raise  # there is no room for it, which is no fault of the checkpoint
     except Exception as error:  # of json, of orbax, of TensorStore
         failure = _reason(error)
-    if jax.process_count() > 1:
-        every = multihost_utils.process_allgather(np.array(failure is None))
-        if not every.all():
-            failure = failure or "another process cannot read its part"
-    if failure is not None:
+    if not _in_all(failure is None):
+        failure = failure or "another process cannot read its part"
         raise CheckpointError(f"{folder} is damaged: {failure}")
+
+
+def _in_all(condition: bool) -> bool:
+    """Whether it holds in all processes, which must all ask."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.array(condition)).all())
 
 
 @contextlib.contextmanager
@@ -329,8 +337,10 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            yield
-            gc.collect()  # of what failed, while nobody hears it
+            try:
+                yield
+            finally:
+                gc.collect()  # of what failed, while nobody hears it
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

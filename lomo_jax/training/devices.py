@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lomo_jax import sharding
@@ -61,6 +62,12 @@ def together() -> Iterator[None]:
             f"process {jax.process_index()} of {jax.process_count()} has lost another one: look in "
             f"what the others printed for the error, then start all of them again ({why})"
         ) from error
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here, to `what`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def _is_launched() -> bool:

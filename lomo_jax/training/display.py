@@ -38,14 +38,15 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # as below
+                self._log.close()
 
     def log_to(self, path: Path) -> None:
         """From now on appends every line to a file, too, and those that were shown before."""
         if not self._quiet:
             self._log = path.open("a", buffering=1)
-            for line in self._before_log:
-                self._log.write(line)
+            with contextlib.suppress(OSError):  # a full disk; the lines were shown, at least
+                self._log.writelines(self._before_log)
 
     def line(self, label: str, text: str) -> None:
         """Prints a line that stays, above the bar."""
@@ -74,7 +75,7 @@ class Display:
         if self._log is None:
             self._before_log.append(line)
         else:
-            with contextlib.suppress(OSError):  # a full disk; the line was shown, at least
+            with contextlib.suppress(OSError):  # as above
                 self._log.write(line)
 
 

@@ -22,11 +22,15 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluate(
-    model: Model, batches: Sequence[Batch], is_over: Callable[[], bool] = lambda: False
+    model: Model,
+    batches: Sequence[Batch],
+    send: Callable[[Batch], Any],
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Callable[[nnx.State], Evaluation | None]:
     """Returns a function from parameters to their evaluation on all of `batches`.
 
-    It asks `is_over` at every batch, and gives up with None if that is so.
+    It sends a batch to the devices when it is its turn, and asks `is_over` then: if so it gives up,
+    with None.
     """
 
     @jax.jit
@@ -39,7 +43,7 @@ def make_evaluate(
         for batch in batches:
             if is_over():
                 return None
-            under_way.append(sums(params, batch))
+            under_way.append(sums(params, send(batch)))
             # The next batch computes while this one is waited for, and no more are under way.
             jax.block_until_ready(under_way[-2:-1])
         loss, accuracy, weight = np.sum(jax.device_get(under_way), axis=0)

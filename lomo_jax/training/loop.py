@@ -49,9 +49,9 @@ def train(config: Config) -> None:
         try:
             _train(config, display, stop)
         except KeyboardInterrupt:
-            if stop.has_begun:
+            if stop.is_urgent:
                 raise
-            display.line("stopped", "before the first step")
+            display.line("stopped", "before it made a step: nothing has changed")
 
 
 def _train(config: Config, display: Display, stop: Stop) -> None:
@@ -73,13 +73,18 @@ def _train(config: Config, display: Display, stop: Stop) -> None:
     ):
         run = prepare(config, mesh, workdir, checkpoints, display, memory)
         stop.begin()
+        # One that was lost before its first checkpoint has left records, too.
+        is_resumed = run.progress.step > 0 or (workdir / workdir_lib.METRICS).exists()
+        sinks = _sinks(config, workdir, run.progress.step if is_resumed else None)
         with Recorder(
-            config, run.model.config, run.progress, display, _sinks(config, workdir, run), mesh.size
+            config, run.model.config, run.progress, display, sinks, mesh.size, is_resumed
         ) as recorder:
-            run = _make_steps(config, run, checkpoints, recorder, display, stop)
+            run, is_stopped = _make_steps(config, run, checkpoints, recorder, display, stop)
         checkpoints.wait()
         step = run.progress.step
-        if step < config.steps:
+        if is_stopped and step == 0:
+            raise KeyboardInterrupt
+        if is_stopped:
             _check_saved(config, step, checkpoints.last)
             display.line(
                 "stopped", f"after step {step}, saved; the same command goes on from there"
@@ -103,15 +108,14 @@ def _check_saved(config: Config, step: int, last: int | None) -> None:
         )
 
 
-def _sinks(config: Config, workdir: Path, run: Run) -> list[Sink]:
+def _sinks(config: Config, workdir: Path, resumed: int | None) -> list[Sink]:
     if jax.process_index() > 0:  # every process computes the same metrics, the first writes them
         return []
-    step = run.progress.step
     sinks: list[Sink] = []
     if config.wandb is not None:
         sinks.append(WeightsAndBiases(config.wandb, workdir, to_dict(config)))
     sinks.append(MetricsFile(workdir / workdir_lib.METRICS))
-    sinks.append(TensorBoard(workdir / workdir_lib.TENSORBOARD, step))
+    sinks.append(TensorBoard(workdir / workdir_lib.TENSORBOARD, resumed))
     return sinks
 
 
@@ -122,23 +126,27 @@ def _make_steps(
     recorder: Recorder,
     display: Display,
     stop: Stop,
-) -> Run:
-    """Makes the steps that are left, with the evaluations and checkpoints that are due."""
-    evaluate = make_evaluate(run.model, run.held_out, lambda: stop.is_wanted)
+) -> tuple[Run, bool]:
+    """Makes the steps that are left, with the evaluations and checkpoints that are due.
+
+    Returns:
+      The run as it is then, and whether it was asked to stop.
+    """
+    evaluate = make_evaluate(run.model, run.held_out, run.send, lambda: stop.is_wanted)
     params, state, progress = run.params, run.state, run.progress
     saved_at = time.monotonic()
     recorder.restart_clock()
     while True:
         step = progress.step
         is_last = step >= config.steps
-        eval_loss, is_best = None, False
+        is_best = False
         wants_evaluation = is_last or _is_due(step, config.eval_every)
         if wants_evaluation and progress.evaluated < step and not stop.is_wanted:
             recorder.flush()
             display.status("evaluating")
             result = evaluate(params)
             if result is not None:
-                eval_loss, is_best = result.loss, recorder.evaluation(step, result)
+                is_best = recorder.evaluation(step, result)
                 _show_sample(config, recorder, run, params, step)
             recorder.restart_clock()
         is_asked = stop.after(step)
@@ -154,16 +162,16 @@ def _make_steps(
             progress.data = run.text.train.get_state()
             facts = Facts(progress, to_dict(config), run.text.fingerprint, {})
             in_place = config.offload.params or config.offload.state
-            if not checkpoints.save(params, state, facts, eval_loss=eval_loss, in_place=in_place):
+            if not checkpoints.save(params, state, facts, in_place=in_place):
                 raise NonFiniteError(
-                    f"a parameter is not finite after step {step}: the run stopped and saved "
-                    f"nothing; the last checkpoint is of step {checkpoints.last}; lower "
-                    f"learning_rate ({config.learning_rate:g}) or set --config.skip_nonfinite"
+                    f"a parameter or the optimizer's state is not finite after step {step}: the "
+                    f"run stopped, and saved and exported nothing; lower learning_rate "
+                    f"({config.learning_rate:g}) or lengthen warmup"
                 )
             saved_at = time.monotonic()
             recorder.restart_clock()
         if is_last or is_asked:
-            return run._replace(params=params, state=state)
+            return run._replace(params=params, state=state), is_asked
         batch = run.send(next(run.text.train))
         params, state, out, scale = run.step(params, state, batch)
         progress.step = step + 1
@@ -179,7 +187,9 @@ def _is_due(step: int, every: int) -> bool:
 def _is_long_ago(saved_at: float, config: Config) -> bool:
     """Whether the last checkpoint is older than the config allows, by the first process's clock."""
     minutes = config.checkpoint_minutes
-    over = bool(minutes) and time.monotonic() - saved_at > 60 * minutes
+    if not minutes:
+        return False
+    over = time.monotonic() - saved_at > 60 * minutes
     if jax.process_count() > 1:
         over = bool(multihost_utils.broadcast_one_to_all(np.array(over)))
     return over

@@ -1,6 +1,7 @@
 """The model that a run trains."""
 
 import itertools
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -141,7 +142,7 @@ def compute_capability() -> tuple[int, int] | None:
 def resolve(path: str) -> str:
     """Returns the path on disk; package://NAME/PATH lies in the installed package NAME."""
     if not path.startswith(_PACKAGE):
-        return path
+        return os.path.expanduser(path)
     return package_path(*path.removeprefix(_PACKAGE).split("/"))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -21,7 +22,7 @@ from lomo_jax.training import workdir as workdir_lib
 from lomo_jax.training.checkpoint import Checkpoints, Facts, Progress
 from lomo_jax.training.config import Config, ModelConfig, to_dict
 from lomo_jax.training.display import Display
-from lomo_jax.training.errors import CheckpointError
+from lomo_jax.training.errors import CheckpointError, ConfigError
 from lomo_jax.training.memory import MemoryGuard, describe, plan_step
 from lomo_jax.training.model import Model
 from lomo_jax.training.step import batch_shapes, make_step
@@ -33,7 +34,7 @@ class Run(NamedTuple):
     model: Model
     tokenizer: Any
     text: data.Text
-    held_out: list[Any]  # batches, on the devices
+    held_out: list[Any]  # batches, in host memory
     send: Callable[[Any], Any]  # a batch to the devices
     step: jax.stages.Compiled
     params: nnx.State
@@ -60,6 +61,7 @@ def prepare(
     display.status("reading the model")
     model_config, params = config, None
     if facts is None:
+        workdir_lib.check_is_of_a_run(workdir)
         resume.check_start(config, workdir)
     else:
         # Only the weights are in the checkpoint, and where the rest came from may be gone.
@@ -71,6 +73,7 @@ def prepare(
     tokenizer = model_lib.load_tokenizer(model_config, model)
     if facts is None:
         params: Any = model_lib.load_params(config, model, mesh)
+    _check_prompt(config, model, tokenizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     source = config.model.path if config.model.init == "checkpoint" else "random weights"
     display.line("model", f"{source}, {size:,} parameters, {config.param_dtype}")
@@ -94,16 +97,6 @@ def prepare(
     memory.planned(plan)
     display.line("memory", describe(plan))
 
-    if facts is None:
-        state, progress = init(params), Progress()
-        _start_anew(config, workdir, checkpoints, display, model, tokenizer)
-    else:
-        display.status("reading the checkpoint")
-        params, state, progress = _restore(
-            config, checkpoints, display, facts, candidates, shapes, state_shapes
-        )
-        state = _add_missing(config, model, mesh, params, state, state_shapes)
-        text.train.set_state(progress.data)
     facts_of_run = {
         "source": source,
         "parameters": size,
@@ -117,30 +110,45 @@ def prepare(
         },
         "plan": dataclasses.asdict(plan),
     }
+    if facts is None:
+        state, progress = init(params), Progress()
+        if jax.process_index() == 0:
+            _move_aside(workdir, display)
+            workdir_lib.write_json(workdir / workdir_lib.RUN, facts_of_run)
+            folder = workdir / workdir_lib.MODEL
+            folder.mkdir(exist_ok=True)
+            models.save_config(folder, model.config, config.param_dtype, tokenizer)
+        checkpoints.begin()
+    else:
+        display.status("reading the checkpoint")
+        params, state, progress = _restore(
+            config, checkpoints, display, facts, candidates, shapes, state_shapes
+        )
+        state = _add_missing(config, model, mesh, params, state, state_shapes)
+        text.train.set_state(progress.data)
     if jax.process_index() == 0:
-        workdir_lib.write_json(workdir / workdir_lib.CONFIG, to_dict(config))
         workdir_lib.write_json(workdir / workdir_lib.RUN, facts_of_run)
+        workdir_lib.write_json(workdir / workdir_lib.CONFIG, to_dict(config))
         display.log_to(workdir / workdir_lib.LOG)
     return Run(model, tokenizer, text, held_out, send, step, params, state, progress)
 
 
-def _start_anew(
-    config: Config,
-    workdir: Path,
-    checkpoints: Checkpoints,
-    display: Display,
-    model: Model,
-    tokenizer: Any,
-) -> None:
-    """Moves the files of an earlier run aside, and writes what a resumed run reads first."""
-    if jax.process_index() == 0:
-        aside = workdir_lib.set_aside(workdir)
-        if aside is not None:
-            display.line("moved", f"what an earlier run left in {workdir}, to {aside.name}")
-        folder = workdir / workdir_lib.MODEL
-        folder.mkdir()
-        models.save_config(folder, model.config, config.param_dtype, tokenizer)
-    checkpoints.begin()
+def _move_aside(workdir: Path, display: Display) -> None:
+    aside = workdir_lib.set_aside(workdir)
+    if aside is not None:
+        display.line("moved", f"what an earlier run left in {workdir}, to {aside.name}")
+
+
+def _check_prompt(config: Config, model: Model, tokenizer: Any) -> None:
+    """Raises ConfigError if the prompt cannot be continued."""
+    if not config.prompt:
+        return
+    tokens = len(tokenizer(config.prompt)["input_ids"])
+    if tokens + config.prompt_tokens > model.config.max_length:
+        raise ConfigError(
+            f"prompt: its {tokens} tokens and prompt_tokens={config.prompt_tokens} are more than "
+            f"the model allows, {model.config.max_length}; shorten it"
+        )
 
 
 def _restore(
@@ -163,6 +171,8 @@ def _restore(
     if facts.config["dynamic_loss_scale"] != config.dynamic_loss_scale:
         state = state._replace(loss_scale=None)  # that of skip_nonfinite is 1, and stays so
     progress = facts.progress
+    if facts.config["eval_batches"] != config.eval_batches:
+        progress.best = progress.best_step = None  # of other text
     damaged = [step for step in checkpoints.steps() if step > progress.step]
     if damaged:
         checkpoints.set_aside(damaged)
@@ -202,7 +212,7 @@ def _add_missing(
 def _load_text(
     config: Config, tokenizer: Any, mesh: Mesh
 ) -> tuple[data.Text, list[Any], Callable[[Any], Any]]:
-    """Returns the text, its held-out batches on the devices, and what sends a batch there."""
+    """Returns the text, its held-out batches, and what sends a batch to the devices."""
     assert config.data.path is not None, "validate() asks for it"
     rows = devices.rows_here(config, mesh)
     text = data.text_dataset(
@@ -216,8 +226,7 @@ def _load_text(
         rows=rows,
     )
     send = functools.partial(devices.put, config=config, mesh=mesh, rows=rows)
-    held_out = [send(batch) for batch in itertools.islice(text.held_out, config.eval_batches)]
-    return text, held_out, send
+    return text, list(itertools.islice(text.held_out, config.eval_batches)), send
 
 
 def _compile(
@@ -235,7 +244,16 @@ def _compile(
         params, new_state, out = step(params, state, batch)
         return params, new_state, out, state.loss_scale and state.loss_scale.scale
 
-    lowered = jax.jit(lambda params: step.init(params, batch)).lower(params)
+    try:
+        lowered = jax.jit(lambda params: step.init(params, batch)).lower(params)
+    except TypeError as error:  # it takes more than gradients, or does not work layer by layer
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"optimizer: {config.optimizer!r} cannot be used here: {why}") from error
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in jax.tree.leaves(lowered.out_info)):
+        raise ConfigError(
+            f"optimizer: {config.optimizer!r} keeps a random key in its state, which a checkpoint "
+            "cannot hold; choose another"
+        )
     init = lowered.compile()
     state = sharding.struct(lowered.out_info, init.output_shardings)
     compiled = jax.jit(step_and_scale, donate_argnums=(0, 1)).lower(params, state, batch).compile()

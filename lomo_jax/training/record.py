@@ -1,5 +1,6 @@
 """Tells a run's progress to the person and to its sinks, and stops it where it went wrong."""
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -32,8 +33,19 @@ class Recorder:
         display: Display,
         sinks: Sequence[Sink],
         devices: int = 1,
+        is_resumed: bool = False,
     ) -> None:
-        """Args: progress: Where the run goes on; what is skipped and evaluated is counted there."""
+        """Starts to record.
+
+        Args:
+          config: Of the run.
+          model_config: The model's shape.
+          progress: Where the run goes on. What is skipped and evaluated is counted there.
+          display: Shows it to the person.
+          sinks: Take the records.
+          devices: The number of them.
+          is_resumed: Whether the sinks have records of this run already.
+        """
         self._config = config
         self._progress = progress
         self._display = display
@@ -46,16 +58,21 @@ class Recorder:
         # All at once: asking the schedule in the loop would put work on the device.
         self._learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(config.steps)))
         self._measured: dict[str, float] = {}  # of the last steps
+        if progress.skipped:
+            self._measured["skipped"] = progress.skipped
         self._shown: dict[str, float] = {}  # beside it, to the person
-        if progress.step:
+        if is_resumed:
             self._write({"step": progress.step, "resumed": True})
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is KeyboardInterrupt:
+            return  # of a person who does not want to wait for the network
         for sink in self._sinks:
-            sink.close()
+            with contextlib.suppress(OSError):  # a full disk
+                sink.close()
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step out of the throughput."""
@@ -89,7 +106,8 @@ class Recorder:
         out, scale = jax.device_get(given)
         self._stopwatch.step()
         loss = float(out.loss)
-        learning_rate = float(self._learning_rates[step - 1])
+        # An update that is skipped does not count for the schedule either.
+        learning_rate = float(self._learning_rates[step - 1 - self._progress.skipped])
         self._measured |= {"loss": loss, "learning_rate": learning_rate}
         if out.grad_norm is not None:
             self._measured["grad_norm"] = float(out.grad_norm)
@@ -114,7 +132,7 @@ class Recorder:
         """Records an evaluation after `step` steps.
 
         Returns:
-          Whether its loss is the lowest so far.
+          Whether its loss is the lowest after a step so far.
 
         Raises:
           NonFiniteError: Its loss is NaN or infinite.
@@ -128,10 +146,11 @@ class Recorder:
         )
         self._shown["eval_loss"] = result.loss
         self._progress.evaluated = step
-        is_best = self._progress.best is None or result.loss < self._progress.best
-        if is_best:
-            self._progress.best = result.loss
-        return is_best
+        best = math.inf if self._progress.best is None else self._progress.best
+        if step == 0 or result.loss >= best:
+            return False
+        self._progress.best, self._progress.best_step = result.loss, step
+        return True
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Records how the model continues the prompt after `step` steps."""

@@ -7,6 +7,7 @@ There are three places, tried in this order:
 3. random weights, if `model.init` is "random".
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,13 @@ def _differences(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, 
     return {
         name: (before[name], now[name])
         for name in before
-        if name in now and before[name] != now[name]
+        if name in now and _absolute(name, before[name]) != _absolute(name, now[name])
     }
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """Returns a path in the one way to write it, and every other value as it is."""
+    return os.path.abspath(os.path.expanduser(value)) if name.endswith("path") and value else value
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -51,30 +51,48 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """Event files for TensorBoard; what a lost process wrote after `step` is not shown."""
+    """Event files for TensorBoard, on disk as soon as they are written."""
 
-    def __init__(self, folder: Path, step: int) -> None:
-        """Args: folder: of the event files; step: where the run goes on, 0 for a new one."""
-        from tensorboardX import SummaryWriter  # slow to import, and for the first process only
+    def __init__(self, folder: Path, resumed: int | None) -> None:
+        """Starts a file.
 
-        # Without a limit to its queue: where the disk is full its thread ends, and nobody would
-        # take the records that the queue has no room for.
-        self._writer = SummaryWriter(
-            str(folder), purge_step=step + 1 if step else None, max_queue=0, flush_secs=10
-        )
+        Args:
+          folder: Of the event files.
+          resumed: The step after which a run goes on; what is in earlier files of later steps is of
+            a process that was lost, and is not shown. None for a new run.
+        """
+        # Slow to import, and for the first process only. Not its SummaryWriter, which writes in a
+        # thread: where the disk is full that ends, and the process waits for it for ever.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        proto: Any = event_pb2
+        self._summary, self._event = summary, proto.Event
+        folder.mkdir(exist_ok=True)
+        # Two processes of a run may start within a second, which is all that its name tells apart.
+        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        if resumed is not None:
+            start = proto.SessionLog(status=proto.SessionLog.START)
+            self._file.write_event(proto.Event(step=resumed + 1, session_log=start))
 
     def write(self, record: Record) -> None:
         """Adds a point to the curve of each number."""
-        step = record["step"]
         for name, value in record.items():
             if isinstance(value, str):
-                self._writer.add_text(name, value, step)
+                summary = self._summary.text(name, value)
             elif name not in ("step", "time", "resumed") and math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
+                summary = self._summary.scalar(name, value)
+            else:
+                continue
+            self._file.write_event(
+                self._event(wall_time=record["time"], step=record["step"], summary=summary)
+            )
+        self._file.flush()
 
     def close(self) -> None:
-        """Writes what is not written yet."""
-        self._writer.close()
+        """Closes the file."""
+        self._file.close()
 
 
 class WeightsAndBiases:

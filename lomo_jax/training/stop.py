@@ -20,8 +20,9 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None  # that arrived, in this process
-        self.has_begun = False
+        self._is_asked = False  # by a signal to this process
+        self._has_begun = False
+        self.is_urgent = False  # asked again: the run is not to wait for anything
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -37,12 +38,12 @@ class Stop:
 
     def begin(self) -> None:
         """From now on a signal waits for the end of a step."""
-        self.has_begun = True
+        self._has_begun = True
 
     @property
     def is_wanted(self) -> bool:
         """Whether this process need not begin anything long. Of several processes, none knows."""
-        return self.signal is not None and jax.process_count() == 1
+        return self._is_asked and jax.process_count() == 1
 
     def after(self, step: int) -> bool:
         """Whether to stop after `step`; all processes ask this after every step."""
@@ -51,8 +52,9 @@ class Stop:
         return self.is_wanted
 
     def _take(self, number: int, _frame: object) -> None:
-        if not self.has_begun or (self.signal is not None and number == signal.SIGINT):
+        self.is_urgent = self._is_asked and number == signal.SIGINT
+        if self.is_urgent or not self._has_begun:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self._is_asked = True
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)

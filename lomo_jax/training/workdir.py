@@ -23,9 +23,10 @@ LOG = "log.txt"  # what the terminal showed
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 REPORT = "report.html"
+# In the order in which they are moved aside: the last one tells that it was a run.
 _OF_A_RUN = (
-    *(CHECKPOINTS, MODEL, EXPORT, CONFIG, RUN),
-    *(METRICS, LOG, TENSORBOARD, WANDB, REPORT),
+    *(CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REPORT),
+    RUN,
 )
 _LOCK = ".lock"
 
@@ -73,15 +74,28 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
+def check_is_of_a_run(workdir: Path) -> None:
+    """Raises ConfigError if a run would write over files that no run has left there."""
+    found = [name for name in _OF_A_RUN if not _is_nothing(workdir / name)]
+    if set(found).isdisjoint((RUN, CHECKPOINTS)) and set(found) - {EXPORT}:
+        raise ConfigError(
+            f"workdir: {str(workdir)!r} is not that of a run, and has {', '.join(found)}, which a "
+            "run would write over; set another --config.workdir"
+        )
+
+
 def set_aside(workdir: Path) -> Path | None:
     """Moves the files of an earlier run into a folder of their own, `earlier-1` and so on.
 
+    One that has come to neither a checkpoint nor an export stays: the new run goes on from its
+    beginning.
+
     Returns:
-      That folder; None if there was no earlier run.
+      That folder; None if nothing was moved.
     """
-    found = [name for name in _OF_A_RUN if not _is_nothing(workdir / name)]
-    if not found:
+    if all(_is_nothing(workdir / name) for name in (CHECKPOINTS, EXPORT)):
         return None
+    found = [name for name in _OF_A_RUN if not _is_nothing(workdir / name)]
     numbered = (workdir / f"earlier-{number}" for number in itertools.count(1))
     aside = next(folder for folder in numbered if not folder.exists())
     aside.mkdir()

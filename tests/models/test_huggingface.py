@@ -128,6 +128,18 @@ def test_a_save_replaces_the_earlier_export_whole(export):
     assert list(export.parent.iterdir()) == [export]
 
 
+def test_an_export_that_was_killed_loses_nothing(export):
+    """Between two renamings the earlier export lies aside; the next one finds it."""
+    earlier = {file.name: file.read_bytes() for file in export.iterdir()}
+    aside = export.parent / ".export.writing"
+    (aside / "new").mkdir(parents=True)
+    export.rename(aside / "old")
+    with pytest.raises(OSError, match="disk full"):
+        models.save(export, CONFIG, random_params(CONFIG, 1), tokenizer=BrokenTokenizer())
+    assert {file.name: file.read_bytes() for file in export.iterdir()} == earlier
+    assert list(export.parent.iterdir()) == [export]
+
+
 def test_a_directory_that_is_not_a_model_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not a model directory; choose another"):

@@ -128,6 +128,7 @@ def test_train_with_processes(tmp_path):
 def test_processes_stop_together_and_one_goes_on(tmp_path):
     """One of two processes is told to stop; both save after the same step."""
     fields = ["--config.steps=200", "--config.eval_every=0", "--config.prompt="]
+    fields += ["--config.checkpoint_every=10", "--config.keep_checkpoints=2"]
     running = train(tmp_path, 2, *fields)
     log = tmp_path / "run2" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -139,7 +140,20 @@ def test_processes_stop_together_and_one_goes_on(tmp_path):
     assert [p.returncode for p in running] == [0, 0], outputs
     (stopped,) = re.findall(r"stopped   after step (\d+), saved", outputs[0])
     assert 20 <= int(stopped) < 200
-    assert [path.name for path in (tmp_path / "run2" / "checkpoints").iterdir()] == [stopped]
+    checkpoints = tmp_path / "run2" / "checkpoints"
+    before, last = sorted(int(path.name) for path in checkpoints.iterdir())
+    assert (before, last) == (int(stopped) // 10 * 10, int(stopped))
+
+    # What only one of the processes cannot read is damaged for both.
+    of_second = checkpoints / stopped / "params" / "ocdbt.process_1" / "d"
+    largest = max(of_second.iterdir(), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    running = train(tmp_path, 2, *fields, f"--config.steps={before + 5}")
+    outputs = finish(running)
+    assert [p.returncode for p in running] == [0, 0], outputs
+    assert f"{stopped} is damaged" in outputs[0]
+    assert f"resumed   after step {before} of {before + 5}" in outputs[0]
+    stopped = before + 5
 
     (process,) = train(tmp_path, 1, *fields, f"--config.workdir={tmp_path / 'run2'}")
     (output,) = finish([process])
@@ -148,7 +162,7 @@ def test_processes_stop_together_and_one_goes_on(tmp_path):
     (process,) = train(tmp_path, 1, *fields)
     (output,) = finish([process])
     assert process.returncode == 0, output
-    until = int(stopped) + 10  # later on rounding, which another mesh does otherwise, has grown
+    until = stopped + 10  # later on rounding, which another mesh does otherwise, has grown
     losses = []
     for name in ("run2", "run1"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

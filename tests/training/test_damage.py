@@ -84,9 +84,23 @@ def _leave_half_of_a_new_one(checkpoint: Path) -> None:
     shutil.rmtree(half / "optimizer")
 
 
+def _garble_what_orbax_notes(checkpoint: Path) -> None:
+    (checkpoint / "_CHECKPOINT_METADATA").write_text("{")
+    (checkpoint / "metrics").mkdir()
+    (checkpoint / "metrics" / "metrics").write_text("")
+    _truncate(checkpoint)
+
+
 @pytest.mark.parametrize(
     "damage",
-    [_truncate, _flip_a_bit, _empty_the_facts, _remove_an_item, _leave_half_of_a_new_one],
+    [
+        _truncate,
+        _flip_a_bit,
+        _empty_the_facts,
+        _remove_an_item,
+        _garble_what_orbax_notes,
+        _leave_half_of_a_new_one,
+    ],
 )
 def test_the_checkpoint_before_a_damaged_one_is_taken(
     text, stopped, whole, tmp_path, capsys, damage

@@ -5,6 +5,9 @@ import pty
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+from lomo_jax.training.display import Display
 
 _PROGRAM = """
 from lomo_jax.training.display import Display
@@ -15,6 +18,14 @@ with Display(5) as display:
         metrics = {"loss": 1 / step, "learning_rate": 1e-3, "tokens_per_second": 1234.5}
         display.step(step, metrics, logged=False)
 """
+
+
+def test_a_full_disk_takes_the_log_and_not_the_run(capsys):
+    with Display(1) as display:
+        display.line("model", "small")
+        display.log_to(Path("/dev/full"))
+        display.line("text", "short")
+    assert capsys.readouterr().out == "model     small\ntext      short\n"
 
 
 def test_a_terminal_gets_a_bar_below_the_lines():

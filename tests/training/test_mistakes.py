@@ -53,6 +53,13 @@ CONFIGS = {
         "resume: 'must', but '{tmp}/new' has no checkpoint; set --config.workdir to that of the "
         "run, or --config.resume=auto to start one"
     ),
+    "--config.optimizer=noisy_sgd --config.optimizer_kwargs={'key': 0}": (
+        "optimizer: 'noisy_sgd' keeps a random key in its state, which a checkpoint cannot hold; "
+        "choose another"
+    ),
+    "--config.prompt=the --config.prompt_tokens=62": (
+        "prompt: its 3 tokens and prompt_tokens=62 are more than the model allows, 64; shorten it"
+    ),
     "--config.wandb=": "wandb: '' is not allowed; it must be the name of a project",
 }
 
@@ -135,6 +142,11 @@ INPUTS = {
     "a workdir that is a file": (
         *(_nothing, "--config.workdir={tmp}/text.jsonl"),
         "workdir: '{tmp}/text.jsonl' cannot be written: File exists; set --config.workdir",
+    ),
+    "a workdir with other things in it": (
+        *(_write("config.json", "{{}}"), "--config.workdir={tmp}"),
+        "workdir: '{tmp}' is not that of a run, and has model, config.json, which a run would "
+        "write over; set another --config.workdir",
     ),
     "text that has changed since": (
         *(_write("text.jsonl", "".join(f'{{"text": "document {n}"}}\n' for n in range(99))), _RUN),

@@ -29,15 +29,17 @@ class _List(list):
         pass
 
 
-def _run(losses, *, finite=None, scale=None, progress=None, **changes):
+def _run(losses, *, finite=None, scale=None, progress=None, first=1, **changes):
     """Records steps; returns what was counted, the records, and why it stopped."""
-    config = runs.make_config("text", "workdir", steps=len(losses), schedule="constant", **changes)
+    changes = {"schedule": "constant", **changes}
+    config = runs.make_config("text", "workdir", steps=len(losses), **changes)
     progress, sink, why = progress or Progress(), _List(), None
     finite = [math.isfinite(loss) for loss in losses] if finite is None else finite
     with contextlib.redirect_stdout(io.StringIO()):
         recorder = Recorder(config, _SHAPE, progress, Display(len(losses)), [sink])
         try:
-            for step, (loss, is_finite) in enumerate(zip(losses, finite, strict=True), 1):
+            pairs = list(zip(losses, finite, strict=True))[first - 1 :]
+            for step, (loss, is_finite) in enumerate(pairs, first):
                 metrics = Metrics(accuracy=jnp.float32(0.5), weight=jnp.float32(8))
                 out = lomo_jax.StepOutput(jnp.float32(loss), metrics, None, jnp.array(is_finite))
                 recorder.step(step, out, None if scale is None else jnp.float32(scale))
@@ -78,9 +80,17 @@ def test_skipped_updates_are_counted_and_limited():
     assert progress.skipped == 3
 
 
+def test_a_skipped_update_does_not_count_for_the_schedule():
+    fields = {"warmup": 0, "learning_rate": 8.0, "scale": 1, "skip_nonfinite": 2}
+    losses = [1.0, _NAN, _NAN, 1.0]
+    _, sink, _ = _run(losses, **fields, schedule="linear")
+    assert [record["learning_rate"] for record in sink] == [8.0, 6.0, 6.0, 6.0]
+
+
 def test_the_count_goes_on_after_a_restart():
     before = Progress(step=7, skipped=5, skipped_in_a_row=2)
-    progress, _, why = _run([_NAN], scale=1, skip_nonfinite=2, progress=before)
+    losses = [1.0] * 7 + [_NAN]
+    progress, _, why = _run(losses, scale=1, skip_nonfinite=2, progress=before, first=8)
     assert why is not None
     assert progress.skipped == 6
 

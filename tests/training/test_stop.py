@@ -9,6 +9,7 @@ import pytest
 import runs
 
 from lomo_jax.training import MeshConfig, loop
+from lomo_jax.training import evaluate as evaluate_lib
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,24 +60,63 @@ def test_a_signal_while_a_checkpoint_is_written(text, whole, tmp_path):
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(text, whole, tmp_path, capsys):
     with runs.signal_when((tmp_path / ".lock").exists, signal.SIGTERM):
         loop.train(runs.make_config(text, tmp_path))
-    assert "stopped   before the first step" in capsys.readouterr().out
+    assert "stopped   before it made a step" in capsys.readouterr().out
     loop.train(runs.make_config(text, tmp_path))
     runs.assert_same_run(tmp_path, whole)
 
 
-def test_a_signal_during_an_evaluation_puts_it_off(text, whole, tmp_path, monkeypatch):
-    def evaluate_slowly(model, batches, is_over):
+def _stop_in_evaluation(monkeypatch, workdir, step):
+    """Sends SIGTERM when the evaluation after a step begins."""
+
+    def make_evaluate(*args):
+        make = evaluate_lib.make_evaluate(*args)
+
         def evaluate(params):
-            if runs.last_step(tmp_path) == 5:
+            if runs.last_step(workdir) == step:
                 signal.raise_signal(signal.SIGTERM)
-            return make(model, batches, is_over)(params)
+            return make(params)
 
         return evaluate
 
-    make = loop.make_evaluate
-    monkeypatch.setattr(loop, "make_evaluate", evaluate_slowly)
+    monkeypatch.setattr(loop, "make_evaluate", make_evaluate)
+
+
+def test_a_signal_during_an_evaluation_puts_it_off(text, whole, tmp_path, monkeypatch):
+    _stop_in_evaluation(monkeypatch, tmp_path, 5)
     loop.train(runs.make_config(text, tmp_path))
     assert list(runs.column(tmp_path, "eval_loss")) == [0]
+    monkeypatch.undo()
+    loop.train(runs.make_config(text, tmp_path))
+    runs.assert_same_run(tmp_path, whole)
+
+
+def test_the_best_one_is_kept_though_its_evaluation_was_put_off(text, tmp_path, monkeypatch):
+    # Step 6 is the best of 3, 6, 9, 12; see test_damage.py.
+    fields = {"optimizer": "lion", "learning_rate": 0.3, "schedule": "constant"}
+    fields |= {"eval_every": 3, "checkpoint_every": 2}
+    _stop_in_evaluation(monkeypatch, tmp_path, 6)
+    loop.train(runs.make_config(text, tmp_path, **fields))
+    monkeypatch.undo()
+    loop.train(runs.make_config(text, tmp_path, **fields))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"6", "12"}
+
+
+def test_a_signal_during_the_first_evaluation(text, whole, tmp_path, monkeypatch, capsys):
+    _stop_in_evaluation(monkeypatch, tmp_path, 0)
+    loop.train(runs.make_config(text, tmp_path))
+    assert "stopped   before it made a step" in capsys.readouterr().out
+    monkeypatch.undo()
+    loop.train(runs.make_config(text, tmp_path))
+    assert [r["step"] for r in runs.records(tmp_path) if "resumed" in r] == [0]
+    assert not (tmp_path / "earlier-1").exists()
+    runs.assert_same_run(tmp_path, whole)
+
+
+def test_a_signal_during_the_last_evaluation(text, whole, tmp_path, monkeypatch, capsys):
+    _stop_in_evaluation(monkeypatch, tmp_path, 12)
+    loop.train(runs.make_config(text, tmp_path))
+    assert "stopped   after step 12, saved" in capsys.readouterr().out
+    assert not (tmp_path / "export").exists()
     monkeypatch.undo()
     loop.train(runs.make_config(text, tmp_path))
     runs.assert_same_run(tmp_path, whole)
