@@ -96,6 +96,16 @@ class Checkpoints:
                     lightweight_initialize=True,  # nothing is read that might be damaged
                 ),
             )
+            # For itself alone: a process that waits in orbax for one that has found its part to be
+            # damaged would wait for ever.
+            here = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(here, {here}, f"reader{here}")
+            handler = ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+            )
+            self._reader = stack.enter_context(
+                ocp.Checkpointer(handler, multiprocessing_options=alone)
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -192,9 +202,10 @@ class Checkpoints:
         Raises:
           CheckpointError: It is damaged.
         """
-        with _damaged(self._folder / str(step)):
+        folder = self._folder / str(step)
+        with _damaged(folder):
             args = ocp.args.Composite(facts=ocp.args.JsonRestore())
-            found: Any = self._manager.restore(step, args=args)
+            found: Any = self._reader.restore(folder, args=args)
             facts = found["facts"]
             return Facts(**facts | {"progress": Progress(**facts["progress"])})
 
@@ -227,7 +238,7 @@ class Checkpoints:
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         folder = self._folder / str(step)
         with _damaged(folder):
-            found: Any = self._manager.restore(step, args=ocp.args.Composite(**args))
+            found: Any = self._reader.restore(folder, args=ocp.args.Composite(**args))
         # All processes have read their parts, and compute the checksums together.
         with _damaged(folder):
             as_saved = jax.tree.leaves(wanted["params"])[0].dtype == facts.config["param_dtype"]

@@ -129,6 +129,7 @@ def test_processes_stop_together_and_one_goes_on(tmp_path):
     """One of two processes is told to stop; both save after the same step."""
     fields = ["--config.steps=200", "--config.eval_every=0", "--config.prompt="]
     fields += ["--config.checkpoint_every=10", "--config.keep_checkpoints=2"]
+    fields += ["--config.schedule=constant"]  # which does not change with the number of steps
     running = train(tmp_path, 2, *fields)
     log = tmp_path / "run2" / "metrics.jsonl"
     deadline = time.monotonic() + 120
