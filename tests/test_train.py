@@ -144,7 +144,7 @@ def quickstart(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_quickstart_learns_within_its_budget(quickstart):
-    before, after = (
+    before, *_, after = (
         record["eval_loss"] for record in _records(quickstart) if "eval_loss" in record
     )
     assert after <= 0.9 * before
@@ -152,7 +152,20 @@ def test_quickstart_learns_within_its_budget(quickstart):
     # In KiB, of the largest process that this one has waited for: no other run is near.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20
     prompt = _load(_ROOT / "configs" / "quickstart.py").get_config().prompt.splitlines()[0]
-    assert (quickstart / "stdout").read_text().count(prompt) == 2
+    assert (quickstart / "stdout").read_text().count(prompt) == 4  # before, twice on the way, after
+
+
+@pytest.mark.slow
+def test_quickstart_has_a_report(quickstart):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, "-m", "lomo_jax.report", str(quickstart)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    page = (quickstart / "report.html").read_text()
+    losses = [r["eval_loss"] for r in _records(quickstart) if "eval_loss" in r]
+    assert all(f"{loss:.3f}" in page for loss in (losses[0], losses[-1]))
+    assert "134.5 M" in page
+    assert "SCENE II. A forest." in page
 
 
 _SENTENCES = (
