@@ -95,6 +95,15 @@ def train(folder, processes, *flags):
     return start([*command, *(joined(i) if processes > 1 else [])] for i in ids)
 
 
+def wait_for_steps(workdir):
+    """Returns when a run has logged more than twenty lines."""
+    log = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 20):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -131,11 +140,7 @@ def test_processes_stop_together_and_one_goes_on(tmp_path):
     fields += ["--config.checkpoint_every=10", "--config.keep_checkpoints=2"]
     fields += ["--config.schedule=constant"]  # which does not change with the number of steps
     running = train(tmp_path, 2, *fields)
-    log = tmp_path / "run2" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 20):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_steps(tmp_path / "run2")
     running[1].send_signal(signal.SIGTERM)
     outputs = finish(running)
     assert [p.returncode for p in running] == [0, 0], outputs
@@ -175,11 +180,7 @@ def test_processes_stop_together_and_one_goes_on(tmp_path):
 
 def test_a_process_that_is_killed_ends_the_others(tmp_path):
     running = train(tmp_path, 2, "--config.steps=1000000", "--config.eval_every=0")
-    log = tmp_path / "run2" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 20):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    wait_for_steps(tmp_path / "run2")
     running[1].send_signal(signal.SIGKILL)
     output, _ = finish(running, seconds=150)
     assert running[0].returncode != 0

@@ -1,11 +1,13 @@
-"""Runs compile the same few programs again and again: a cache of them saves most of the time."""
+"""What tests of whole runs share."""
 
 import jax
 import pytest
+import runs
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory):
+    """Runs compile the same few programs again and again."""
     folder, seconds = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, folder), getattr(jax.config, seconds)
     jax.config.update(folder, str(tmp_path_factory.mktemp("cache")))
@@ -13,3 +15,16 @@ def _compilation_cache(tmp_path_factory):
     yield
     jax.config.update(folder, before[0])
     jax.config.update(seconds, before[1])
+
+
+@pytest.fixture(scope="module")
+def mixed_dtypes():
+    """As `standard_promotion`, for whole modules: optax's cosine schedule mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Sixty documents of words in random order."""
+    return runs.write_text(tmp_path_factory.mktemp("text") / "text.jsonl")

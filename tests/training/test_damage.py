@@ -8,23 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 import runs
 
 from lomo_jax.training import Config, loop
 from lomo_jax.training.errors import CheckpointError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 @pytest.fixture(scope="module")

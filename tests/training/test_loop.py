@@ -28,16 +28,7 @@ from lomo_jax.training import model as model_lib
 from lomo_jax.training.errors import NonFiniteError
 from lomo_jax.training.optimizer import make_schedule
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax's cosine schedule mixes dtypes
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    return str(runs.write_text(tmp_path_factory.mktemp("text") / "text.jsonl"))
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 def _config(text: str, folder: Path, **changes) -> Config:
@@ -157,6 +148,7 @@ def test_microbatches_are_the_same_run(text, tmp_path):
         assert four == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_offloading_is_the_same_run(text, tmp_path):
     for on in (False, True):
         offload = OffloadConfig(params=on, activations=on, state=on)
@@ -178,6 +170,7 @@ def test_offloading_is_the_same_run(text, tmp_path):
     assert first == pytest.approx(runs.column(tmp_path / "True", "eval_loss")[3], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_float16_with_a_loss_scale_and_stochastic_rounding(text, tmp_path):
     config = _config(
         text, tmp_path, param_dtype="float16", dynamic_loss_scale=True, rounding="stochastic"

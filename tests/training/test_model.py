@@ -31,8 +31,9 @@ def test_a_path_inside_a_package():
     assert model_lib.resolve("package://rich/py.typed") == str(expected)
 
 
-def test_any_other_path_is_left_alone():
-    assert model_lib.resolve("~/x/*.txt") == "~/x/*.txt"
+def test_any_other_path_is_that_of_a_file():
+    assert model_lib.resolve("x/*.txt") == "x/*.txt"
+    assert model_lib.resolve("~/x/*.txt") == str(Path.home() / "x" / "*.txt")
 
 
 def test_a_package_without_that_file():

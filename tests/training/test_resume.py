@@ -14,16 +14,7 @@ from lomo_jax import models
 from lomo_jax.training import DataConfig, ModelConfig, OffloadConfig, loop
 from lomo_jax.training.errors import ConfigError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +75,7 @@ def test_what_may_change_is_told(again, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 7
 
 
+@pytest.mark.slow
 def test_skipping_can_be_switched_on_where_a_run_has_stopped(again, tmp_path):
     loop.train(again(steps=7, dynamic_loss_scale=True))
     assert runs.column(tmp_path / "run", "loss_scale") == {7: 2.0**16}
@@ -145,6 +137,7 @@ def test_a_checkpoint_in_another_dtype(text, made, tmp_path):
     assert first == pytest.approx(runs.column(made, "eval_loss")[6], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_into_host_memory_and_back(again, made, text, tmp_path):
     """A run that is offloaded on its way ends like one that is not."""
     offload = OffloadConfig(params=True, state=True)

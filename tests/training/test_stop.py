@@ -4,23 +4,13 @@ import functools
 import signal
 import time
 
-import jax
 import pytest
 import runs
 
 from lomo_jax.training import MeshConfig, loop
 from lomo_jax.training import evaluate as evaluate_lib
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax's cosine schedule mixes dtypes
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 @pytest.fixture(scope="module")
