@@ -200,6 +200,7 @@ def test_the_loop_transfers_nothing_behind_its_back(text, tmp_path, monkeypatch)
     assert runs.last_step(tmp_path) == 12
 
 
+@pytest.mark.slow
 def test_weights_and_biases(text, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
