@@ -70,7 +70,7 @@ def _config(text: Path, workdir: Path) -> Config:
         data=DataConfig(str(text), eval_fraction=0.01),
         mesh=MeshConfig(fsdp=1),
         batch_size=2,
-        sequence_length=128,
+        sequence_length=168,
         steps=_STEPS,
         param_dtype="float32",
         eval_every=0,
