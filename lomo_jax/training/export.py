@@ -10,7 +10,6 @@ from lomo_jax.training import workdir as workdir_lib
 from lomo_jax.training.card import model_card
 from lomo_jax.training.checkpoint import read_params
 from lomo_jax.training.errors import CheckpointError
-from lomo_jax.training.workdir import read_json
 
 
 def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
@@ -34,7 +33,7 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
             f"{workdir} is not the workdir of a run: it has no folder {model.name}"
         )
     config = models.load_config(model)
-    dtype = jnp.dtype(read_json(workdir / workdir_lib.CONFIG)["param_dtype"])
+    dtype = jnp.dtype(workdir_lib.read_json(workdir / workdir_lib.CONFIG)["param_dtype"])
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     shapes = models.abstract(config, dtype)[1]
     shapes = sharding.struct(shapes, models.shardings(config, shapes, mesh))

@@ -110,14 +110,11 @@ def prepare(
         },
         "plan": dataclasses.asdict(plan),
     }
+    is_first = jax.process_index() == 0
     if facts is None:
         state, progress = init(params), Progress()
-        if jax.process_index() == 0:
+        if is_first:
             _move_aside(workdir, display)
-            workdir_lib.write_json(workdir / workdir_lib.RUN, facts_of_run)
-            folder = workdir / workdir_lib.MODEL
-            folder.mkdir(exist_ok=True)
-            models.save_config(folder, model.config, config.param_dtype, tokenizer)
         checkpoints.begin()
     else:
         display.status("reading the checkpoint")
@@ -126,9 +123,13 @@ def prepare(
         )
         state = _add_missing(config, model, mesh, params, state, state_shapes)
         text.train.set_state(progress.data)
-    if jax.process_index() == 0:
-        workdir_lib.write_json(workdir / workdir_lib.RUN, facts_of_run)
+    if is_first:
+        workdir_lib.write_json(workdir / workdir_lib.RUN, facts_of_run)  # tells whose the rest is
         workdir_lib.write_json(workdir / workdir_lib.CONFIG, to_dict(config))
+        if facts is None:
+            folder = workdir / workdir_lib.MODEL
+            folder.mkdir(exist_ok=True)
+            models.save_config(folder, model.config, config.param_dtype, tokenizer)
         display.log_to(workdir / workdir_lib.LOG)
     return Run(model, tokenizer, text, held_out, send, step, params, state, progress)
 

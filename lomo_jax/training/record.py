@@ -49,7 +49,7 @@ class Recorder:
         self._config = config
         self._progress = progress
         self._display = display
-        self._sinks = list(sinks)
+        self._sinks = sinks
         self._late: tuple[int, Any] | None = None
         self._stopwatch = Stopwatch(
             model_config, config.batch_size, config.sequence_length, devices
@@ -159,7 +159,7 @@ class Recorder:
 
     def _write(self, record: Record) -> None:
         record = {"step": record["step"], "time": time.time(), **record}
-        for sink in list(self._sinks):
+        for sink in self._sinks:
             try:
                 sink.write(record)
             except OSError as error:

@@ -25,7 +25,15 @@ WANDB = "wandb"
 REPORT = "report.html"
 # In the order in which they are moved aside: the last one tells that it was a run.
 _OF_A_RUN = (
-    *(CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REPORT),
+    CHECKPOINTS,
+    EXPORT,
+    MODEL,
+    CONFIG,
+    METRICS,
+    LOG,
+    TENSORBOARD,
+    WANDB,
+    REPORT,
     RUN,
 )
 _LOCK = ".lock"

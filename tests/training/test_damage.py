@@ -193,6 +193,32 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(text, whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_files_that_may_not_grow_end_no_run_before_its_export(text, tmp_path):
+    """What a quota does, for those who may not mount a disk."""
+    config = _config(text, tmp_path / "run")
+    path = tmp_path / "config.py"
+    path.write_text(runs.CONFIG.format(config=config))
+    command = f"ulimit -f 50; exec {sys.executable} {runs.ROOT / 'train.py'} --config {path}"
+    result = subprocess.run(
+        ["bash", "-c", command],  # whose unit is a KiB
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        f"warning   the checkpoint of step {step} was not written, a file may not become so large; "
+        "there is none yet"
+        for step in (2, 4, 6, 8, 10, 12)
+    ]
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {tmp_path / 'run' / 'export'} was not written: ")
+    assert result.stderr.count("\n") == 1
+    assert runs.last_step(tmp_path / "run") == 12
+
+
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_cannot_save_says_so(text, tmp_path):
     config = _config(text, tmp_path / "disk" / "run", steps=10**6, log_every=1000)
     result = _run_on_a_small_disk(config, tmp_path, 300, stop_after=20)
