@@ -172,8 +172,9 @@ def _run_on_a_small_disk(
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(text, whole, tmp_path):
     config = _config(text, tmp_path / "disk" / "run", keep_checkpoints=1)
-    # Room for one checkpoint and half of another.
-    result = _run_on_a_small_disk(config, tmp_path, 700)
+    # Room for the export, 164 KiB, and one checkpoint, never for two: the files of one take 328 to
+    # 372 KiB, as orbax's threads happen to batch them, and those of the run 36.
+    result = _run_on_a_small_disk(config, tmp_path, 630)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     warnings = [line for line in result.stdout.splitlines() if line.startswith("warning")]
