@@ -159,7 +159,8 @@ class Checkpoints:
         if step in self.steps():  # the one that the run has gone on from
             return True
         self._saving = step
-        self._preserve.best = facts.progress.best_step if self._keep_best else None
+        if self._keep_best:
+            self._preserve.best(facts.progress.best_step)
         args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args["facts"] = ocp.args.JsonSave(dataclasses.asdict(facts))
         try:
@@ -267,12 +268,19 @@ class _LastAndBest:
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
-        self.best: int | None = None  # its step
+        self._best: list[int | None] = []  # its steps so far
+
+    def best(self, step: int | None) -> None:
+        """Takes the step of the best evaluation so far."""
+        if step not in self._best:
+            self._best.append(step)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
-        last = sorted(info.step for info in checkpoints)[-self._keep :]
-        return [info.step in last or info.step == self.best for info in checkpoints]
+        steps = sorted(info.step for info in checkpoints)
+        # The last one that is there: what has been best since may not have been written.
+        best = next((step for step in reversed(self._best) if step in steps), None)
+        return [info.step in steps[-self._keep :] or info.step == best for info in checkpoints]
 
 
 def read_params(folder: Path, step: int | str | None, like: Any) -> tuple[nnx.State, Facts]:

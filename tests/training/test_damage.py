@@ -1,17 +1,24 @@
 """Checkpoints that are damaged, and disks that are full."""
 
+import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 import runs
+from flax import nnx
 
+import lomo_jax
 from lomo_jax.training import Config, loop
+from lomo_jax.training.checkpoint import Checkpoints, Facts, Progress
 from lomo_jax.training.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
@@ -132,6 +139,44 @@ def test_the_last_ones_and_the_best_are_kept(text, tmp_path):
     best = min(losses, key=losses.get)
     assert best < 10, "the test is about a best one that is not among the last"
     assert _steps(tmp_path) == [best, 10, 12]
+
+
+def test_the_best_is_kept_while_a_better_one_cannot_be_written(tmp_path):
+    warnings = []
+    with Checkpoints(tmp_path / "checkpoints", keep=1, warn=warnings.append) as checkpoints:
+        checkpoints.begin()
+        _save(checkpoints, step=1, best=1)
+        _save(checkpoints, step=2, best=1)
+        assert checkpoints.steps() == [2, 1]
+        with _files_of_at_most(1000):
+            _save(checkpoints, step=3, best=3)
+        assert warnings == [
+            "the checkpoint of step 3 was not written, a file may not become so large; the last "
+            "good one is of step 2"
+        ]
+        _save(checkpoints, step=4, best=3)
+        assert checkpoints.steps() == [4, 1]
+        _save(checkpoints, step=5, best=5)
+        assert checkpoints.steps() == [5]
+
+
+def _save(checkpoints: Checkpoints, step: int, best: int) -> None:
+    params = nnx.State({"w": nnx.Param(jnp.arange(2048.0) + step)})
+    state = lomo_jax.StepState({"w": jnp.zeros(3)}, None, None)
+    progress = Progress(step=step, best=1 / step, best_step=best)
+    assert checkpoints.save(params, state, Facts(progress, {}, "text", {}))
+    checkpoints.wait()
+
+
+@contextlib.contextmanager
+def _files_of_at_most(size: int) -> Iterator[None]:
+    """What a quota does, for this process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 _ON_A_SMALL_DISK = """
