@@ -62,6 +62,8 @@ def assert_steps_agree(assert_close):
         run_fused, run_reference = quick_jit(fused), quick_jit(reference)
         offload = options.get("offload") or lomo_jax.Offload()
         host, device = jax.memory.Space.Host, jax.memory.Space.Device
+        # Committed to a memory, as what a step returns: otherwise the second step compiles again.
+        params, batches = jax.device_put((params, batches), jax.devices()[0])
         placed = jax.device_put(params, host if offload.params else device)
         actual = (placed, fused.init(placed, batches[0]))
         expected = (params, reference.init(params, batches[0]))
