@@ -42,6 +42,7 @@ def whole(text, tmp_path_factory):
 
 def _config(text, workdir, **changes):
     fields = {"checkpoint_every": 2, "keep_checkpoints": 3, "keep_best": False, "eval_every": 0}
+    fields |= {"optimizer": "adamw"}  # a checkpoint takes more than three times what an export does
     return runs.make_config(text, workdir, **fields | changes)
 
 
@@ -179,8 +180,10 @@ def _files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+_STOP = "& until grep -q {at!r} {output} || ! kill -0 $!; do sleep 0.1; done; kill $!; wait $!"
 _ON_A_SMALL_DISK = """
-mount -t tmpfs -o size={kib}k none {disk} && {command}
+mount -t tmpfs -o size={kib}k none {disk} || exit
+{command} > {output} {stop}
 status=$?
 cp -r {disk}/. {copy}
 exit $status
@@ -188,38 +191,42 @@ exit $status
 
 
 def _run_on_a_small_disk(
-    config: Config, folder: Path, kib: int, stop_after: float | None = None
+    config: Config, folder: Path, kib: int, stop_at: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs with a file system of that size at `folder / "disk"`; copies it to `folder / "copy"`.
 
-    Sends SIGTERM after so many seconds.
+    Sends SIGTERM when the run has printed `stop_at`.
     """
     disk, copy, path = folder / "disk", folder / "copy", folder / "config.py"
+    output = folder / "output.txt"
     disk.mkdir()
     copy.mkdir()
     path.write_text(runs.CONFIG.format(config=config))
     command = f"{sys.executable} {runs.ROOT / 'train.py'} --config {path}"
-    if stop_after is not None:
-        command = f"timeout --preserve-status --signal=TERM {stop_after} {command}"
-    script = _ON_A_SMALL_DISK.format(kib=kib, disk=disk, command=command, copy=copy)
+    stop = "" if stop_at is None else _STOP.format(at=stop_at, output=output)
+    script = _ON_A_SMALL_DISK.format(
+        kib=kib, disk=disk, command=command, output=output, stop=stop, copy=copy
+    )
     unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     if subprocess.run([*unshare, f"mount -t tmpfs none {disk}"], check=False).returncode:
         pytest.skip("no file system can be mounted here")
-    return subprocess.run(
+    result = subprocess.run(
         [*unshare, script],
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
         check=False,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
+    result.stdout = output.read_text()
+    return result
 
 
 @pytest.mark.slow
 def test_a_full_disk_keeps_the_last_good_checkpoint(text, whole, tmp_path):
     config = _config(text, tmp_path / "disk" / "run", keep_checkpoints=1)
-    # Room for the export, 164 KiB, and one checkpoint, never for two: the files of one take 328 to
-    # 372 KiB, as orbax's threads happen to batch them, and those of the run 36.
-    result = _run_on_a_small_disk(config, tmp_path, 630)
+    # Room for the export, 164 KiB, and one checkpoint, never for two: the files of one take 570 to
+    # 610 KiB, as orbax's threads happen to batch them, and those of the run 44.
+    result = _run_on_a_small_disk(config, tmp_path, 1000)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     warnings = [line for line in result.stdout.splitlines() if line.startswith("warning")]
@@ -267,7 +274,7 @@ def test_files_that_may_not_grow_end_no_run_before_its_export(text, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_stopped_and_cannot_save_says_so(text, tmp_path):
     config = _config(text, tmp_path / "disk" / "run", steps=10**6, log_every=1000)
-    result = _run_on_a_small_disk(config, tmp_path, 300, stop_after=20)
+    result = _run_on_a_small_disk(config, tmp_path, 300, stop_at="was not written")
     assert result.returncode == 1
     *_, error = result.stderr.splitlines()
     assert re.fullmatch(

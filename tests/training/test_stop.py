@@ -114,8 +114,8 @@ def test_a_signal_during_the_last_evaluation(text, whole, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_run_goes_on_on_another_mesh(text, tmp_path, mesh):
-    """Losses equal to 1e-6 those on one device."""
+def test_a_run_goes_on_on_another_mesh(text, tmp_path, mesh, assert_close):
+    """Losses and weights equal to 1e-6 those on one device."""
     for name, first, then in (("one", {"fsdp": 1}, {"fsdp": 1}), ("two", mesh, {"fsdp": 2})):
         workdir = tmp_path / name
         shape = runs.make_config(text, workdir).model
@@ -129,6 +129,8 @@ def test_a_run_goes_on_on_another_mesh(text, tmp_path, mesh):
     for key in ("loss", "eval_loss"):
         one, two = (runs.column(tmp_path / name, key) for name in ("one", "two"))
         assert two == pytest.approx(one, rel=1e-6)
+    one, two = (runs.weights(tmp_path / name) for name in ("one", "two"))
+    assert_close(two, one, tolerance=1e-6)
 
 
 @pytest.mark.slow
