@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 def _step(text: str | None) -> int | str | None:
     if text is None or text == "best":
         return text
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ValueError(f"--step: {text!r} is neither a number nor best")
     return int(text)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,11 @@ from lomo_jax.models.weights import HF_NAMES, Tensor, assemble, disassemble
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# The names of what `save` and the tokenizers of transformers write.
+_EXPORTED = re.compile(
+    r"((generation_)?config|model\.safetensors\.index)\.json|model[-\w]*\.safetensors|README\.md"
+    r"|(tokenizer|special_tokens|added_tokens|(additional_)?chat_template|vocab|merges).*"
+)
 _OLD = "old"  # where an earlier export is while the new one takes its place
 _DTYPES = ("F32", "BF16", "F16")
 
@@ -70,7 +76,7 @@ def save(
     this and share the file system, each writes its part of the files.
 
     Args:
-      path: the directory; an earlier export there is replaced.
+      path: the directory; an earlier export there is replaced, and nothing else ever is.
       config: the model's shape.
       params: the parameters, as `nnx.split` of a `Llama` gives them.
       dtype: of the saved weights: float32, bfloat16 or float16. By default the parameters' own.
@@ -79,13 +85,12 @@ def save(
       max_shard_bytes: larger models are split into several files and an index.
 
     Raises:
-      ValueError: `path` exists and is not a model directory.
+      ValueError: `path` exists and is not an export, or holds more than that.
       OSError: it cannot be written, for example because the disk is full.
     """
     path = Path(path)
     dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype if dtype is None else dtype)
-    if path.exists() and not (path / _CONFIG).is_file() and not _is_empty_directory(path):
-        raise ValueError(f"{path} exists and is not a model directory; choose another export path")
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _temporary_beside(path) as temporary:
         written = temporary / "new"
@@ -122,6 +127,21 @@ def save_config(
     _write_json(directory / _GENERATION_CONFIG, special)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raises ValueError if more would be lost than an earlier export."""
+    if not path.exists():
+        return
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [path.name]
+    is_export = _CONFIG in names and any(name.endswith(".safetensors") for name in names)
+    if names and not is_export:
+        raise ValueError(f"{path} exists and is not an export; choose another path")
+    foreign = next((name for name in names if not _EXPORTED.fullmatch(name)), None)
+    if foreign is not None:
+        raise ValueError(
+            f"{path} holds {foreign}, which is of no export and would be lost; choose another path"
+        )
 
 
 @contextlib.contextmanager
@@ -252,7 +272,3 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _is_empty_directory(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

@@ -25,8 +25,9 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
 
     Raises:
       CheckpointError: There is no such run or checkpoint, or it is damaged.
-      ValueError: `out` exists and is not a model directory.
+      ValueError: `out` exists and is not an export, or is of what a run keeps.
     """
+    _check_out(out)
     model = workdir / workdir_lib.MODEL
     if not model.is_dir():
         raise CheckpointError(
@@ -41,3 +42,14 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
     card = model_card(facts.config, facts.progress)
     models.save(out, config, params, tokenizer=models.tokenizer(model), card=card)
     return facts.progress.step
+
+
+def _check_out(out: Path) -> None:
+    """Raises ValueError if `out` is, or lies in, what a run keeps, other than its export."""
+    place = out.expanduser().absolute()
+    for folder in (place, *place.parents):
+        is_run = (folder / workdir_lib.RUN).exists() and workdir_lib.is_inside(str(out), folder)
+        if is_run and place != folder / workdir_lib.EXPORT:
+            raise ValueError(
+                f"{out} would replace what the run in {folder} keeps; choose another path"
+            )

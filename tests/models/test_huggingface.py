@@ -140,11 +140,29 @@ def test_an_export_that_was_killed_loses_nothing(export):
     assert list(export.parent.iterdir()) == [export]
 
 
-def test_a_directory_that_is_not_a_model_is_not_replaced(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is not a model directory; choose another"):
-        models.save(tmp_path, CONFIG, random_params(CONFIG, 0))
-    assert (tmp_path / "thesis.tex").exists()
+@pytest.mark.parametrize("name", ["thesis.tex", "pytorch_model.bin", "checkpoints/4/params/d/0"])
+def test_what_no_export_has_written_is_not_replaced(export, name):
+    """A model directory that was downloaded has more in it, the workdir of a run a config.json."""
+    (export / name).parent.mkdir(parents=True, exist_ok=True)
+    (export / name).write_text("years of work")
+    before = sorted(export.rglob("*"))
+    message = rf"export holds {name.split('/')[0]}, which is of no export and would be lost; choose"
+    with pytest.raises(ValueError, match=message):
+        models.save(export, CONFIG, random_params(CONFIG, 0))
+    assert sorted(export.rglob("*")) == before
+
+
+def test_a_config_without_weights_is_not_replaced(export):
+    (export / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="export exists and is not an export; choose another path"):
+        models.save(export, CONFIG, random_params(CONFIG, 0))
+    assert (export / "config.json").exists()
+
+
+def test_a_file_is_not_replaced(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file exists and is not an export; choose another path"):
+        models.save(tmp_path / "file", CONFIG, random_params(CONFIG, 0))
 
 
 def test_what_is_missing_is_named(export, tmp_path):

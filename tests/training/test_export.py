@@ -1,6 +1,7 @@
 """`python -m lomo_jax.export`: any checkpoint of a run, as a Hugging Face directory."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -75,13 +76,24 @@ def test_large_models_are_written_in_shards(made, tmp_path):
     [
         (("{made}", "{tmp}/out", "--step=5"), "{made} has no checkpoint of step 5: there is 12, "),
         (("{tmp}", "{tmp}/out"), "{tmp} is not the workdir of a run: it has no folder model"),
-        (("{made}", "{tmp}"), "{tmp} exists and is not a model directory; choose another export"),
+        (("{made}", "{tmp}"), "{tmp} exists and is not an export; choose another path"),
+        (("{made}", "{made}"), "{made} would replace what the run in {made} keeps; choose another"),
+        (("{made}", "{made}/model"), "{made}/model would replace what the run in {made} keeps; "),
+        (("{made}", "{made}/checkpoints/5"), "{made}/checkpoints/5 would replace what the run "),
+        (("{made}", "{tmp}/out", "--step=\u00b2"), "--step: '\u00b2' is neither a number nor best"),
     ],
 )
 def test_a_mistake_gets_one_line(made, tmp_path, capsys, arguments, message):
     (tmp_path / "file").touch()
-    names = {"made": made, "tmp": tmp_path}
+    names, before = {"made": made, "tmp": tmp_path}, sorted(made.rglob("*"))
     assert _export(*(argument.format(**names) for argument in arguments)) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message.format(**names)}")
     assert error.count("\n") == 1
+    assert sorted(made.rglob("*")) == before
+
+
+def test_the_export_of_the_run_may_be_replaced(made, tmp_path):
+    shutil.copytree(made, tmp_path / "run")
+    assert _export(tmp_path / "run", tmp_path / "run" / "export", "--step=4") == 0
+    assert "| steps | 4 of 12" in (tmp_path / "run" / "export" / "README.md").read_text()
