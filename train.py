@@ -15,6 +15,7 @@ each: srun, mpirun and indexed Jobs of Kubernetes tell it of the others, anythin
 --coordinator, --num_processes and --process_id.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -64,4 +65,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal has not
     sys.exit(main(sys.argv))

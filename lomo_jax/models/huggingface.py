@@ -98,7 +98,7 @@ def save(
             written.mkdir()
             save_config(written, config, dtype, tokenizer)
             if card is not None:
-                (written / "README.md").write_text(card)
+                (written / "README.md").write_text(card, encoding="utf-8")
         _wait_for_all("directory")
         tensors = disassemble(params, HF_NAMES, dtype)
         try:

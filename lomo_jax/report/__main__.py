@@ -8,6 +8,7 @@ run's folder as report.html, of several to the current folder. A run that has no
 shown as far as it is. An error is one line.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +46,21 @@ def _report(argv: Sequence[str]) -> None:
     page = report.make(report.read(workdirs))
     default = Path(workdirs[0] if len(workdirs) == 1 else ".") / "report.html"
     path = default if out.value is None else Path(out.value)
-    path.write_text(page, encoding="utf-8")
+    _write(path, page)
     print(path)
+
+
+def _write(path: Path, page: str) -> None:
+    """Writes the page as a whole: an earlier one stays where this cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        # A name on a disk need not be UTF-8.
+        partial.write_bytes(page.encode("utf-8", "backslashreplace"))
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 if __name__ == "__main__":

@@ -60,14 +60,14 @@ def environment(runs: Sequence[Run]) -> str:
 
 
 def as_file(config: dict[str, Any]) -> str:
-    """Returns a config file of train.py that sets every field but the workdir.
+    """Returns a config file of train.py that sets every field but workdir and resume.
 
     The command line could not: it has no way to say None.
     """
     lines = [
         f"    config.{name} = {value!r}"
         for name, value in words.leaves(config)
-        if name != "workdir"
+        if name not in ("workdir", "resume")
     ]
     return "\n".join(
         (
@@ -81,7 +81,7 @@ def as_file(config: dict[str, Any]) -> str:
 
 
 def _repeat(run: Run, title: str) -> str:
-    workdir = f"{run.config.get('workdir') or 'runs/default'}-again"
+    workdir = (run.config.get("workdir") or "runs/default").rstrip("/") + "-again"
     command = f"python train.py --config again.py --config.workdir={shlex.quote(workdir)}"
     return markup.folded(
         title,

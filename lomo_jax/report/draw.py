@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 WIDE, HALF, NARROW = 920, 440, 350  # pixels: the page's column, half of it, a phone's
 COLOURS = 8
+_LETTER = 7  # pixels
 _POINTS = 3000  # of all lines of a chart; a page of many runs stays small
 # matplotlib wants colours, the page decides on them: these stand for its variables.
 _INK, _FAINT = "#010000", "#020000"
@@ -87,7 +89,7 @@ def memory(bars: Sequence[Bar], alt: str, width: int) -> str:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        _paint_bars(axes, bars)
+        _paint_bars(axes, bars, width)
         figure.subplots_adjust(14 / width, 40 / height, 1 - 14 / width, 1 - 12 / height)
 
     return _svg(paint, width, height, f"memory-{width}", alt)
@@ -105,7 +107,8 @@ def _paint(axes: Axes, what: Chart, width: int) -> None:
             axes.axvline(step, 0, 0.08, color=shown, linewidth=1.2)
     if what.log is not None:
         axes.set_yscale("log", base=what.log)
-        places = (1, 2, 5) if what.log == 10 else (1,)
+        lowest, highest = what.span()
+        places = (1, 2, 5) if what.log == 10 and highest < 100 * lowest else (1,)
         axes.yaxis.set_major_locator(ticker.LogLocator(what.log, subs=places, numticks=7))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     else:
@@ -123,7 +126,7 @@ def _paint(axes: Axes, what: Chart, width: int) -> None:
 def _label(axes: Axes, what: Chart) -> None:
     """Writes the numbers of both axes, each with the digits that its neighbours have."""
     form = words.percents if what.percent else words.ticks
-    form = words.powers_of_two if what.log == 2 else form
+    form = {2: words.powers_of_two, 10: words.magnitudes}.get(what.log or 0, form)
     for axis, span, label in (
         (axes.xaxis, axes.get_xlim(), words.ticks),
         (axes.yaxis, axes.get_ylim(), form),
@@ -159,20 +162,23 @@ def _span(lines: Sequence[Line]) -> tuple[float, float]:
     return first - margin, last + margin
 
 
-def _paint_bars(axes: Axes, bars: Sequence[Bar]) -> None:
+def _paint_bars(axes: Axes, bars: Sequence[Bar], width: int) -> None:
+    from matplotlib import ticker
+
     axes.grid(visible=False)
     for row, bar in enumerate(bars):
         left = 0.0
         for gib, colour in bar.parts:
             axes.barh(row, gib, left=left, height=0.38, color=_SERIES[colour])
             left += gib
-        axes.text(0, row - 0.26, bar.label, fontsize=12, va="bottom")
+        axes.text(0, row - 0.26, bar.label(width // _LETTER), fontsize=12, va="bottom")
         if bar.limit_gib is not None:
             axes.plot([bar.limit_gib] * 2, [row - 0.3, row + 0.3], color=_INK, linewidth=2)
     ends = [max(sum(gib for gib, _ in bar.parts), bar.limit_gib or 0) for bar in bars]
     axes.set_xlim(0, 1.02 * max(ends) or 1)
     axes.set_ylim(len(bars) - 0.6, -0.75)
     axes.set_yticks([])
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(4 if width <= NARROW else 8, steps=_STEPS))
     axes.set_xlabel("GiB", loc="right", fontsize=12)
     axes.tick_params(labelsize=12)
 
@@ -192,5 +198,8 @@ def _svg(paint: Any, width: int, height: int, name: str, alt: str) -> str:
         matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=(width / 72, height / 72))
         paint(figure)
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        with warnings.catch_warnings():
+            # The page's fonts have more letters than matplotlib's.
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
+            figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return svg.embed(file.getvalue(), name, alt, _VARIABLES)

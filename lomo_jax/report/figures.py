@@ -30,7 +30,7 @@ def memory(runs: Sequence[Run]) -> str:
     shown = bars(runs)
     if not shown:
         return ""
-    alt = "Device memory. " + ". ".join(bar.label for bar in shown) + "."
+    alt = "Device memory. " + ". ".join(bar.label() for bar in shown) + "."
     swatches = [markup.swatch(colour, label, "box") for label, _, colour in PARTS]
     if any(colour == MEASURED for bar in shown for _, colour in bar.parts):
         swatches.append(markup.swatch(MEASURED, "measured peak", "box"))

@@ -23,9 +23,17 @@ MEASURED = 5  # colour
 class Bar:
     """One bar of the chart."""
 
-    label: str
+    run: str  # its name, where there are several
+    what: str
     parts: Sequence[tuple[float, int]]  # GiB and colour
     limit_gib: float | None = None  # marked on the bar
+
+    def label(self, letters: int | None = None) -> str:
+        """What is said of the bar, with so much of the run's name as there is room for."""
+        if not self.run:
+            return self.what
+        room = len(self.run) if letters is None else max(9, letters - len(self.what) - 2)
+        return f"{self.what}, {_elided(self.run, room)}"
 
 
 def bars(runs: Sequence[Run]) -> list[Bar]:
@@ -33,15 +41,23 @@ def bars(runs: Sequence[Run]) -> list[Bar]:
     found = []
     for run in runs:
         summary, plan = summarise(run), run.facts.get("plan") or {}
-        name = f"{run.name}: " if len(runs) > 1 else ""
+        name = run.name if len(runs) > 1 else ""
         if summary.planned_gib is not None:
             parts = [(plan.get(field) or 0.0, colour) for _, field, colour in PARTS]
-            label = f"{name}planned (compiled) {words.gib(summary.planned_gib)}"
-            found.append(Bar(label, parts, summary.usable_gib))
+            planned = f"planned (compiled) {words.gib(summary.planned_gib)}"
+            found.append(Bar(name, planned, parts, summary.usable_gib))
         if summary.measured_gib is not None:
-            label = f"{name}measured peak {words.gib(summary.measured_gib)}"
-            found.append(Bar(label, [(summary.measured_gib, MEASURED)], summary.usable_gib))
+            measured = f"measured peak {words.gib(summary.measured_gib)}"
+            parts = [(summary.measured_gib, MEASURED)]
+            found.append(Bar(name, measured, parts, summary.usable_gib))
     return found
+
+
+def _elided(name: str, room: int) -> str:
+    """Leaves out the middle of a name that is too long."""
+    if len(name) <= room:
+        return name
+    return f"{name[: room // 2]}\N{HORIZONTAL ELLIPSIS}{name[len(name) - (room - 1) // 2 :]}"
 
 
 def table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

@@ -87,8 +87,8 @@ def _footer(runs: Sequence[Run]) -> str:
     said = [
         "Planned memory is what XLA's compiler reserves for the step; measured memory is the most "
         "that the device reported in use.",
-        "Time is that in which a process of the run was at work, without what lay between a stop "
-        "and a resume.",
+        "Time is that between the first and the last record of each process, without loading and "
+        "compiling, and without what lay between a stop and a resume.",
     ]
     said += [
         f"{run.name}: {words.whole(run.unreadable)} lines of metrics.jsonl could not be read."

@@ -50,12 +50,13 @@ def read(workdirs: Sequence[str]) -> list[Run]:
 
 def _read(path: Path, name: str) -> Run:
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; give the workdir of a run of train.py")
+        what = "is a file" if path.exists() else "no such folder"
+        raise ValueError(f"{path}: {what}; give the workdir of a run of train.py")
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         raise ValueError(f"{path} has no metrics.jsonl: give the workdir of a run of train.py")
     entries = [_parse(line) for line in _lines(metrics)]
-    records = [record for record in entries if record is not None]
+    records = _since_the_beginning([record for record in entries if record is not None])
     kept = _without_superseded(records)
     kinds = {key: _by_step(kept, key) for key in ("loss", "eval_loss", "sample")}
     if not any(kinds.values()):
@@ -84,7 +85,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     length = 1
     while len({own[-length:] for own in parts}) < len(parts):
         length += 1
-    return [str(Path(*own[-length:])) for own in parts]
+    names = [str(Path(*own[-length:])) for own in parts]
+    # Nor may a name hold what XML has no character for.
+    return ["".join(c if c.isprintable() else "\ufffd" for c in name) for name in names]
 
 
 def _lines(metrics: Path) -> Iterator[str]:
@@ -101,12 +104,19 @@ def _parse(line: str) -> Record | None:
         try:
             # The trainer writes null, but other writers of JSON write NaN.
             record = json.loads(line[start:], parse_constant=lambda name: None)
-        except ValueError:
+        except (ValueError, RecursionError):
             start = line.find("{", start + 1)
             continue
-        step = record.get("step")
-        return record if isinstance(step, int) and not isinstance(step, bool) else None
+        is_record = type(record.get("step")) is int and 0 <= record["step"] < 2**53
+        is_timed = isinstance(record.get("time", 0.0), int | float)
+        return record if is_record and is_timed else None
     return None
+
+
+def _since_the_beginning(records: list[Record]) -> list[Record]:
+    """Leaves out the records of processes that ended before their first checkpoint."""
+    begun = [n for n, record in enumerate(records) if "resumed" in record and record["step"] == 0]
+    return records[begun[-1] + 1 :] if begun else records
 
 
 def _without_superseded(records: Sequence[Record]) -> list[Record]:

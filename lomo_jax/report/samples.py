@@ -23,12 +23,13 @@ def section(runs: Sequence[Run]) -> str:
     if not parts:
         return ""
     note = markup.note("The prompt is dim, what the model wrote is not.")
-    return markup.section("Samples of text", note if any(map(_prompt, runs)) else "", *parts)
+    has_prompts = any(_prompt(run, record) for run in runs for record in run.samples)
+    return markup.section("Samples of text", note if has_prompts else "", *parts)
 
 
 def _samples(run: Run) -> str:
     shown = _thinned(run.samples)
-    latest, *earlier = (_sample(_prompt(run), record) for record in reversed(shown))
+    latest, *earlier = (_sample(_prompt(run, record), record) for record in reversed(shown))
     if not earlier:
         return latest
     left_out = len(run.samples) - len(shown)
@@ -52,8 +53,9 @@ def _sample(prompt: str, record: Record) -> str:
     )
 
 
-def _prompt(run: Run) -> str:
-    return _cut(str(run.config.get("prompt") or ""))
+def _prompt(run: Run, record: Record) -> str:
+    # A run that is resumed may have another one.
+    return _cut(str(record.get("prompt", run.config.get("prompt")) or ""))
 
 
 def _cut(value: str) -> str:

@@ -49,7 +49,8 @@ def downsample(steps: np.ndarray, values: np.ndarray, points: int) -> tuple[np.n
 def smooth(values: np.ndarray) -> np.ndarray | None:
     """Returns the mean over a twentieth of the line around each point; None for a short line.
 
-    A gap stays one and does not count; at the ends the stretch is shorter.
+    A gap stays one and does not count. At the ends the stretch is shorter, on both sides alike: a
+    mean of one side would lie beside a line that is steep there.
     """
     width = 2 * (len(values) // (2 * _SMOOTH)) + 1
     if width < 3:
@@ -57,8 +58,9 @@ def smooth(values: np.ndarray) -> np.ndarray | None:
     known = ~np.isnan(values)
     sums = np.concatenate(([0.0], np.cumsum(np.where(known, values, 0.0))))
     counts = np.concatenate(([0], np.cumsum(known)))
-    start = np.maximum(np.arange(len(values)) - width // 2, 0)
-    end = np.minimum(np.arange(len(values)) + width // 2 + 1, len(values))
+    place = np.arange(len(values))
+    half = np.minimum(width // 2, np.minimum(place, place[::-1]))
+    start, end = place - half, place + half + 1
     mean = (sums[end] - sums[start]) / np.maximum(counts[end] - counts[start], 1)
     return np.where(known, mean, np.nan)
 

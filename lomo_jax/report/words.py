@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -45,13 +46,23 @@ def ticks(values: Sequence[float]) -> list[str]:
         return [compact(value, 2).replace(" ", "") for value in values]
     if 0 < largest < 0.01:
         return [_scientific(value) for value in values]
-    places = max((len(f"{value:.4g}".partition(".")[2]) for value in values), default=0)
+    apart = min((b - a for a, b in itertools.pairwise(sorted(values)) if b > a), default=1.0)
+    enough = (n for n in range(12) if all(abs(round(v, n) - v) < apart / 100 for v in values))
+    places = next(enough, 12)
     return [f"{value:,.{places}f}" for value in values]
 
 
 def percents(values: Sequence[float]) -> list[str]:
     """The shares of an axis: 35%, 40%."""
     return [f"{number}%" for number in ticks([100 * value for value in values])]
+
+
+def magnitudes(values: Sequence[float]) -> list[str]:
+    """The numbers of a logarithmic axis, each for itself: 0.01, 1, 100, 10k."""
+    return [
+        compact(value).replace(" ", "") if value >= 0.001 else _scientific(value)
+        for value in values
+    ]
 
 
 def powers_of_two(values: Sequence[float]) -> list[str]:

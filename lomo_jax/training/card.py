@@ -49,7 +49,9 @@ def model_card(config: dict[str, Any], progress: Progress) -> str:
         "batch": f"{config['batch_size']} x {config['sequence_length']} tokens",
         "learning rate": f"{config['learning_rate']:g}, {config['schedule']}",
         "weights": config["param_dtype"],
-        "lowest held-out loss": None if progress.best is None else f"{progress.best:.4f}",
+        "lowest held-out loss": None
+        if progress.best is None
+        else f"{progress.best:.4f}, after step {progress.best_step:,}",
         "updates skipped": progress.skipped or None,
     }
     return _CARD.format(

@@ -2,13 +2,9 @@
 
 import contextlib
 import dataclasses
-import gc
 import itertools
-import logging
 import shutil
-import sys
-import traceback
-import warnings
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +16,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 import lomo_jax
-from lomo_jax.training import devices, workdir
+from lomo_jax.training import devices, failures, workdir
 from lomo_jax.training.checksums import checksums
 from lomo_jax.training.errors import CheckpointError
 
+_REMOVAL = 1.0  # seconds that the removal of a checkpoint may take
+_FACTS = Path("facts", "metadata")  # in a checkpoint, where orbax writes the item's JSON
 _PARTIAL = ".orbax-checkpoint-tmp"  # what orbax appends to the name of a folder until it is whole
 
 
@@ -86,7 +84,7 @@ class Checkpoints:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_quiet())
+            stack.enter_context(failures.quiet())
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
@@ -110,10 +108,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        if kind is KeyboardInterrupt and self._saving is not None:
-            return  # of a person who does not want to wait for it
         with self._stack:
-            self.wait()
+            if kind is KeyboardInterrupt:
+                return  # of a person who does not want to wait for what is being written
+            # An error may be of this process alone: then the others do not come to agree on this.
+            self._wait(agreed=kind is None)
             self._manager.close()
 
     def begin(self) -> None:
@@ -121,6 +120,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._folder.mkdir(exist_ok=True)
         devices.wait_for_all("folder of checkpoints")
+        self.reload()
+
+    def reload(self) -> None:
+        """Looks again which checkpoints there are."""
         self._manager.reload()
 
     def steps(self) -> list[int]:
@@ -156,11 +159,12 @@ class Checkpoints:
         facts.checksums = {name: each.sums for name, each in sums.items()}
         self.wait()
         step = facts.progress.step
-        if step in self.steps():  # the one that the run has gone on from
-            return True
-        self._saving = step
         if self._keep_best:
             self._preserve.best(facts.progress.best_step)
+        if step in self.steps():  # the one that the run has gone on from, and evaluated since
+            self._update(step, facts.progress)
+            return True
+        self._saving = step
         args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         args["facts"] = ocp.args.JsonSave(dataclasses.asdict(facts))
         try:
@@ -171,6 +175,17 @@ class Checkpoints:
             self.wait()
         return True
 
+    def _update(self, step: int, progress: Progress) -> None:
+        """Writes what is known of the run by now into the checkpoint of a step."""
+        facts = self.facts(step)
+        if facts.progress != progress and jax.process_index() == 0:
+            facts.progress = progress
+            try:
+                workdir.write_json(self._folder / str(step) / _FACTS, dataclasses.asdict(facts))
+            except OSError as error:  # a full disk
+                reason = failures.reason(error)
+                self._warn(f"the checkpoint of step {step} misses its evaluation, {reason}")
+
     def poll(self) -> None:
         """Tells of a checkpoint that has failed by now, unless other processes must agree on it."""
         if self._saving is None or jax.process_count() > 1:
@@ -180,6 +195,10 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits for the checkpoint that is being written, and tells if it was not."""
+        self._wait(agreed=True)
+
+    def _wait(self, *, agreed: bool) -> None:
+        """As `wait`; `agreed` is whether all processes do this and have to agree on it."""
         if self._saving is None:
             return
         step, error, self._saving, self._failure = self._saving, self._failure, None, None
@@ -187,13 +206,14 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as raised:  # as above
             error = error or raised
-        if _in_all(error is None):
+        whole = error is None
+        if _in_all(whole) if agreed else whole:
             self.last = step
             return
         if jax.process_index() == 0:
             shutil.rmtree(self._folder / f"{step}{_PARTIAL}", ignore_errors=True)
         self._manager.reload()
-        reason = "another process failed" if error is None else _reason(error)
+        reason = "another process failed" if error is None else failures.reason(error)
         last = f"the last good one is of step {self.last}" if self.last else "there is none yet"
         self._warn(f"the checkpoint of step {step} was not written, {reason}; {last}")
 
@@ -225,6 +245,9 @@ class Checkpoints:
           CheckpointError: It is damaged.
         """
         found = self._read(facts, _items(params, state))
+        for step in reversed(self.steps()):  # which of them have been the best
+            with contextlib.suppress(CheckpointError):
+                self._preserve.best(self.facts(step).progress.best_step)
         rounding = found.get("rounding", {"key": None})["key"]
         state = lomo_jax.StepState(found["optimizer"], found.get("loss_scale"), rounding)
         return found["params"], state
@@ -260,7 +283,7 @@ class Checkpoints:
                 aside = next(path for path in names if not path.exists())
                 (self._folder / str(step)).rename(aside)
         devices.wait_for_all("damaged checkpoints")
-        self._manager.reload()
+        self.reload()
 
 
 class _LastAndBest:
@@ -295,19 +318,32 @@ def read_params(folder: Path, step: int | str | None, like: Any) -> tuple[nnx.St
       CheckpointError: There is no such checkpoint, or it is damaged.
     """
     with Checkpoints((folder / workdir.CHECKPOINTS).absolute(), read_only=True) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
-            raise CheckpointError(f"{folder} has no checkpoint")
-        if step is None:
-            step = steps[0]
-        elif step == "best":
-            step = checkpoints.facts(steps[0]).progress.best_step
-        if step not in steps:
-            there = ", ".join(map(str, steps))
-            what = "the best step" if step is None else f"step {step}"
-            raise CheckpointError(f"{folder} has no checkpoint of {what}: there is {there}")
-        facts = checkpoints.facts(step)
-        return checkpoints.restore_params(facts, like), facts
+        while True:
+            steps = checkpoints.steps()
+            try:
+                facts = checkpoints.facts(_find(checkpoints, folder, step))
+                return checkpoints.restore_params(facts, like), facts
+            except CheckpointError:
+                time.sleep(_REMOVAL)
+                checkpoints.reload()
+                if checkpoints.steps() == steps:
+                    raise
+                # The run has written another one meanwhile, and removed what was being read.
+
+
+def _find(checkpoints: Checkpoints, folder: Path, step: int | str | None) -> int:
+    """Returns the step of the checkpoint that `read_params` is asked for."""
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError(f"{folder} has no checkpoint")
+    if step is None:
+        return steps[0]
+    found = checkpoints.facts(steps[0]).progress.best_step if step == "best" else step
+    if found not in steps:
+        there = ", ".join(map(str, steps))
+        what = "the best step" if found is None else f"step {found}"
+        raise CheckpointError(f"{folder} has no checkpoint of {what}: there is {there}")
+    return int(found)
 
 
 def _items(params: Any, state: lomo_jax.StepState) -> dict[str, Any]:
@@ -325,7 +361,7 @@ def _damaged(folder: Path) -> Iterator[None]:
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # there is no room for it, which is no fault of the checkpoint
     except Exception as error:  # of json, of orbax, of TensorStore
-        failure = _reason(error)
+        failure = failures.reason(error)
     if not _in_all(failure is None):
         failure = failure or "another process cannot read its part"
         raise CheckpointError(f"{folder} is damaged: {failure}")
@@ -336,43 +372,3 @@ def _in_all(condition: bool) -> bool:
     if jax.process_count() == 1:
         return condition
     return bool(multihost_utils.process_allgather(np.array(condition)).all())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps orbax from telling at length of a failure that this module tells in a line."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-
-    def pass_on(unraisable: Any) -> None:
-        # Of what was still under way when the first file could not be read or written.
-        files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
-        if not any(part in file for file in files for part in ("orbax", "asyncio")):
-            hook(unraisable)
-
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = pass_on
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            try:
-                yield
-            finally:
-                gc.collect()  # of what failed, while nobody hears it
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        sys.unraisablehook = hook
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, from the first line of what TensorStore or Python say."""
-    text = " ".join(str(error).split()).partition(" See full")[0] or type(error).__name__
-    known = {
-        "No space left on device": "the disk is full",
-        "Disk quota exceeded": "the quota of the disk is used up",
-        "File too large": "a file may not become so large",
-    }
-    found = next((words for mark, words in known.items() if mark in text), None)
-    return found or (text if len(text) <= 200 else f"{text[:200]}...")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lomo_jax.fused import explicit
 from lomo_jax.fused.offload import is_on_host
 
 
@@ -25,37 +26,43 @@ def checksums(tree: Any) -> Checksums:
     Args:
       tree: pytree of arrays, in device or in host memory, divided or not.
     """
-    sums, finite = jax.device_get(_checksums(tree))
-    return Checksums([int(x) for x in sums], bool(finite))
+    # One after the other: see below what that takes on a CPU.
+    each = [jax.device_get(_of_array(x)) for x in jax.tree.leaves(tree)]
+    return Checksums([int(total) for total, _ in each], all(finite for _, finite in each))
 
 
 @jax.jit
-def _checksums(tree: Any) -> tuple[list[jax.Array], jax.Array]:
-    each = [_of_array(x) for x in jax.tree.leaves(tree)]
-    finite = jnp.array(True)
-    for _, is_finite in each:
-        finite &= is_finite
-    return [total for total, _ in each], finite
-
-
 def _of_array(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if not is_on_host(x):
-        return _of_device_array(x)
-    if x.ndim < 3:
-        return _of_device_array(jax.device_put(x, jax.memory.Space.Device))
+    infinity = _bits(jnp.array(jnp.inf, x.dtype)) if jnp.issubdtype(x.dtype, jnp.inexact) else None
+    on_host = is_on_host(x)
+    if not on_host:
+        # Before the loop: XLA for CPUs would write out a stack of bfloat16 as float32 there.
+        x = _bits(x)
+
+    def of_part(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if on_host:
+            part = _bits(jax.device_put(part, jax.memory.Space.Device))
+        total = jnp.sum(part, dtype=jnp.uint32)
+        if infinity is None:
+            return total, jnp.array(True)
+        not_finite = (part & infinity) == infinity
+        # A float64 is two words.
+        return total, ~(not_finite.all(-1) if infinity.ndim else not_finite).any()
 
     def add(carry, layer):
-        total, finite = carry
-        more, is_finite = _of_device_array(jax.device_put(layer, jax.memory.Space.Device))
+        (total, finite), (more, is_finite) = carry, of_part(layer)
         return (total + more, finite & is_finite), None
 
-    # A stack of layers may be there because the device has no room for it: one layer at a time.
+    if x.ndim < 3 or explicit.spec(x)[0] is not None:
+        return of_part(x)
+    # One layer of a stack at a time: the device may have no room for more of what is in host
+    # memory, and XLA for CPUs writes out each number as wide as the sum is.
     return jax.lax.scan(add, (jnp.uint32(0), jnp.array(True)), x)[0]
 
 
-def _of_device_array(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.array(True)
+def _bits(x: jax.Array) -> jax.Array:
+    """The same bits as unsigned numbers; of NaN and infinity those of the exponent are all 1."""
     if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
+        return x.astype(jnp.uint8)
     word = {1: jnp.uint8, 2: jnp.uint16}.get(math.gcd(x.dtype.itemsize, 4), jnp.uint32)
-    return jnp.sum(jax.lax.bitcast_convert_type(x, word), dtype=jnp.uint32), finite
+    return jax.lax.bitcast_convert_type(x, word)

@@ -6,6 +6,7 @@ A config file defines `get_config() -> Config`. Every field can be set on the co
 
 import dataclasses
 import importlib.util
+import json
 import math
 import types
 import typing
@@ -165,6 +166,14 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
         _refuse_memory_options(config)
     schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
     make_optimizer(config.optimizer, schedule, dict(config.optimizer_kwargs))
+    for name, value in config.optimizer_kwargs.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ConfigError(
+                f"optimizer_kwargs: {name}={value!r} cannot be saved with a checkpoint; give a "
+                "number, a list or the name, such as 'bfloat16'"
+            ) from None
 
 
 def field_type(name: str) -> Any:
@@ -262,6 +271,10 @@ def _not_negative(value: float) -> bool:
     return 0 <= value < math.inf
 
 
+def _is_text(value: str) -> bool:
+    return value.encode(errors="replace").decode() == value  # of a shell's other bytes it is not
+
+
 _POSITIVE = "a positive number"
 _NOT_NEGATIVE = "0 or more"
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -292,6 +305,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("eval_every", _not_negative, _NOT_NEGATIVE),
     ("eval_batches", _positive, _POSITIVE),
     ("log_every", _positive, _POSITIVE),
+    ("prompt", _is_text, "text in UTF-8"),
     ("prompt_tokens", _positive, _POSITIVE),
     ("wandb", bool, "the name of a project"),
     ("workdir", bool, "a folder"),

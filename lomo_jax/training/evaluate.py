@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lomo_jax import models
 from lomo_jax.data import Batch
+from lomo_jax.fused.microbatches import split
 from lomo_jax.training.model import Model
 
 
@@ -25,18 +26,25 @@ def make_evaluate(
     model: Model,
     batches: Sequence[Batch],
     send: Callable[[Batch], Any],
+    microbatches: int = 1,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Callable[[nnx.State], Evaluation | None]:
     """Returns a function from parameters to their evaluation on all of `batches`.
 
     It sends a batch to the devices when it is its turn, and asks `is_over` then: if so it gives up,
-    with None.
+    with None. A batch goes through the model in as many parts as in a step, which may be as many as
+    there is room for.
     """
 
     @jax.jit
     def sums(params: nnx.State, batch: Any) -> jax.Array:
-        loss, metrics = model.loss(params, batch)
-        return metrics.weight * jnp.stack([loss, metrics.accuracy, jnp.ones_like(loss)])
+        def of_part(part: Any) -> jax.Array:
+            loss, metrics = model.loss(params, part)
+            return metrics.weight * jnp.stack([loss, metrics.accuracy, jnp.ones_like(loss)])
+
+        if microbatches == 1:
+            return of_part(batch)
+        return jax.lax.map(of_part, split(batch, microbatches)).sum(0)
 
     def evaluate(params: nnx.State) -> Evaluation | None:
         under_way: list[jax.Array] = []

@@ -51,7 +51,7 @@ def train(config: Config) -> None:
         except KeyboardInterrupt:
             if stop.is_urgent:
                 raise
-            display.line("stopped", "before it made a step: nothing has changed")
+            display.line("stopped", "before it made a step")
 
 
 def _train(config: Config, display: Display, stop: Stop) -> None:
@@ -132,7 +132,9 @@ def _make_steps(
     Returns:
       The run as it is then, and whether it was asked to stop.
     """
-    evaluate = make_evaluate(run.model, run.held_out, run.send, lambda: stop.is_wanted)
+    evaluate = make_evaluate(
+        run.model, run.held_out, run.send, config.microbatches, lambda: stop.is_wanted
+    )
     params, state, progress = run.params, run.state, run.progress
     saved_at = time.monotonic()
     recorder.restart_clock()

@@ -154,7 +154,7 @@ class Recorder:
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Records how the model continues the prompt after `step` steps."""
-        self._write({"step": step, "sample": text})
+        self._write({"step": step, "prompt": prompt, "sample": text})
         self._display.line("sample", prompt + text)
 
     def _write(self, record: Record) -> None:

@@ -7,6 +7,7 @@ There are three places, tried in this order:
 3. random weights, if `model.init` is "random".
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,7 +120,8 @@ def check_start(config: Config, workdir: Path) -> None:
 
 def _differences(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
     """Returns (saved, now) of each field that both have and that differs, by name."""
-    before, now = _flat(saved), _flat(to_dict(config))
+    as_saved = json.loads(json.dumps(to_dict(config)))  # which turns a tuple into a list
+    before, now = _flat(saved), _flat(as_saved)
     return {
         name: (before[name], now[name])
         for name in before

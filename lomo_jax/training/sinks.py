@@ -79,8 +79,10 @@ class TensorBoard:
     def write(self, record: Record) -> None:
         """Adds a point to the curve of each number."""
         for name, value in record.items():
-            if isinstance(value, str):
+            if name == "sample":
                 summary = self._summary.text(name, value)
+            elif isinstance(value, str):
+                continue
             elif name not in ("step", "time", "resumed") and math.isfinite(value):
                 summary = self._summary.scalar(name, value)
             else:

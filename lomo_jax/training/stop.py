@@ -52,8 +52,10 @@ class Stop:
         return self.is_wanted
 
     def _take(self, number: int, _frame: object) -> None:
-        self.is_urgent = self._is_asked and number == signal.SIGINT
-        if self.is_urgent or not self._has_begun:
+        if self._is_asked and number == signal.SIGINT:
+            self.is_urgent = True
+            raise KeyboardInterrupt
+        if not self._has_begun:
             raise KeyboardInterrupt
         self._is_asked = True
         if jax.process_count() > 1:

@@ -23,20 +23,9 @@ LOG = "log.txt"  # what the terminal showed
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 REPORT = "report.html"
-# In the order in which they are moved aside: the last one tells that it was a run.
-_OF_A_RUN = (
-    CHECKPOINTS,
-    EXPORT,
-    MODEL,
-    CONFIG,
-    METRICS,
-    LOG,
-    TENSORBOARD,
-    WANDB,
-    REPORT,
-    RUN,
-)
+_OF_A_RUN = (CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REPORT, RUN)
 _LOCK = ".lock"
+_LEAVING = ".earlier"  # what is being moved aside
 
 
 def make(workdir: str) -> Path:
@@ -59,7 +48,7 @@ def make(workdir: str) -> Path:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Keeps other processes out of the folder while this one lives.
+    """Keeps other processes out of the folder while this one lives, and tidies it up.
 
     The lock belongs to the open file: the kernel drops it with the process, however that ends.
 
@@ -76,9 +65,16 @@ def lock(workdir: Path) -> Iterator[None]:
                 f"workdir: {str(workdir)!r} is in use by {holder}; wait for that run or stop it, "
                 "or set another --config.workdir"
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"workdir: {str(workdir)!r} is on a file system that cannot lock a file: "
+                f"{error.strerror}; set --config.workdir to another one"
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        if (workdir / _LEAVING).exists():
+            set_aside(workdir)  # a process was killed while it did
         yield
 
 
@@ -101,14 +97,18 @@ def set_aside(workdir: Path) -> Path | None:
     Returns:
       That folder; None if nothing was moved.
     """
-    if all(_is_nothing(workdir / name) for name in (CHECKPOINTS, EXPORT)):
+    leaving = workdir / _LEAVING
+    is_new = all(_is_nothing(workdir / name) for name in (CHECKPOINTS, EXPORT))
+    if is_new and not leaving.exists():
         return None
-    found = [name for name in _OF_A_RUN if not _is_nothing(workdir / name)]
+    # Nothing but the last renaming makes an `earlier-1` of it: it is never there in part.
+    leaving.mkdir(exist_ok=True)
+    for name in _OF_A_RUN:
+        if not _is_nothing(workdir / name):
+            (workdir / name).rename(leaving / name)
     numbered = (workdir / f"earlier-{number}" for number in itertools.count(1))
     aside = next(folder for folder in numbered if not folder.exists())
-    aside.mkdir()
-    for name in found:
-        (workdir / name).rename(aside / name)
+    leaving.rename(aside)
     return aside
 
 
@@ -133,8 +133,11 @@ def locate(path: str) -> tuple[Path, int | None] | None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads what `write_json` wrote."""
-    return json.loads(path.read_text())
+    """Reads what `write_json` wrote; raises ValueError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,10 +1,11 @@
 """`python -m lomo_jax.report` as a person uses it."""
 
+import resource
 import subprocess
 import sys
 
 import pytest
-from workdirs import evaluation, step, write
+from workdirs import CONFIG, evaluation, sample, step, write
 
 from lomo_jax.report.__main__ import main
 
@@ -50,12 +51,34 @@ def test_errors_are_one_line(run, tmp_path, capsys):
         ((empty,), "has no metrics.jsonl: give the workdir of a run of train.py"),
         ((run, "--ou", "x"), "'ou'"),
         ((run, run), "named twice"),
+        ((run / "metrics.jsonl",), "metrics.jsonl: is a file; give the workdir"),
         ((run, "--out", tmp_path / "nowhere" / "page.html"), "No such file or directory"),
     ):
         status, out, error = _report(capsys, *arguments)
         assert (status, out, error.count("\n")) == (1, "", 1), error
         assert error.startswith("error: ")
         assert said in error
+
+
+def test_an_earlier_page_stays_where_a_new_one_cannot_be_written(run, capsys):
+    (run / "report.html").write_text("earlier")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        status, _, error = _report(capsys, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1
+    assert "File too large" in error
+    assert (run / "report.html").read_text() == "earlier"
+    assert not (run / ".report.html.partial").exists()
+
+
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    config = CONFIG | {"prompt": "caf\udce9"}
+    run = write(tmp_path / "run", [step(1, 3.0), sample(1, "more")], config=config)
+    assert _report(capsys, run)[0] == 0
+    assert r"caf\udce9" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_without_matplotlib_the_error_says_what_to_install(run, capsys, monkeypatch):

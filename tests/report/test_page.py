@@ -202,6 +202,25 @@ def test_samples_are_shown_latest_first_the_rest_folded(page):
     assert order == sorted(order)
 
 
+def test_a_sample_has_the_prompt_of_its_time(page):
+    earlier = sample(1, "sat") | {"prompt": "the cat "}
+    _, reader = page(([step(1, 3.0), earlier, sample(2, "ran")], {}))
+    said = _said(reader)
+    assert "the cat sat" in said
+    assert "Once <i>upon</i> ran" in said
+
+
+def test_a_long_name_leaves_room_for_the_figure(page, tmp_path):
+    names = [str(write(tmp_path / f"{'x' * 60}{n}", _RECORDS)) for n in range(2)]
+    text = report.make(report.read(names))
+    narrow = re.findall(r'viewBox="0 0 350 [^>]*aria-label="Device memory(.*?)</svg>', text)
+    labels = [label for label in re.findall(r">([^<]+)</text>", narrow[0]) if "GiB," in label]
+    assert len(labels) == 4
+    for label in labels:
+        assert re.search(r"[\d.]+ GiB, x+\u2026x+[01]$", label)
+        assert len(label) <= 50
+
+
 def test_several_runs_are_compared(page):
     better = [evaluation(0, 4.0), step(1, 2.0), evaluation(30, 2.5)]
     other = {"config": {**CONFIG, "learning_rate": 0.01, "clip_norm": 1.0}}
@@ -243,6 +262,14 @@ def test_the_file_to_run_again_makes_the_same_config(tmp_path):
     file.write_text(as_file(to_dict(config)))
     again = flags.parse(["train.py", "--config", str(file), f"--config.workdir={config.workdir}"])
     assert to_dict(again) == to_dict(config)
+
+
+def test_to_run_it_again_takes_another_folder(page):
+    config = to_dict(Config(workdir="runs/one/", resume="must"))
+    _, reader = page((_RECORDS, {"config": config}))
+    said = _said(reader)
+    assert "--config.workdir=runs/one-again" in said
+    assert "config.resume" not in said
 
 
 def test_the_shape_is_shown_only_where_it_is_that_of_the_model():

@@ -34,6 +34,17 @@ def test_what_a_lost_process_wrote_is_superseded_also_twice(tmp_path):
     assert run.times_resumed == 3
 
 
+def test_a_run_that_was_lost_before_its_first_checkpoint_has_begun_again(tmp_path):
+    records = [
+        *(evaluation(0, 4.0, 5.0), step(1, 1.1, 9.0), step(2, None, 10.0)),
+        *(resumed(0, 90.0), evaluation(0, 4.0, 100.0), step(1, 2.1, 103.0)),
+    ]
+    (run,) = read([str(write(tmp_path, records))])
+    assert _losses(run) == {1: 2.1}
+    assert (run.resumes, run.times_resumed) == ([], 0)
+    assert (run.started, run.seconds) == (100, 3)
+
+
 def test_records_of_the_step_of_the_checkpoint_stay(tmp_path):
     records = [step(2, 1.0), evaluation(2, 5.0), step(3, 9.0), resumed(2), evaluation(2, 4.0)]
     (run,) = read([str(write(tmp_path, records))])
@@ -84,6 +95,22 @@ def test_other_lines_that_are_no_records_are_counted(tmp_path):
     assert run.unreadable == 3
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1, "time": "noon"}',
+        f'{{"step": {10**400}}}',
+        '{"step": -1}',
+        '{"step": ' + "[" * 10**5,
+    ],
+)
+def test_lines_that_no_trainer_writes_are_counted(tmp_path, line):
+    end = f'\n{line}\n{{"step": 2, "loss": 0.5}}\n'
+    (run,) = read([str(write(tmp_path, [step(1, 1.0)], end=end))])
+    assert _losses(run) == {1: 1.0, 2: 0.5}
+    assert run.unreadable == 1
+
+
 def test_a_run_may_lack_config_and_facts(tmp_path):
     (run,) = read([str(write(tmp_path, [step(1, 1.0)], config=None, facts=None))])
     assert run.config == run.facts == {}
@@ -95,6 +122,11 @@ def test_names_are_the_shortest_ends_that_differ(tmp_path):
     assert [run.name for run in runs] == ["a/x/seed0", "b/x/seed0"]
     (run,) = read([str(folders[0])])
     assert run.name == "seed0"
+
+
+def test_a_name_that_cannot_be_shown(tmp_path):
+    (run,) = read([str(write(tmp_path / "a\x01\udce9b", [step(1, 1.0)]))])
+    assert run.name == "a\ufffd\ufffdb"
 
 
 def test_a_folder_named_twice_is_an_error(tmp_path):

@@ -50,7 +50,7 @@ def test_mean_over_a_twentieth():
     assert np.flatnonzero(np.isnan(mean)).tolist() == [30]
     ramp = smooth(np.arange(60.0))
     assert ramp is not None
-    np.testing.assert_allclose(ramp[[0, 20, 59]], [0.5, 20, 58.5])
+    np.testing.assert_allclose(ramp, np.arange(60.0))  # at its ends, too
     assert smooth(np.arange(39.0)) is None
 
 

@@ -73,18 +73,17 @@ def test_a_checkpoint_of_four_processes_goes_on_with_one_and_with_two(tmp_path):
         np.testing.assert_allclose(rest, expected[3:], rtol=1e-5)
 
 
-def train(folder, processes, *flags):
+def train(folder, processes, *flags, code=""):
+    """Starts `train.py`, in the last process after some other code."""
     config, text = folder / "config.py", folder / "text.jsonl"
     words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], (60, 60))
     text.write_text("\n".join(json.dumps({"text": " ".join(row)}) for row in words))
     config.write_text(CONFIG.format(text=str(text)))
     # Four devices, whichever way they are shared out.
     devices = f"import jax; jax.config.update('jax_num_cpu_devices', {4 // processes}); "
-    command = [
-        "-c",
-        devices + "import sys, train; sys.exit(train.main(['train.py', *sys.argv[1:]]))",
-    ]
-    command += ["--config", config, f"--config.workdir={folder / f'run{processes}'}", *flags]
+    devices += "import sys, train; "
+    run = "sys.exit(train.main(['train.py', *sys.argv[1:]]))"
+    command = ["--config", config, f"--config.workdir={folder / f'run{processes}'}", *flags]
     port = free_port()
     ids = range(processes) if processes > 1 else [None]
     joined = lambda i: [  # noqa: E731
@@ -92,7 +91,13 @@ def train(folder, processes, *flags):
         f"--num_processes={processes}",
         f"--process_id={i}",
     ]
-    return start([*command, *(joined(i) if processes > 1 else [])] for i in ids)
+    return start(
+        [
+            *("-c", devices + (f"exec({code!r}); " if i == processes - 1 else "") + run),
+            *(*command, *(joined(i) if processes > 1 else [])),
+        ]
+        for i in ids
+    )
 
 
 def wait_for_steps(workdir):
@@ -185,3 +190,24 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path):
     output, _ = finish(running, seconds=150)
     assert running[0].returncode != 0
     assert "has lost another one" in output or "another task died" in output
+
+
+def test_an_error_in_one_process_ends_all(tmp_path):
+    """Also after a checkpoint was begun, of whose end they have not agreed yet."""
+    code = """
+from lomo_jax.training import record
+
+take = record.Recorder.step
+
+def step(self, number, *given):
+    take(self, number, *given)
+    if number == 8:
+        raise OSError("no such luck")
+
+record.Recorder.step = step
+"""
+    running = train(tmp_path, 2, "--config.checkpoint_every=4", code=code)
+    first, second = finish(running, seconds=150)
+    assert [p.returncode for p in running] == [1, 1], first + second
+    assert "error: no such luck" in second
+    assert "has lost another one" in first

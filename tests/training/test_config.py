@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -166,6 +167,14 @@ def test_a_missing_config_file_gets_one_line(argv):
         (
             {"optimizer_kwargs": ConfigDict({"weight_decy": 1.0})},
             "optimizer_kwargs: adalomo takes no 'weight_decy'; did you mean 'weight_decay'?",
+        ),
+        (
+            {"optimizer": "adamw", "optimizer_kwargs": ConfigDict({"mu_dtype": jnp.bfloat16})},
+            "optimizer_kwargs: mu_dtype=<class 'jax.numpy.bfloat16'> cannot be saved with a ",
+        ),
+        (
+            {"prompt": "caf\udce9"},
+            r"prompt: 'caf\udce9' is not allowed; it must be text in UTF-8",
         ),
         (
             {"optimizer_kwargs": ConfigDict({"weight_decay": -1.0})},

@@ -125,11 +125,16 @@ def test_when_all_are_damaged_the_run_stops_and_touches_nothing(text, stopped, t
     shutil.copytree(stopped, workdir)
     for step in _steps(workdir):
         _truncate(workdir / "checkpoints" / str(step))
-    before = sorted(workdir.rglob("*"))
+    before = _contents(workdir)
     listed = ", ".join(str(step) for step in reversed(_steps(workdir)))
     with pytest.raises(CheckpointError, match=f"no checkpoint that can be read, of steps {listed}"):
         loop.train(_config(text, workdir))
-    assert sorted(workdir.rglob("*")) == before
+    assert _contents(workdir) == before
+
+
+def _contents(workdir: Path) -> dict[Path, bytes]:
+    files = (path for path in workdir.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.read_bytes() for path in files}
 
 
 def test_the_last_ones_and_the_best_are_kept(text, tmp_path):
@@ -157,15 +162,24 @@ def test_the_best_is_kept_while_a_better_one_cannot_be_written(tmp_path):
         ]
         _save(checkpoints, step=4, best=3)
         assert checkpoints.steps() == [4, 1]
-        _save(checkpoints, step=5, best=5)
-        assert checkpoints.steps() == [5]
+    # And when the run is started again.
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.restore(checkpoints.facts(4), *_arrays(4))
+        _save(checkpoints, step=5, best=3)
+        assert checkpoints.steps() == [5, 1]
+        _save(checkpoints, step=6, best=6)
+        assert checkpoints.steps() == [6]
+
+
+def _arrays(step: int) -> tuple[nnx.State, lomo_jax.StepState]:
+    params = nnx.State({"w": nnx.Param(jnp.arange(2048.0) + step)})
+    return params, lomo_jax.StepState({"w": jnp.zeros(3)}, None, None)
 
 
 def _save(checkpoints: Checkpoints, step: int, best: int) -> None:
-    params = nnx.State({"w": nnx.Param(jnp.arange(2048.0) + step)})
-    state = lomo_jax.StepState({"w": jnp.zeros(3)}, None, None)
     progress = Progress(step=step, best=1 / step, best_step=best)
-    assert checkpoints.save(params, state, Facts(progress, {}, "text", {}))
+    facts = Facts(progress, {"param_dtype": "float32"}, "text", {})
+    assert checkpoints.save(*_arrays(step), facts)
     checkpoints.wait()
 
 

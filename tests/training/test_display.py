@@ -7,9 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lomo_jax.training.display import Display
 
 _PROGRAM = """
+import pytest
+
 from lomo_jax.training.display import Display
 with Display(5) as display:
     display.status("reading the model")
@@ -26,6 +30,46 @@ def test_a_full_disk_takes_the_log_and_not_the_run(capsys):
         display.log_to(Path("/dev/full"))
         display.line("text", "short")
     assert capsys.readouterr().out == "model     small\ntext      short\n"
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_output_that_nobody_takes_ends_no_run(tmp_path, closed):
+    """A full disk and a closed pipe."""
+    log = tmp_path / "log.txt"
+    program = _PROGRAM.replace(
+        'status("reading the model")', f"log_to(__import__('pathlib').Path({str(log)!r}))"
+    )
+    if closed:
+        end, output = os.pipe()
+        os.close(end)
+    else:
+        output = os.open("/dev/full", os.O_WRONLY)
+    process = subprocess.run(
+        [sys.executable, "-c", program], stdout=output, stderr=subprocess.PIPE, check=False
+    )
+    os.close(output)
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert "two [bold]x" in log.read_text(encoding="utf-8")
+
+
+def test_what_a_model_writes_moves_no_cursor(tmp_path, capsys):
+    with Display(1) as display:
+        display.log_to(tmp_path / "log.txt")
+        display.line("sample", "one\x1b[2J\x07\ttwo\x9b \N{HEAVY BLACK HEART}")
+    shown = "one\ufffd[2J\ufffd\ttwo\ufffd \N{HEAVY BLACK HEART}\n"
+    assert capsys.readouterr().out == f"sample    {shown}".expandtabs(8)
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith(f"sample    {shown}")
+
+
+def test_the_log_has_the_error_that_ends_the_run(tmp_path):
+    def run():
+        with Display(1) as display:
+            display.log_to(tmp_path / "log.txt")
+            raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        run()
+    assert (tmp_path / "log.txt").read_text().endswith(" error     the disk is gone\n")
 
 
 def test_a_terminal_gets_a_bar_below_the_lines():

@@ -12,7 +12,8 @@ import runs
 
 from lomo_jax import models
 from lomo_jax.training import DataConfig, ModelConfig, OffloadConfig, loop
-from lomo_jax.training.errors import ConfigError
+from lomo_jax.training.checkpoint import Checkpoints, read_params
+from lomo_jax.training.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -121,6 +122,46 @@ def test_never_moves_an_earlier_run_aside(again, text, made, tmp_path, capsys):
     aside = dataclasses.replace(again(), workdir=str(tmp_path / "run" / "earlier-1"), steps=7)
     loop.train(aside)
     assert runs.last_step(tmp_path / "run" / "earlier-1") == 7
+
+
+@pytest.mark.parametrize("renamings", [1, 4])
+def test_a_run_that_is_killed_while_it_moves_another_aside_loses_none_of_it(
+    again, text, made, tmp_path, monkeypatch, renamings
+):
+    rename, left = Path.rename, iter(range(renamings))
+
+    def rename_until_killed(path, target):
+        if path.parent == tmp_path / "run" and next(left, None) is None:
+            raise SystemExit
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_until_killed)
+    with pytest.raises(SystemExit):
+        loop.train(runs.make_config(text, tmp_path / "run", resume="never", steps=1))
+    monkeypatch.undo()
+    loop.train(runs.make_config(text, tmp_path / "run", steps=1))
+    assert runs.last_step(tmp_path / "run") == 1
+    runs.assert_same_run(tmp_path / "run" / "earlier-1", made)
+    names = {path.name for path in made.iterdir()} - {".lock"}
+    assert {path.name for path in (tmp_path / "run" / "earlier-1").iterdir()} == names
+    assert {path.name for path in (tmp_path / "run").iterdir()} == names | {".lock", "earlier-1"}
+
+
+def test_a_checkpoint_that_the_run_removes_while_it_is_read(again, made, tmp_path, monkeypatch):
+    """As one does that goes on; the one that there is then is read."""
+    folder, facts = tmp_path / "run" / "checkpoints", Checkpoints.facts
+    _, params = models.load(made / "export")
+
+    def facts_of_the_last(checkpoints, step):
+        found = facts(checkpoints, step)
+        shutil.rmtree(folder / "6", ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(Checkpoints, "facts", facts_of_the_last)
+    _, found = read_params(tmp_path / "run", None, params)
+    assert found.progress.step == 3
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 6: there is 3"):
+        read_params(tmp_path / "run", 6, params)
 
 
 @pytest.mark.parametrize(("place", "step"), [("", 6), ("checkpoints/6", 6), ("checkpoints/3", 3)])

@@ -2,13 +2,17 @@
 
 import functools
 import signal
+import threading
 import time
 
+import orbax.checkpoint as ocp
 import pytest
 import runs
 
+from lomo_jax import export
 from lomo_jax.training import MeshConfig, loop
 from lomo_jax.training import evaluate as evaluate_lib
+from lomo_jax.training.stop import Stop
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -108,8 +112,47 @@ def test_a_signal_during_the_last_evaluation(text, whole, tmp_path, monkeypatch,
     assert "stopped   after step 12, saved" in capsys.readouterr().out
     assert not (tmp_path / "export").exists()
     monkeypatch.undo()
-    loop.train(runs.make_config(text, tmp_path))
-    runs.assert_same_run(tmp_path, whole)
+    for _ in range(2):
+        loop.train(runs.make_config(text, tmp_path))
+        runs.assert_same_run(tmp_path, whole)
+    # The second time it is known.
+    assert sum("eval_loss" in record for record in runs.records(tmp_path)) == 4
+    assert export.main(["export", str(tmp_path), str(tmp_path / "best"), "--step=best"]) == 0
+    assert "after step 12 |" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_a_second_interrupt_does_not_wait_for_the_checkpoint(text, tmp_path, monkeypatch):
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    finalize = ocp.CompositeCheckpointHandler.finalize
+
+    def of_a_slow_disk(*args):
+        begun.set()
+        go_on.wait(20)
+        finalize(*args)
+        ended.set()
+
+    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", of_a_slow_disk)
+    config = runs.make_config(text, tmp_path, checkpoint_every=0, eval_every=0)
+    with (
+        runs.signal_when(lambda: runs.last_step(tmp_path) >= 3, signal.SIGINT),
+        runs.signal_when(begun.is_set, signal.SIGINT),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        loop.train(config)
+    assert not ended.is_set()
+    go_on.set()
+    assert ended.wait(20)
+
+
+def test_once_interrupted_twice_a_run_stays_so():
+    with Stop() as stop:
+        stop.begin()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_wanted
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_urgent
 
 
 @pytest.mark.slow
