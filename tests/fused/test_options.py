@@ -72,7 +72,7 @@ OPTIONS = {
     "none": {"remat": "none"},
 }
 NAMES = [(name,) for name in OPTIONS] + [
-    (a, b)
+    pytest.param((a, b), marks=pytest.mark.slow)
     for a, b in itertools.combinations(OPTIONS, 2)
     if OPTIONS[a].keys().isdisjoint(OPTIONS[b]) and {a, b} != {"clip_norm", "dynamic_layers"}
 ]

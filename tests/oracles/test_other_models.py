@@ -17,7 +17,7 @@ import lomo_jax
 from lomo_jax.fused import parameters
 from lomo_jax.fused.cut import Layers, cut
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, pytest.mark.slow]
 
 STEPS, B, T, LAYERS = 3, 2, 10, 3
 RNG = np.random.default_rng(0)

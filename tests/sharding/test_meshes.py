@@ -100,7 +100,10 @@ def on_one_device():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adalomo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lomo", "adamw"))],
+)
 def test_equals_one_device(shape, optimizer, on_one_device, assert_close, standard_promotion):
     case = {"optimizer": optimizer, "tied": True, "clip_norm": 0.5, "microbatches": 2}
     mesh = sharding.make_mesh(*shape)
