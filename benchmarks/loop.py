@@ -4,8 +4,8 @@
 
 trains a model whose step takes about 100 ms on two CPU cores, with `lomo_jax.training.loop.train`
 and by calling the compiled step on one batch and nothing else, in turn. Prints the medians, and
-that of the ratios of the rounds. Evaluations and checkpoints are not part of a step: the loop's figure is the tokens a
-second of its own `metrics.jsonl`, which leaves them out.
+that of the ratios of the rounds. Evaluations and checkpoints are not part of a step: the figure of
+the loop is the tokens a second of its own `metrics.jsonl`, which leaves them out.
 """
 
 import argparse
