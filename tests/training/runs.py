@@ -134,6 +134,13 @@ def start(config: Config, *flags: str, **environment: str) -> subprocess.Popen[b
         )
 
 
+def wait_for_step(process: subprocess.Popen[bytes], config: Config, step: int) -> None:
+    """Returns when the run, which `process` is, has logged a step."""
+    while last_step(Path(config.workdir)) < step:
+        assert process.poll() is None, output_of(config).read_text()
+        time.sleep(0.02)
+
+
 def output_of(config: Config) -> Path:
     """Returns the file that holds what the last `start` of this config has printed."""
     return Path(config.workdir).with_suffix(".out")

@@ -184,11 +184,32 @@ def test_the_commands_status(text, tmp_path):
             text, tmp_path / name, steps=10**6, eval_every=0, checkpoint_every=0
         )
         process = runs.start(config)
-        while runs.last_step(tmp_path / name) < 3:
-            assert process.poll() is None, runs.output_of(config).read_text()
+        runs.wait_for_step(process, config, 3)
         process.send_signal(signal.SIGINT)
         while status and process.poll() is None:
             time.sleep(0.003)
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == status, runs.output_of(config).read_text()
     assert "stopped at once" in runs.output_of(config).read_text()
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_until_the_first_one_is_killed(text, tmp_path):
+    config = runs.make_config(text, tmp_path / "run", steps=10**6, eval_every=0)
+    first = runs.start(config)
+    runs.wait_for_step(first, config, 5)
+    output = runs.output_of(config).rename(tmp_path / "first.out")
+    second = runs.start(config)
+    assert second.wait(60) == 1
+    (error,) = runs.output_of(config).read_text().splitlines()
+    assert error.startswith(
+        f"error: workdir: '{tmp_path}/run' is in use by process {first.pid} on "
+    )
+    assert first.poll() is None, output.read_text()
+    first.kill()
+    first.wait()
+    stopped = runs.last_step(tmp_path / "run")
+    third = runs.start(config)
+    runs.wait_for_step(third, config, stopped + 1)
+    third.send_signal(signal.SIGTERM)
+    assert third.wait(60) == 0, runs.output_of(config).read_text()
