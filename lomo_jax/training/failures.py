@@ -3,11 +3,14 @@
 import contextlib
 import gc
 import logging
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+_ORBAX = re.compile("orbax|ocdbt", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -24,6 +27,8 @@ def quiet() -> Iterator[None]:
 
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+    # This one stays: a task that has failed may be collected, and told of, long after.
+    logging.getLogger("asyncio").addFilter(_is_of_another)
     sys.unraisablehook = pass_on
     try:
         with warnings.catch_warnings():
@@ -36,6 +41,10 @@ def quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         sys.unraisablehook = hook
+
+
+def _is_of_another(record: logging.LogRecord) -> bool:
+    return _ORBAX.search(record.getMessage()) is None
 
 
 def reason(error: BaseException) -> str:

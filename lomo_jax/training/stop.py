@@ -13,7 +13,9 @@ class Stop:
     """Takes SIGTERM and SIGINT for the wish to stop; use as a context.
 
     Until `begin` there is nothing to save, and a signal raises KeyboardInterrupt. From then on it
-    is remembered until the run asks, at the end of a step. A second SIGINT does not wait.
+    is remembered until the run asks, at the end of a step. So is one before, in case that its
+    exception was lost: Python drops what is raised while it collects garbage. A second SIGINT does
+    not wait.
 
     Of several processes any may get the signal. They have to stop after the same step, which JAX's
     coordination service settles; it has a handler of its own for SIGTERM.
@@ -52,11 +54,9 @@ class Stop:
         return self.is_wanted
 
     def _take(self, number: int, _frame: object) -> None:
-        if self._is_asked and number == signal.SIGINT:
-            self.is_urgent = True
-            raise KeyboardInterrupt
-        if not self._has_begun:
-            raise KeyboardInterrupt
+        self.is_urgent |= self._is_asked and number == signal.SIGINT
         self._is_asked = True
+        if not self._has_begun or (self.is_urgent and number == signal.SIGINT):
+            raise KeyboardInterrupt
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,9 @@
 """Runs that are asked to stop, and go on."""
 
 import functools
+import gc
 import signal
+import sys
 import threading
 import time
 
@@ -142,6 +144,25 @@ def test_a_second_interrupt_does_not_wait_for_the_checkpoint(text, tmp_path, mon
     assert not ended.is_set()
     go_on.set()
     assert ended.wait(20)
+
+
+def test_a_signal_whose_exception_is_lost_is_remembered(text, tmp_path, monkeypatch, capsys):
+    prepare = loop.prepare
+
+    def prepare_and_collect(*args):
+        def interrupt(_phase, _info):
+            gc.callbacks.remove(interrupt)
+            signal.raise_signal(signal.SIGINT)
+
+        gc.callbacks.append(interrupt)
+        gc.collect()
+        return prepare(*args)
+
+    monkeypatch.setattr(loop, "prepare", prepare_and_collect)
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)  # it is told, in vain
+    loop.train(runs.make_config(text, tmp_path))
+    assert "stopped   before it made a step" in capsys.readouterr().out
+    assert runs.last_step(tmp_path) == 0
 
 
 def test_once_interrupted_twice_a_run_stays_so():
