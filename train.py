@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
         from lomo_jax.training.loop import train
 
         devices.start(**{name: flag.value for name, flag in processes.items()})
-        train(config)
+        if not train(config):
+            sys.stdout.flush()
+            os._exit(0)
     except KeyboardInterrupt:
         print("error: stopped at once, without saving", file=sys.stderr, flush=True)
         os._exit(130)  # without waiting for a checkpoint that is being written: it does not count

@@ -109,8 +109,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         with self._stack:
-            if kind is KeyboardInterrupt:
-                return  # of a person who does not want to wait for what is being written
+            if kind is KeyboardInterrupt and self._manager.is_saving_in_progress():
+                return  # of a person who does not want to wait for it
             # An error may be of this process alone: then the others do not come to agree on this.
             self._wait(agreed=kind is None)
             self._manager.close()

@@ -24,7 +24,7 @@ from lomo_jax.training.sinks import MetricsFile, Sink, TensorBoard, WeightsAndBi
 from lomo_jax.training.stop import Stop
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> bool:
     """Trains, evaluates and exports; goes on where an earlier run in the same folder has stopped.
 
     `config.workdir` gets, by the names in `lomo_jax.training.workdir`, the config, the metrics, a
@@ -34,6 +34,10 @@ def train(config: Config) -> None:
 
     Args:
       config: A validated config.
+
+    Returns:
+      False if a signal came before the first step. Its exception may have gone right through JAX,
+      which has crashed at the end of such a process.
 
     Raises:
       ConfigError: The config does not fit the model or the checkpoint, or `workdir` cannot be
@@ -52,6 +56,8 @@ def train(config: Config) -> None:
             if stop.is_urgent:
                 raise
             display.line("stopped", "before it made a step")
+            return False
+    return True
 
 
 def _train(config: Config, display: Display, stop: Stop) -> None:

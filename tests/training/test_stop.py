@@ -198,6 +198,21 @@ def test_a_run_goes_on_on_another_mesh(text, tmp_path, mesh, assert_close):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("line", ["model", "text", "step"])
+def test_the_commands_status_before_the_first_step(text, tmp_path, line):
+    """Wherever in JAX the signal finds it."""
+    config = runs.make_config(text, tmp_path / "run", eval_every=0)
+    process = runs.start(config)
+    while f"{line:<9} " not in runs.output_of(config).read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert runs.output_of(config).read_text().endswith("stopped   before it made a step\n")
+    assert runs.last_step(tmp_path / "run") == 0
+
+
+@pytest.mark.slow
 def test_the_commands_status(text, tmp_path):
     """0 after one signal, 130 at once after a second interrupt."""
     for name, status in (("once", 0), ("again and again", 130)):
