@@ -1,6 +1,7 @@
 """What orbax and TensorStore say when they fail, in a line."""
 
 import contextlib
+import functools
 import gc
 import logging
 import re
@@ -11,25 +12,17 @@ from collections.abc import Iterator
 from typing import Any
 
 _ORBAX = re.compile("orbax|ocdbt", re.IGNORECASE)
+_PARTS = "coroutine '.*(serialize|save|write_|_read_)"  # as orbax names those of a checkpoint
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps orbax from telling at length of a failure that is told in a line."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-
-    def pass_on(unraisable: Any) -> None:
-        # Of what was still under way when the first file could not be read or written.
-        files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
-        if not any(part in file for file in files for part in ("orbax", "asyncio")):
-            hook(unraisable)
-
+    levels = [logger.level for logger in loggers]
+    _hush_what_is_late()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    # This one stays: a task that has failed may be collected, and told of, long after.
-    logging.getLogger("asyncio").addFilter(_is_of_another)
-    sys.unraisablehook = pass_on
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -40,7 +33,26 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        sys.unraisablehook = hook
+
+
+def _hush_what_is_late() -> None:
+    """For good, as what has failed may be collected, and told of, long after: an error holds it."""
+    logging.getLogger("asyncio").addFilter(_is_of_another)
+    warnings.filterwarnings("ignore", f"{_PARTS}.* was never awaited", RuntimeWarning)
+    _pass_on_what_is_of_others()
+
+
+@functools.cache
+def _pass_on_what_is_of_others() -> None:
+    hook = sys.unraisablehook
+
+    def pass_on(unraisable: Any) -> None:
+        # Of what was still under way when the first file could not be read or written.
+        files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
+        if not any(part in file for file in files for part in ("orbax", "asyncio")):
+            hook(unraisable)
+
+    sys.unraisablehook = pass_on
 
 
 def _is_of_another(record: logging.LogRecord) -> bool:
