@@ -19,7 +19,7 @@ from lomo_jax.plan.figures import Plan
 from lomo_jax.plan.gpus import GPU
 from lomo_jax.training import Config
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.devices import check_batch, put
+from lomo_jax.training.devices import check_batch, sender
 from lomo_jax.training.devices import make_mesh as make_run_mesh
 from lomo_jax.training.step import batch_shapes, layer_inputs, make_step
 
@@ -154,7 +154,7 @@ def _measure(config: Config, gpu: GPU, mesh: Mesh, steps: int) -> float:
         model.config.vocab_size, size=shapes["tokens"].shape, dtype=np.int32
     )
     batch = {name: np.ones(x.shape, x.dtype) for name, x in shapes.items()} | {"tokens": tokens}
-    batch = put(batch, config, mesh, range(config.batch_size))
+    batch = sender(config, mesh, range(config.batch_size))(batch)
     state = jax.jit(lambda params: step.init(params, shapes))(params)
     run = jax.jit(step, donate_argnums=(0, 1))
     for _ in range(steps):

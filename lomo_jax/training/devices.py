@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -132,17 +132,16 @@ def rows_here(config: Config, mesh: Mesh) -> list[int]:
     return sorted({row for rows, _ in indices for row in every[rows]})
 
 
-def put(batch: Mapping[str, Any], config: Config, mesh: Mesh, rows: Sequence[int]) -> Any:
-    """Sends the rows of a batch that this process has read to its devices.
+def sender(config: Config, mesh: Mesh, rows: Sequence[int]) -> Callable[[Mapping[str, Any]], Any]:
+    """Returns what sends the rows of a batch that this process has read to its devices.
 
     Args:
-      batch: arrays of these rows.
-      config: of the run.
-      mesh: of all devices.
-      rows: of `rows_here`.
+      config: Of the run.
+      mesh: Of all devices.
+      rows: Of `rows_here`.
 
     Returns:
-      The batch as global arrays.
+      A function from arrays of these rows, by name, to global arrays of the whole batch.
     """
     shape, divided = (config.batch_size, config.sequence_length), batch_sharding(mesh)
     here = {row: place for place, row in enumerate(rows)}
@@ -152,9 +151,14 @@ def put(batch: Mapping[str, Any], config: Config, mesh: Mesh, rows: Sequence[int
         for device, index in indices.items()
     }
 
-    def whole(x):
-        # Not make_array_from_callback: its transfers are implicit, which a transfer guard refuses.
-        parts = [jax.device_put(x[part], device) for device, part in places.items()]
-        return jax.make_array_from_single_device_arrays(shape, divided, parts)
+    def send(batch: Mapping[str, Any]) -> Any:
+        # All at once, as each transfer takes time of the host's. Not make_array_from_callback: its
+        # transfers are implicit, which a transfer guard refuses.
+        parts = {name: [x[part] for part in places.values()] for name, x in batch.items()}
+        sent: Any = jax.device_put(parts, {name: list(places) for name in batch})
+        return {
+            name: jax.make_array_from_single_device_arrays(shape, divided, sent[name])
+            for name in batch
+        }
 
-    return {name: whole(x) for name, x in batch.items()}
+    return send

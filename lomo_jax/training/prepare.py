@@ -226,8 +226,8 @@ def _load_text(
         text_key=config.data.text_key,
         rows=rows,
     )
-    send = functools.partial(devices.put, config=config, mesh=mesh, rows=rows)
-    return text, list(itertools.islice(text.held_out, config.eval_batches)), send
+    held_out = list(itertools.islice(text.held_out, config.eval_batches))
+    return text, held_out, devices.sender(config, mesh, rows)
 
 
 def _compile(

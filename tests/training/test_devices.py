@@ -45,7 +45,7 @@ def test_rows_go_where_they_belong():
     rows = devices.rows_here(run, mesh)
     assert rows == list(range(16))  # this process has all devices
     tokens = np.arange(48).reshape(16, 3)
-    sent = devices.put({"tokens": tokens}, run, mesh, rows)["tokens"]
+    sent = devices.sender(run, mesh, rows)({"tokens": tokens})["tokens"]
     np.testing.assert_array_equal(sent, tokens)
     assert sent.sharding.spec == P(("data", "fsdp"), None)
     assert {shard.data.shape for shard in sent.addressable_shards} == {(4, 3)}
