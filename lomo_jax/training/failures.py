@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from types import CoroutineType
 from typing import Any
 
 _ORBAX = re.compile("orbax|ocdbt", re.IGNORECASE)
@@ -49,6 +50,8 @@ def _pass_on_what_is_of_others() -> None:
     def pass_on(unraisable: Any) -> None:
         # Of what was still under way when the first file could not be read or written.
         files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
+        if isinstance(unraisable.object, CoroutineType):
+            files.append(unraisable.object.cr_code.co_filename)
         if not any(part in file for file in files for part in ("orbax", "asyncio")):
             hook(unraisable)
 

@@ -44,6 +44,15 @@ def test_a_part_of_a_checkpoint_that_is_collected_unwritten_says_nothing(recwarn
         another.clear()
 
 
+def test_where_warnings_are_errors_too():
+    source = compile("async def restore(): ...", "lib/orbax/checkpoint/reader.py", "exec")
+    names = {}
+    exec(source, names)
+    with failures.quiet():
+        parts = [names["restore"]()]
+    parts.clear()  # pytest would fail the test that runs when this is told
+
+
 def test_the_reason_is_the_first_line_in_words_that_people_know():
     error = ValueError("OUT_OF_RANGE: Error writing x: No space left on device [os_error_code=28]")
     assert failures.reason(error) == "the disk is full"
