@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -94,6 +95,8 @@ class Checkpoints:
                     lightweight_initialize=True,  # nothing is read that might be damaged
                 ),
             )
+            # What failed in orbax must go while it is quiet, and an error may hold this object.
+            stack.callback(delattr, self, "_manager")
             # For itself alone: a process that waits in orbax for one that has found its part to be
             # damaged would wait for ever.
             here = jax.process_index()
@@ -101,9 +104,9 @@ class Checkpoints:
             handler = ocp.CompositeCheckpointHandler(
                 composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
             )
-            self._reader = stack.enter_context(
-                ocp.Checkpointer(handler, multiprocessing_options=alone)
-            )
+            self._reader = ocp.Checkpointer(handler, multiprocessing_options=alone)
+            stack.callback(delattr, self, "_reader")
+            stack.enter_context(self._reader)
             self._stack = stack.pop_all()
         return self
 
@@ -362,6 +365,7 @@ def _damaged(folder: Path) -> Iterator[None]:
         raise  # there is no room for it, which is no fault of the checkpoint
     except Exception as error:  # of json, of orbax, of TensorStore
         failure = failures.reason(error)
+        traceback.clear_frames(error.__traceback__)
     if not _in_all(failure is None):
         failure = failure or "another process cannot read its part"
         raise CheckpointError(f"{folder} is damaged: {failure}")

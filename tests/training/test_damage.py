@@ -1,6 +1,8 @@
 """Checkpoints that are damaged, and disks that are full."""
 
 import contextlib
+import gc
+import inspect
 import os
 import re
 import resource
@@ -10,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import CoroutineType
 
 import jax.numpy as jnp
 import pytest
@@ -169,6 +172,36 @@ def test_the_best_is_kept_while_a_better_one_cannot_be_written(tmp_path):
         assert checkpoints.steps() == [5, 1]
         _save(checkpoints, step=6, best=6)
         assert checkpoints.steps() == [6]
+
+
+def test_what_could_not_be_written_is_gone_when_the_folder_is_closed(tmp_path):
+    """Else Python tells of it whenever it is collected: an error may hold the closed folder."""
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.begin()
+        with _files_of_at_most(1000):
+            _save(checkpoints, step=1, best=1)
+    assert not _of_orbax(), checkpoints
+
+
+def test_what_could_not_be_read_is_gone_when_the_folder_is_closed(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.begin()
+        _save(checkpoints, step=1, best=1)
+        _truncate(tmp_path / "checkpoints" / "1")
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(checkpoints.facts(1), *_arrays(1))
+    assert not _of_orbax(), (checkpoints, error)
+
+
+def _of_orbax() -> list[CoroutineType]:
+    """Returns what Python would tell of: coroutines that have not come to their end."""
+    found = [each for each in gc.get_objects() if isinstance(each, CoroutineType)]
+    return [
+        each
+        for each in found
+        if "orbax" in each.cr_code.co_filename
+        and inspect.getcoroutinestate(each) != inspect.CORO_CLOSED
+    ]
 
 
 def _arrays(step: int) -> tuple[nnx.State, lomo_jax.StepState]:
