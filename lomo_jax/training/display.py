@@ -9,6 +9,7 @@ from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 # A model may write what moves a terminal's cursor.
@@ -31,9 +32,10 @@ class Display:
         self._before_log: list[str] = []
         self._bar = Progress(
             TextColumn("[bold]step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
+            # The one that gives way where the terminal is narrow: to a second line.
+            TextColumn("{task.description}", table_column=Column()),
             console=self._console,
             disable=not self._console.is_terminal,
             transient=True,

@@ -72,17 +72,33 @@ def test_the_log_has_the_error_that_ends_the_run(tmp_path):
     assert (tmp_path / "log.txt").read_text().endswith(" error     the disk is gone\n")
 
 
-def test_a_terminal_gets_a_bar_below_the_lines():
+def _on_a_terminal(columns: int, program: str = _PROGRAM) -> str:
     main, terminal = pty.openpty()
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns)}
     process = subprocess.run(
-        [sys.executable, "-c", _PROGRAM], stdout=terminal, env=environment, check=False
+        [sys.executable, "-c", program], stdout=terminal, env=environment, check=False
     )
     os.close(terminal)
     shown = os.read(main, 1 << 16).decode()
     os.close(main)
     assert process.returncode == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+
+
+def test_a_terminal_gets_a_bar_below_the_lines():
+    text = _on_a_terminal(100)
     assert "sample    one" in text
     assert "          two [bold]x" in text
     assert re.search(r"step 5/5 ━+ loss 0\.2000  lr 1\.00e-03  1,23[45] tok/s", text)
+
+
+def test_a_narrow_terminal_gets_a_second_line_and_loses_nothing():
+    program = _PROGRAM.replace("Display(5)", "Display(5000)").replace(
+        '{"loss"', '{"eval_loss": 3.2, "seconds_left": 75, "loss"'
+    )
+    text = _on_a_terminal(80, program)
+    *_, last = re.findall(r"step +5/5000 ━+ (.*?left)", text, re.DOTALL)
+    words = " ".join(last.split())
+    assert re.fullmatch(
+        r"loss 0\.2000 held out 3\.2000 lr 1\.00e-03 1,23[45] tok/s 0:01:15 left", words
+    )
