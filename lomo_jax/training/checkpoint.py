@@ -5,10 +5,9 @@ import dataclasses
 import itertools
 import shutil
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import jax
 import numpy as np
@@ -24,6 +23,8 @@ from lomo_jax.training.errors import CheckpointError
 _REMOVAL = 1.0  # seconds that the removal of a checkpoint may take
 _FACTS = Path("facts", "metadata")  # in a checkpoint, where orbax writes the item's JSON
 _PARTIAL = ".orbax-checkpoint-tmp"  # what orbax appends to the name of a folder until it is whole
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -79,7 +80,7 @@ class Checkpoints:
         self._preserve = _LastAndBest(keep)
         self._keep_best = keep_best
         self._saving: int | None = None
-        self._failure: Exception | None = None
+        self._failure: str | None = None  # why the one being written will not be whole
         self.last: int | None = None  # step of the last one that is known to be whole
         self._stack = contextlib.ExitStack()
 
@@ -173,7 +174,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as error:  # of the disk, of orbax, of TensorStore
-            self._failure = error
+            self._failure = failures.reason(error)
         if in_place:
             self.wait()
         return True
@@ -204,21 +205,22 @@ class Checkpoints:
         """As `wait`; `agreed` is whether all processes do this and have to agree on it."""
         if self._saving is None:
             return
-        step, error, self._saving, self._failure = self._saving, self._failure, None, None
+        step, failure, self._saving, self._failure = self._saving, self._failure, None, None
         try:
             self._manager.wait_until_finished()
-        except Exception as raised:  # as above
-            error = error or raised
-        whole = error is None
+        except Exception as error:  # as above
+            failure = failure or failures.reason(error)
+        whole = failure is None
         if _in_all(whole) if agreed else whole:
             self.last = step
             return
+        failures.settle()
         if jax.process_index() == 0:
             shutil.rmtree(self._folder / f"{step}{_PARTIAL}", ignore_errors=True)
         self._manager.reload()
-        reason = "another process failed" if error is None else failures.reason(error)
+        failure = failure or "another process failed"
         last = f"the last good one is of step {self.last}" if self.last else "there is none yet"
-        self._warn(f"the checkpoint of step {step} was not written, {reason}; {last}")
+        self._warn(f"the checkpoint of step {step} was not written, {failure}; {last}")
 
     def facts(self, step: int) -> Facts:
         """Reads what a checkpoint says beside its arrays.
@@ -227,11 +229,14 @@ class Checkpoints:
           CheckpointError: It is damaged.
         """
         folder = self._folder / str(step)
-        with _damaged(folder):
+
+        def read() -> Facts:
             args = ocp.args.Composite(facts=ocp.args.JsonRestore())
             found: Any = self._reader.restore(folder, args=args)
             facts = found["facts"]
             return Facts(**facts | {"progress": Progress(**facts["progress"])})
+
+        return _intact(folder, read)
 
     def restore(
         self, facts: Facts, params: nnx.State, state: lomo_jax.StepState
@@ -264,16 +269,20 @@ class Checkpoints:
         wanted = {name: tree for name, tree in wanted.items() if name in facts.checksums}
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         folder = self._folder / str(step)
-        with _damaged(folder):
-            found: Any = self._reader.restore(folder, args=ocp.args.Composite(**args))
-        # All processes have read their parts, and compute the checksums together.
-        with _damaged(folder):
+
+        def read() -> Any:
+            return self._reader.restore(folder, args=ocp.args.Composite(**args))
+
+        def compare() -> None:
             as_saved = jax.tree.leaves(wanted["params"])[0].dtype == facts.config["param_dtype"]
             for name in wanted:
                 if name == "params" and not as_saved:
                     continue  # they are converted, and their bits are others
                 if checksums(found[name]).sums != facts.checksums[name]:
                     raise ValueError(f"the bits of {name} are not those that were saved")
+
+        found = _intact(folder, read)
+        _intact(folder, compare)  # all processes have read their parts, and compute this together
         self.last = step
         return {name: found[name] for name in wanted}
 
@@ -355,20 +364,24 @@ def _items(params: Any, state: lomo_jax.StepState) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if tree is not None}
 
 
-@contextlib.contextmanager
-def _damaged(folder: Path) -> Iterator[None]:
-    """Turns the failure to read a checkpoint, by any of the processes, into CheckpointError."""
-    failure = None
+def _intact(folder: Path, read: Callable[[], T]) -> T:
+    """Returns what is read; a failure, of any of the processes, is turned into CheckpointError.
+
+    That one holds nothing of the failure, as it would if this were a context: see
+    `failures.quiet`.
+    """
+    found, failure = None, None
     try:
-        yield
+        found = read()
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # there is no room for it, which is no fault of the checkpoint
     except Exception as error:  # of json, of orbax, of TensorStore
         failure = failures.reason(error)
-        traceback.clear_frames(error.__traceback__)
+        failures.settle()
     if not _in_all(failure is None):
         failure = failure or "another process cannot read its part"
         raise CheckpointError(f"{folder} is damaged: {failure}")
+    return cast(T, found)
 
 
 def _in_all(condition: bool) -> bool:

@@ -4,6 +4,8 @@ import contextlib
 import gc
 import logging
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -36,6 +38,18 @@ def quiet() -> Iterator[None]:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         sys.unraisablehook = hook
+
+
+def settle(seconds: float = 5.0) -> None:
+    """Waits until orbax's threads are done with what had been begun when something failed.
+
+    It closes its event loop over them, and so asyncio tells of each of their tasks, whenever that
+    is collected.
+    """
+    until = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if thread.name.startswith("asyncio_"):  # of an event loop, which when closed ends them
+            thread.join(max(0.0, until - time.monotonic()))
 
 
 def reason(error: BaseException) -> str:
