@@ -50,7 +50,9 @@ def loss_of(graphdef):
 
 
 @pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, marks=pytest.mark.slow) if r == "adafactor" else r for r in RULES]
+)
 def test_twenty_steps(rule, tie_embeddings, assert_steps_agree, standard_promotion):
     graphdef, params = model(tie_embeddings=tie_embeddings)
     batches = jax.random.randint(jax.random.key(1), (20, B, T), 0, 96)

@@ -128,6 +128,7 @@ def test_the_export_is_the_trained_model(finished):
     assert first == pytest.approx(runs.column(finished.workdir, "eval_loss")[12], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_reference_step_gives_the_same_run(text, tmp_path):
     for fused in (True, False):
         loop.train(_config(text, tmp_path / str(fused), fused=fused))
@@ -138,6 +139,7 @@ def test_the_reference_step_gives_the_same_run(text, tmp_path):
     assert losses[12] < losses[0]
 
 
+@pytest.mark.slow
 def test_microbatches_are_the_same_run(text, tmp_path):
     for microbatches in (1, 4):
         workdir = tmp_path / str(microbatches)

@@ -172,6 +172,7 @@ def test_a_checkpoint_is_a_model_to_start_from(text, made, tmp_path, place, step
     assert first == pytest.approx(runs.column(made, "eval_loss")[step], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_another_dtype(text, made, tmp_path):
     loop.train(_config(text, tmp_path, made, steps=1, param_dtype="bfloat16"))
     first = runs.column(tmp_path, "eval_loss")[0]
