@@ -13,7 +13,11 @@ from jax.sharding import PartitionSpec as P
 import lomo_jax
 from lomo_jax import losses, models, sharding
 
-SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8]
+SHAPES = [  # the quick ones split over one axis, or over all
+    pytest.param(s, marks=pytest.mark.slow if s.count(1) == 1 else ())
+    for s in itertools.product((1, 2, 4, 8), repeat=3)
+    if np.prod(s) == 8
+]
 B, T, V = 16, 6, 48
 OPTIMIZERS = {
     "lomo": lambda: lomo_jax.lomo(0.3),
