@@ -2,8 +2,8 @@
 
 from lomo_jax.plan.compiling import compile_step as compile_step
 from lomo_jax.plan.compiling import make_mesh as make_mesh
-from lomo_jax.plan.figures import Plan as Plan
-from lomo_jax.plan.figures import read as read
 from lomo_jax.plan.gpus import GPU as GPU
 from lomo_jax.plan.gpus import GPUS as GPUS
 from lomo_jax.plan.gpus import find as find
+from lomo_jax.plan.memory import MemoryPlan as MemoryPlan
+from lomo_jax.plan.memory import read_memory as read_memory

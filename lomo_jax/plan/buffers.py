@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lomo_jax.plan.figures import part
+from lomo_jax.plan.memory import part
 
 # Of XLA's text: `%name = SHAPE opcode(...)`, where SHAPE may be a tuple; and an array in a SHAPE.
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%\S+ = (\(.*?\)|\S+) ([a-z][\w-]*)\(")

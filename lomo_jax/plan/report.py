@@ -11,17 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lomo_jax.plan.buffers import Buffer
-from lomo_jax.plan.figures import Plan
-
-_PARTS = {
-    "weights": "weights_gib",
-    "optimizer state": "state_gib",
-    "layer inputs": "layer_inputs_gib",
-    "other temporaries": "temporaries_gib",
-}
+from lomo_jax.plan.memory import PARTS, MemoryPlan
 
 
-def to_json(plan: Plan) -> str:
+def to_json(plan: MemoryPlan) -> str:
     """Returns a plan as one JSON object, whose keys are its fields."""
     rounded = {
         name: round(value, 4) if isinstance(value, float) else value
@@ -30,14 +23,14 @@ def to_json(plan: Plan) -> str:
     return json.dumps(rounded)
 
 
-def show(console: Console, title: str, plan: Plan, usable_gib: float) -> None:
+def show(console: Console, title: str, plan: MemoryPlan, usable_gib: float) -> None:
     """Prints a plan as a table."""
     compiler = f"XLA of jaxlib {metadata.version('jaxlib')}"
     console.print(f"[bold]{title}[/bold]")
     console.print(f"planned (compiled by {compiler} for {plan.gpu}, not measured)\n")
     each = "" if plan.devices == 1 else f", each of {plan.devices}"
     table = _table(f"device memory{each}", "GiB")
-    for label, field in _PARTS.items():
+    for label, field in PARTS.items():
         table.add_row(label, f"{getattr(plan, field):.2f}")
     table.add_section()
     table.add_row("total", f"{plan.total_gib:.2f}", style="bold")
@@ -61,7 +54,9 @@ def show_buffers(console: Console, title: str, buffers: Sequence[Buffer]) -> Non
     console.print()
 
 
-def show_suggestions(console: Console, plan: Plan, variants: Sequence[tuple[str, Plan]]) -> None:
+def show_suggestions(
+    console: Console, plan: MemoryPlan, variants: Sequence[tuple[str, MemoryPlan]]
+) -> None:
     """Prints what each of several changes would do to the memory of a run."""
     table = _table("changes, each alone", "device GiB")
     table.add_column("host GiB", justify="right")
@@ -73,7 +68,7 @@ def show_suggestions(console: Console, plan: Plan, variants: Sequence[tuple[str,
     console.print()
 
 
-def show_measured(console: Console, plan: Plan, peak_gib: float) -> None:
+def show_measured(console: Console, plan: MemoryPlan, peak_gib: float) -> None:
     """Prints the plan beside what was measured."""
     table = _table("device memory", "GiB")
     table.add_row("planned", f"{plan.total_gib:.2f}")
@@ -81,7 +76,7 @@ def show_measured(console: Console, plan: Plan, peak_gib: float) -> None:
     console.print(table)
 
 
-def plot(path: str, title: str, plan: Plan) -> None:
+def plot(path: str, title: str, plan: MemoryPlan) -> None:
     """Draws a plan as one stacked bar.
 
     Raises:
@@ -96,7 +91,7 @@ def plot(path: str, title: str, plan: Plan) -> None:
     figure = Figure(figsize=(9, 2.6), layout="constrained")
     axes = figure.subplots()
     left = 0.0
-    for label, field in _PARTS.items():
+    for label, field in PARTS.items():
         gib = getattr(plan, field)
         axes.barh(0, gib, left=left, height=0.5, label=f"{label} {gib:.2f}")
         left += gib
@@ -113,7 +108,7 @@ def plot(path: str, title: str, plan: Plan) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: MemoryPlan) -> str:
     return "fits" if plan.fits else "does not fit"
 
 

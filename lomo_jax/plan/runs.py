@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from lomo_jax import sharding
 from lomo_jax.fused import Offload, StepState
-from lomo_jax.plan import buffers, figures
+from lomo_jax.plan import buffers
 from lomo_jax.plan.buffers import Buffer
 from lomo_jax.plan.compiling import compile_step, make_mesh
-from lomo_jax.plan.figures import Plan
 from lomo_jax.plan.gpus import GPU
+from lomo_jax.plan.memory import MemoryPlan, read_memory
 from lomo_jax.training import Config
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.devices import check_batch, sender
@@ -27,7 +27,7 @@ from lomo_jax.training.step import batch_shapes, layer_inputs, make_step
 class Compiled(NamedTuple):
     """A run's step, compiled for a GPU."""
 
-    plan: Plan
+    plan: MemoryPlan
     executable: jax.stages.Compiled
     params: Any  # pytree of jax.ShapeDtypeStruct
     state: StepState  # of jax.ShapeDtypeStruct
@@ -74,7 +74,7 @@ def compile_run(
     step, inputs = make_step(config, model), layer_inputs(config, model, mesh)
     batch = batch_shapes(config, mesh)
     executable, state = compile_step(step, params, batch, make_mesh(gpu, *sizes), compiler_options)
-    plan = figures.read(
+    plan = read_memory(
         executable,
         params,
         state,
@@ -88,7 +88,7 @@ def compile_run(
     return Compiled(plan, executable, params, state, step.offloads, inputs)
 
 
-def knobs(config: Config, plan: Plan) -> Iterator[tuple[str, Config]]:
+def knobs(config: Config, plan: MemoryPlan) -> Iterator[tuple[str, Config]]:
     """Yields what lowers the memory of a run, one thing at a time.
 
     Args:

@@ -16,9 +16,10 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 import lomo_jax
-from lomo_jax.training import devices, failures, workdir
+from lomo_jax import run_files
+from lomo_jax.errors import CheckpointError
+from lomo_jax.training import devices, failures
 from lomo_jax.training.checksums import checksums
-from lomo_jax.training.errors import CheckpointError
 
 _REMOVAL = 1.0  # seconds that the removal of a checkpoint may take
 _FACTS = Path("facts", "metadata")  # in a checkpoint, where orbax writes the item's JSON
@@ -185,7 +186,7 @@ class Checkpoints:
         if facts.progress != progress and jax.process_index() == 0:
             facts.progress = progress
             try:
-                workdir.write_json(self._folder / str(step) / _FACTS, dataclasses.asdict(facts))
+                run_files.write_json(self._folder / str(step) / _FACTS, dataclasses.asdict(facts))
             except OSError as error:  # a full disk
                 reason = failures.reason(error)
                 self._warn(f"the checkpoint of step {step} misses its evaluation, {reason}")
@@ -329,7 +330,7 @@ def read_params(folder: Path, step: int | str | None, like: Any) -> tuple[nnx.St
     Raises:
       CheckpointError: There is no such checkpoint, or it is damaged.
     """
-    with Checkpoints((folder / workdir.CHECKPOINTS).absolute(), read_only=True) as checkpoints:
+    with Checkpoints((folder / run_files.CHECKPOINTS).absolute(), read_only=True) as checkpoints:
         while True:
             steps = checkpoints.steps()
             try:

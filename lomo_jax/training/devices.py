@@ -11,8 +11,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lomo_jax import sharding
+from lomo_jax.errors import ConfigError, LostProcessError
 from lomo_jax.training.config import Config
-from lomo_jax.training.errors import ConfigError, LostProcessError
 
 _SILENCE = 60  # seconds without a sign of life after which a process is taken for dead
 

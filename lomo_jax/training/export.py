@@ -5,11 +5,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from lomo_jax import models, sharding
+from lomo_jax import models, run_files, sharding
+from lomo_jax.errors import CheckpointError
 from lomo_jax.training import workdir as workdir_lib
 from lomo_jax.training.card import model_card
 from lomo_jax.training.checkpoint import read_params
-from lomo_jax.training.errors import CheckpointError
 
 
 def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
@@ -28,13 +28,13 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
       ValueError: `out` exists and is not an export, or is of what a run keeps.
     """
     _check_out(out)
-    model = workdir / workdir_lib.MODEL
+    model = workdir / run_files.MODEL
     if not model.is_dir():
         raise CheckpointError(
             f"{workdir} is not the workdir of a run: it has no folder {model.name}"
         )
     config = models.load_config(model)
-    dtype = jnp.dtype(workdir_lib.read_json(workdir / workdir_lib.CONFIG)["param_dtype"])
+    dtype = jnp.dtype(run_files.read_json(workdir / run_files.CONFIG)["param_dtype"])
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     shapes = models.abstract(config, dtype)[1]
     shapes = sharding.struct(shapes, models.shardings(config, shapes, mesh))
@@ -48,8 +48,8 @@ def _check_out(out: Path) -> None:
     """Raises ValueError if `out` is, or lies in, what a run keeps, other than its export."""
     place = out.expanduser().absolute()
     for folder in (place, *place.parents):
-        is_run = (folder / workdir_lib.RUN).exists() and workdir_lib.is_inside(str(out), folder)
-        if is_run and place != folder / workdir_lib.EXPORT:
+        is_run = (folder / run_files.RUN).exists() and workdir_lib.is_inside(str(out), folder)
+        if is_run and place != folder / run_files.EXPORT:
             raise ValueError(
                 f"{out} would replace what the run in {folder} keeps; choose another path"
             )

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from lomo_jax.errors import ConfigError
 from lomo_jax.training import config as schema
-from lomo_jax.training.errors import ConfigError
 
 
 def parse(

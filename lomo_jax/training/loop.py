@@ -8,19 +8,20 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lomo_jax import models
+from lomo_jax import models, run_files
+from lomo_jax.errors import CheckpointError, NonFiniteError
+from lomo_jax.run_files import MetricsWriter
 from lomo_jax.training import devices
 from lomo_jax.training import workdir as workdir_lib
 from lomo_jax.training.card import model_card
 from lomo_jax.training.checkpoint import Checkpoints, Facts
 from lomo_jax.training.config import Config, to_dict
 from lomo_jax.training.display import Display
-from lomo_jax.training.errors import CheckpointError, NonFiniteError
 from lomo_jax.training.evaluate import continue_prompt, make_evaluate
 from lomo_jax.training.memory import MemoryGuard
 from lomo_jax.training.prepare import Run, prepare
 from lomo_jax.training.record import Recorder
-from lomo_jax.training.sinks import MetricsFile, Sink, TensorBoard, WeightsAndBiases
+from lomo_jax.training.sinks import Sink, TensorBoard, WeightsAndBiases
 from lomo_jax.training.stop import Stop
 
 
@@ -71,7 +72,7 @@ def _train(config: Config, display: Display, stop: Stop) -> None:
         jax.set_mesh(mesh),
         MemoryGuard(config) as memory,
         Checkpoints(
-            workdir / workdir_lib.CHECKPOINTS,
+            workdir / run_files.CHECKPOINTS,
             keep=config.keep_checkpoints,
             keep_best=config.keep_best,
             warn=lambda text: display.line("warning", text),
@@ -80,7 +81,7 @@ def _train(config: Config, display: Display, stop: Stop) -> None:
         run = prepare(config, mesh, workdir, checkpoints, display, memory)
         stop.begin()
         # One that was lost before its first checkpoint has left records, too.
-        is_resumed = run.progress.step > 0 or (workdir / workdir_lib.METRICS).exists()
+        is_resumed = run.progress.step > 0 or (workdir / run_files.METRICS).exists()
         sinks = _sinks(config, workdir, run.progress.step if is_resumed else None)
         with Recorder(
             config, run.model.config, run.progress, display, sinks, mesh.size, is_resumed
@@ -97,7 +98,7 @@ def _train(config: Config, display: Display, stop: Stop) -> None:
             )
             return
         display.status("exporting")
-        export = workdir / workdir_lib.EXPORT
+        export = workdir / run_files.EXPORT
         card = model_card(to_dict(config), run.progress)
         models.save(export, run.model.config, run.params, tokenizer=run.tokenizer, card=card)
         minutes = (time.perf_counter() - started) / 60
@@ -120,8 +121,8 @@ def _sinks(config: Config, workdir: Path, resumed: int | None) -> list[Sink]:
     sinks: list[Sink] = []
     if config.wandb is not None:
         sinks.append(WeightsAndBiases(config.wandb, workdir, to_dict(config)))
-    sinks.append(MetricsFile(workdir / workdir_lib.METRICS))
-    sinks.append(TensorBoard(workdir / workdir_lib.TENSORBOARD, resumed))
+    sinks.append(MetricsWriter(workdir))
+    sinks.append(TensorBoard(workdir / run_files.TENSORBOARD, resumed))
     return sinks
 
 

@@ -6,10 +6,10 @@ from typing import Any, Self
 import jax
 from jax.sharding import Mesh
 
+from lomo_jax.errors import OutOfMemoryError
 from lomo_jax.fused import Offload
-from lomo_jax.plan import figures
+from lomo_jax.plan import MemoryPlan, read_memory
 from lomo_jax.training.config import Config
-from lomo_jax.training.errors import OutOfMemoryError
 from lomo_jax.training.model import Model
 from lomo_jax.training.step import layer_inputs
 
@@ -26,7 +26,7 @@ class MemoryGuard:
     def __enter__(self) -> Self:
         return self
 
-    def planned(self, plan: figures.Plan) -> None:
+    def planned(self, plan: MemoryPlan) -> None:
         """Takes in what the step needs, for the error to say."""
         self._facts.append(f"the step needs {plan.total_gib:.1f} GiB")
 
@@ -64,10 +64,10 @@ def plan_step(
     compiled: jax.stages.Compiled,
     params: Any,
     state: Any,
-) -> figures.Plan:
+) -> MemoryPlan:
     """Returns what the compiled step of a run needs of each device."""
     device = jax.local_devices()[0]
-    return figures.read(
+    return read_memory(
         compiled,
         params,
         state,
@@ -85,7 +85,7 @@ def usable_gib() -> float | None:
     return None if limit is None else limit / 2**30
 
 
-def describe(plan: figures.Plan) -> str:
+def describe(plan: MemoryPlan) -> str:
     """Says in a line what a step needs of the device that is there."""
     parts = {
         "weights": plan.weights_gib,

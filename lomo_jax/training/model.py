@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lomo_jax import models, sharding
+from lomo_jax import models, run_files, sharding
 from lomo_jax.data import package_path
+from lomo_jax.errors import ConfigError
 from lomo_jax.losses import Metrics, next_token_loss
 from lomo_jax.training import workdir
 from lomo_jax.training.config import Config
-from lomo_jax.training.errors import ConfigError
 
 _PACKAGE = "package://"
 
@@ -155,7 +155,7 @@ def on_host_like(shapes: Any) -> Any:
 def _hf_path(path: str) -> str:
     """Returns where config.json and tokenizer lie: of a run's checkpoint, in its workdir."""
     run = workdir.locate(path)
-    return resolve(path) if run is None else str(run[0] / workdir.MODEL)
+    return resolve(path) if run is None else str(run[0] / run_files.MODEL)
 
 
 def _attention(config: Config, head_dim: int, capability: tuple[int, int] | None) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import optax
 
 from lomo_jax.adalomo import adalomo
+from lomo_jax.errors import ConfigError, did_you_mean
 from lomo_jax.lomo import lomo
-from lomo_jax.training.errors import ConfigError, did_you_mean
 
 SCHEDULES = ("constant", "linear", "cosine")
 

@@ -15,14 +15,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import lomo_jax
-from lomo_jax import data, models, sharding
+from lomo_jax import data, models, run_files, sharding
+from lomo_jax.errors import CheckpointError, ConfigError
+from lomo_jax.run_files import RunInfo, write_json
 from lomo_jax.training import devices, resume
 from lomo_jax.training import model as model_lib
 from lomo_jax.training import workdir as workdir_lib
 from lomo_jax.training.checkpoint import Checkpoints, Facts, Progress
 from lomo_jax.training.config import Config, ModelConfig, to_dict
 from lomo_jax.training.display import Display
-from lomo_jax.training.errors import CheckpointError, ConfigError
 from lomo_jax.training.memory import MemoryGuard, describe, plan_step
 from lomo_jax.training.model import Model
 from lomo_jax.training.step import batch_shapes, make_step
@@ -66,7 +67,7 @@ def prepare(
     else:
         # Only the weights are in the checkpoint, and where the rest came from may be gone.
         model_config = dataclasses.replace(
-            config, model=ModelConfig(path=str(workdir / workdir_lib.MODEL))
+            config, model=ModelConfig(path=str(workdir / run_files.MODEL))
         )
     capability = model_lib.compute_capability()
     model, shapes = model_lib.abstract(model_config, capability, mesh)
@@ -75,7 +76,7 @@ def prepare(
         params: Any = model_lib.load_params(config, model, mesh)
     _check_prompt(config, model, tokenizer)
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    source = config.model.path if config.model.init == "checkpoint" else "random weights"
+    source = "random weights" if config.model.init == "random" else str(config.model.path)
     display.line("model", f"{source}, {size:,} parameters, {config.param_dtype}")
     if mesh.size > 1:
         display.line("devices", devices.describe(mesh))
@@ -97,19 +98,19 @@ def prepare(
     memory.planned(plan)
     display.line("memory", describe(plan))
 
-    facts_of_run = {
-        "source": source,
-        "parameters": size,
-        "device": mesh.devices.flat[0].device_kind,
-        "devices": mesh.size,
-        "processes": jax.process_count(),
-        "versions": {
+    run_info = RunInfo(
+        source=source,
+        parameters=size,
+        device=mesh.devices.flat[0].device_kind,
+        devices=mesh.size,
+        processes=jax.process_count(),
+        versions={
             "python": platform.python_version(),
             "jax": jax.__version__,
             "lomo_jax": lomo_jax.__version__,
         },
-        "plan": dataclasses.asdict(plan),
-    }
+        memory=plan,
+    )
     is_first = jax.process_index() == 0
     if facts is None:
         state, progress = init(params), Progress()
@@ -124,13 +125,13 @@ def prepare(
         state = _add_missing(config, model, mesh, params, state, state_shapes)
         text.train.set_state(progress.data)
     if is_first:
-        workdir_lib.write_json(workdir / workdir_lib.RUN, facts_of_run)  # tells whose the rest is
-        workdir_lib.write_json(workdir / workdir_lib.CONFIG, to_dict(config))
+        run_info.write(workdir)  # marks the other files as those of a run
+        write_json(workdir / run_files.CONFIG, to_dict(config))
         if facts is None:
-            folder = workdir / workdir_lib.MODEL
+            folder = workdir / run_files.MODEL
             folder.mkdir(exist_ok=True)
             models.save_config(folder, model.config, config.param_dtype, tokenizer)
-        display.log_to(workdir / workdir_lib.LOG)
+        display.log_to(workdir / run_files.LOG)
     return Run(model, tokenizer, text, held_out, send, step, params, state, progress)
 
 

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import lomo_jax
+from lomo_jax.errors import NonFiniteError
 from lomo_jax.models import LlamaConfig
+from lomo_jax.run_files import Record
 from lomo_jax.training.checkpoint import Progress
 from lomo_jax.training.config import Config
 from lomo_jax.training.display import Display
-from lomo_jax.training.errors import NonFiniteError
 from lomo_jax.training.evaluate import Evaluation
 from lomo_jax.training.metrics import Stopwatch, device_memory
 from lomo_jax.training.optimizer import make_schedule
-from lomo_jax.training.sinks import Record, Sink
+from lomo_jax.training.sinks import Sink
 
 
 class Recorder:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lomo_jax.errors import CheckpointError, ConfigError
 from lomo_jax.training import workdir as workdir_lib
 from lomo_jax.training.checkpoint import Checkpoints, Facts
 from lomo_jax.training.config import Config, to_dict
-from lomo_jax.training.errors import CheckpointError, ConfigError
 
 # With another value of these a run would not be the same: its weights, state or position in the
 # text would mean something else. The text itself is compared by its fingerprint.

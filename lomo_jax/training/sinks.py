@@ -1,15 +1,13 @@
 """Where the metrics of a run go: `metrics.jsonl`, TensorBoard, Weights & Biases."""
 
-import json
 import math
 import os
 import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from lomo_jax.training.errors import ConfigError
-
-Record = dict[str, Any]  # "step" and what was measured after it: numbers, or a sample of text
+from lomo_jax.errors import ConfigError
+from lomo_jax.run_files import Record
 
 
 class Sink(Protocol):
@@ -22,32 +20,6 @@ class Sink(Protocol):
     def close(self) -> None:
         """Takes no more."""
         ...
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, on disk as soon as it is written, and never removed.
-
-    A run that went on from a checkpoint says so by `{"step": N, "resumed": true}`. Records before
-    that line with a step above N are of a process that was lost: what follows takes their place.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Opens the file to append to it, if there is one."""
-        _drop_torn_line(path)
-        self._file = path.open("a", buffering=1)
-
-    def write(self, record: Record) -> None:
-        """Appends a line."""
-        # JSON has no NaN: null keeps the file readable for every parser.
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        self._file.write(json.dumps(finite) + "\n")
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
 
 
 class TensorBoard:
@@ -139,11 +111,3 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Waits until everything is sent."""
         self._run.finish()
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cuts off the last line if the process that wrote it was killed in the middle."""
-    if path.exists():
-        with path.open("r+b") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)

@@ -3,26 +3,26 @@
 import contextlib
 import fcntl
 import itertools
-import json
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from lomo_jax.training.errors import ConfigError
+from lomo_jax.errors import ConfigError
+from lomo_jax.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPORT,
+    LOG,
+    METRICS,
+    MODEL,
+    REPORT,
+    RUN,
+    TENSORBOARD,
+    WANDB,
+)
 
-CHECKPOINTS = "checkpoints"  # one folder a step, by orbax
-MODEL = "model"  # config.json and tokenizer, as Hugging Face has them: a model without weights
-EXPORT = "export"  # the trained model in Hugging Face form
-CONFIG = "config.json"
-RUN = "run.json"  # what the config does not tell: parameters, devices, versions, planned memory
-METRICS = "metrics.jsonl"
-LOG = "log.txt"  # what the terminal showed
-TENSORBOARD = "tensorboard"
-WANDB = "wandb"
-REPORT = "report.html"
 _OF_A_RUN = (CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REPORT, RUN)
 _LOCK = ".lock"
 _LEAVING = ".earlier"  # what is being moved aside
@@ -130,21 +130,6 @@ def locate(path: str) -> tuple[Path, int | None] | None:
     if place.is_dir() and place.parent.name == CHECKPOINTS and place.name.isdigit():
         return place.parent.parent, int(place.name)
     return None
-
-
-def read_json(path: Path) -> Any:
-    """Reads what `write_json` wrote; raises ValueError if it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file as a whole: a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)
 
 
 def _is_nothing(path: Path) -> bool:

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from lomo_jax.plan import gpus
-from lomo_jax.plan.figures import part
+from lomo_jax.plan.memory import part
 from lomo_jax.plan.runs import compile_run
 from lomo_jax.training import MeshConfig, OffloadConfig
 from lomo_jax.training.flags import parse

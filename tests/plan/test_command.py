@@ -24,7 +24,7 @@ def get_config():
 """
 _KEYS = [
     *("weights_gib", "state_gib", "layer_inputs_gib", "temporaries_gib", "host_gib", "total_gib"),
-    *("device_gib", "fits", "gpu", "devices"),
+    *("device_gib", "usable_gib", "fits", "gpu", "devices"),
 ]
 _LAYER_INPUTS = 6 * 4 * 512 * 1024 * 2 / 2**30
 _WEIGHTS = 2 * (2 * 4096 * 1024 + 1024 + 6 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024)) / 2**30

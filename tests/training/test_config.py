@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from lomo_jax.errors import ConfigError
 from lomo_jax.training import Config, DataConfig, ModelConfig
 from lomo_jax.training.config import OffloadConfig, to_dict, validate
-from lomo_jax.training.errors import ConfigError
 from lomo_jax.training.flags import parse
 
 _FILE = """

@@ -19,9 +19,9 @@ import runs
 from flax import nnx
 
 import lomo_jax
+from lomo_jax.errors import CheckpointError
 from lomo_jax.training import Config, loop
 from lomo_jax.training.checkpoint import Checkpoints, Facts, Progress
-from lomo_jax.training.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lomo_jax.errors import ConfigError
 from lomo_jax.training import Config, MeshConfig, devices
-from lomo_jax.training.errors import ConfigError
 
 
 def config(batch_size=8, microbatches=1, **mesh):

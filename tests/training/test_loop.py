@@ -16,6 +16,7 @@ import runs
 from flax import nnx
 
 from lomo_jax import data, models
+from lomo_jax.errors import NonFiniteError
 from lomo_jax.training import (
     Architecture,
     Config,
@@ -25,7 +26,6 @@ from lomo_jax.training import (
     loop,
 )
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.errors import NonFiniteError
 from lomo_jax.training.optimizer import make_schedule
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")

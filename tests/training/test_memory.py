@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lomo_jax.plan import Plan
+from lomo_jax.errors import OutOfMemoryError
+from lomo_jax.plan import MemoryPlan
 from lomo_jax.training import Config, OffloadConfig
-from lomo_jax.training.errors import OutOfMemoryError
 from lomo_jax.training.memory import MemoryGuard, advice
 
 
@@ -18,7 +18,7 @@ def _ask_for_too_much():
 
 
 def test_a_lack_of_memory_is_one_line_that_says_what_to_do():
-    plan = Plan(12.0, 0.0, 1.0, 1.2, 0.0, 14.2, 12.0, False, "GPU", 1)
+    plan = MemoryPlan(12.0, 0.0, 1.0, 1.2, 0.0, 14.2, 12.0, 11.0, False, "GPU", 1)
     guard = MemoryGuard(Config())
     guard.planned(plan)
     with pytest.raises(OutOfMemoryError) as caught, guard:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from lomo_jax import models
+from lomo_jax.errors import ConfigError
 from lomo_jax.training import Architecture, Config, ModelConfig
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.errors import ConfigError
 
 _TINY = Architecture(257, 8, 8, 1, 1, 1, 8)
 

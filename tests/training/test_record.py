@@ -10,10 +10,10 @@ import runs
 
 import lomo_jax
 from lomo_jax import models
+from lomo_jax.errors import NonFiniteError
 from lomo_jax.losses import Metrics
 from lomo_jax.training.checkpoint import Progress
 from lomo_jax.training.display import Display
-from lomo_jax.training.errors import NonFiniteError
 from lomo_jax.training.record import Recorder
 
 _SHAPE = models.LlamaConfig(32, 8, 8, 1, 1, 1, 8)

@@ -11,9 +11,9 @@ import pytest
 import runs
 
 from lomo_jax import models
+from lomo_jax.errors import CheckpointError, ConfigError
 from lomo_jax.training import DataConfig, ModelConfig, OffloadConfig, loop
 from lomo_jax.training.checkpoint import Checkpoints, read_params
-from lomo_jax.training.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 

@@ -10,10 +10,18 @@ import jax
 
 from lomo_jax.fused import Offload, StepState
 
+# What a device's memory is for: label and field of `MemoryPlan`. They add up to the total.
+PARTS = {
+    "weights": "weights_gib",
+    "optimizer state": "state_gib",
+    "layer inputs": "layer_inputs_gib",
+    "other temporaries": "temporaries_gib",
+}
+
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What one step needs of each device, in GiB, as XLA planned it."""
+class MemoryPlan:
+    """The memory that one step needs on each device, in GiB, as XLA planned it."""
 
     weights_gib: float  # parameters in device memory
     state_gib: float  # of the optimizer, in device memory
@@ -22,12 +30,13 @@ class Plan:
     host_gib: float  # whatever is in host memory
     total_gib: float  # of the device: the first four
     device_gib: float | None  # what the device has; None if that is not known
-    fits: bool | None  # whether the total is no more than JAX may allocate of it
+    usable_gib: float | None  # what JAX may allocate of it; None if that is not known
+    fits: bool | None  # whether the total is at most `usable_gib`
     gpu: str
     devices: int
 
 
-def read(
+def read_memory(
     compiled: jax.stages.Compiled,
     params: Any,
     state: StepState,
@@ -38,7 +47,7 @@ def read(
     layer_inputs: int = 0,
     offload: Offload | None = None,
     devices: int = 1,
-) -> Plan:
+) -> MemoryPlan:
     """Reads the memory that XLA planned for a step.
 
     Args:
@@ -72,7 +81,7 @@ def read(
     weights = 0 if offload.params else _bytes(params)
     optimizer = 0 if offload.state else _bytes(state.optimizer)
     inputs = 0 if offload.activations else layer_inputs
-    return Plan(
+    return MemoryPlan(
         weights_gib=weights / 2**30,
         state_gib=optimizer / 2**30,
         layer_inputs_gib=inputs / 2**30,
@@ -80,6 +89,7 @@ def read(
         host_gib=host / 2**30,
         total_gib=total / 2**30,
         device_gib=device_gib,
+        usable_gib=usable_gib,
         fits=None if usable_gib is None else total / 2**30 <= usable_gib,
         gpu=gpu,
         devices=devices,

@@ -3,11 +3,11 @@
 import json
 import math
 
-from lomo_jax.training.sinks import MetricsFile
+from lomo_jax.run_files import MetricsWriter
 
 
 def test_a_records_file_is_valid_json_lines(tmp_path):
-    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file = MetricsWriter(tmp_path)
     file.write({"step": 1, "loss": 0.5})
     file.write({"step": 2, "loss": math.nan})
     # Readable before it is closed: a person may look at any time.
@@ -22,7 +22,7 @@ def test_a_records_file_is_valid_json_lines(tmp_path):
 def test_lines_are_appended_to_whole_ones(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "lo')  # of a process that was killed
-    file = MetricsFile(path)
+    file = MetricsWriter(tmp_path)
     file.write({"step": 2})
     file.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

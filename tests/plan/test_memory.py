@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lomo_jax
-from lomo_jax.plan import buffers, read
+from lomo_jax.plan import buffers, read_memory
 
 L, B, D = 6, 32, 64
 
@@ -35,7 +35,9 @@ def compiled():
 @pytest.mark.parametrize(("usable_gib", "fits"), [(None, None), (1.0, True), (1e-6, False)])
 def test_the_parts_add_up(compiled, usable_gib, fits):
     inputs = L * B * D * 4
-    plan = read(*compiled, gpu="x", layer_inputs=inputs, device_gib=2.0, usable_gib=usable_gib)
+    plan = read_memory(
+        *compiled, gpu="x", layer_inputs=inputs, device_gib=2.0, usable_gib=usable_gib
+    )
     assert plan.weights_gib * 2**30 == L * D * D * 4
     assert plan.state_gib * 2**30 == L * (2 * D + 1) * 4  # row, column and count
     assert plan.layer_inputs_gib * 2**30 == inputs
@@ -49,7 +51,7 @@ def test_the_parts_add_up(compiled, usable_gib, fits):
 
 def test_a_cpu_has_one_memory(compiled):
     offload = lomo_jax.Offload(params=True, activations=True, state=True)
-    assert read(*compiled, gpu="x", offload=offload) == read(*compiled, gpu="x")
+    assert read_memory(*compiled, gpu="x", offload=offload) == read_memory(*compiled, gpu="x")
 
 
 def test_arguments_are_named_by_their_paths():

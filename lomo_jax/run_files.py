@@ -1,0 +1,141 @@
+"""The files in the folder of a run: what `train` writes and resume, report and export read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from lomo_jax.errors import UserError
+from lomo_jax.plan import MemoryPlan
+
+CHECKPOINTS = "checkpoints"  # one folder per saved step, by orbax
+MODEL = "model"  # config.json and tokenizer in Hugging Face form: a model without weights
+EXPORT = "export"  # the trained model in Hugging Face form
+CONFIG = "config.json"  # every field of the config
+RUN = "run.json"  # a `RunInfo`
+METRICS = "metrics.jsonl"  # one `Record` per line
+LOG = "log.txt"  # what the terminal showed, and the traceback of an error
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+REPORT = "report.html"
+
+# A line of metrics.jsonl: "step" (steps made), "time" (Unix seconds), and one of
+# * a logged step: "loss", "learning_rate", "accuracy", "tokens_per_second", and where there is one
+#   "flop_utilisation", "device_memory_gib", "grad_norm", "loss_scale", "skipped";
+# * an evaluation: "eval_loss", "eval_accuracy";
+# * a sample: "prompt", "sample";
+# * a resumed run: "resumed". Earlier lines with a higher step are superseded.
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What the config of a run does not say about it; run.json."""
+
+    source: str  # of the weights at the start
+    parameters: int
+    device: str  # its kind, as JAX names it
+    devices: int
+    processes: int
+    versions: dict[str, str]  # of python, jax and lomo_jax
+    memory: MemoryPlan  # planned for the step
+
+    def write(self, folder: Path) -> None:
+        """Writes the file."""
+        write_json(folder / RUN, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Reads the file, None if there is none.
+
+        Raises:
+          UserError: The file is damaged.
+        """
+        if not (folder / RUN).exists():
+            return None
+        found: dict[str, Any] = read_json(folder / RUN)
+        try:
+            found["memory"] = MemoryPlan(**found["memory"])
+            return cls(**found)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / RUN} is damaged: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: The file does not hold one.
+      OSError: It cannot be read.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: it starts with {str(value)[:20]!r}")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object atomically: a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl; a record is on disk as soon as it is written."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the file, and cuts off a last line that a killed process left unfinished."""
+        path = folder / METRICS
+        if path.exists():
+            with path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Appends a record."""
+        # JSON has no NaN: null keeps the file readable for every parser.
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> Iterator[Record | None]:
+    """Yields the record of each line of metrics.jsonl, None for a line that holds none.
+
+    Superseded records are included.
+
+    Raises:
+      OSError: The file cannot be read.
+    """
+    with (folder / METRICS).open(encoding="utf-8", errors="replace") as file:
+        yield from (_parse(line) for line in file if line.strip())
+
+
+def _parse(line: str) -> Record | None:
+    # A killed process leaves an unfinished line, and the next one may have continued it: then a
+    # whole record ends that line.
+    start = line.find("{")
+    while start >= 0:
+        try:
+            record = json.loads(line[start:], parse_constant=lambda name: None)
+        except (ValueError, RecursionError):
+            start = line.find("{", start + 1)
+            continue
+        is_record = type(record.get("step")) is int and 0 <= record["step"] < 2**53
+        is_timed = isinstance(record.get("time", 0.0), int | float)
+        return record if is_record and is_timed else None
+    return None
