@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import lomo_jax
-from lomo_jax.fused.rounding import stochastic_round
+from lomo_jax.fused.update import stochastic_round
 
 DTYPES = ["bfloat16", "float16"]
 
