@@ -85,10 +85,10 @@ def mesh_shape(devices: int, data: int, fsdp: int, tensor: int) -> tuple[int, in
         raise ValueError(f"mesh: {asked}; only one size can be -1")
     product = math.prod(size for size in sizes.values() if size != -1)
     if product > devices or (open_axes and devices % product):
-        needs = f"a multiple of {product}" if open_axes else f"{product}"
+        takes = f"a multiple of {product}" if open_axes else f"{product}"
         fits = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise ValueError(
-            f"mesh: {asked} needs {needs} devices and there are {devices}; the product of the "
+            f"mesh: {asked} takes {takes} devices and there are {devices}; the product of the "
             f"sizes could be {fits}"
         )
     sizes.update(dict.fromkeys(open_axes, devices // product))
