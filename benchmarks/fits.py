@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 
 import jax
+from lomo_jax.plan.runs import compile_run
 
 from lomo_jax.plan import gpus
-from lomo_jax.plan.runs import compile_run
 from lomo_jax.training import Architecture, Config, ModelConfig, OffloadConfig
 
 LLAMA_3 = {"vocab_size": 128256, "num_kv_heads": 8, "rope_theta": 5e5, "max_length": 8192}

@@ -10,10 +10,10 @@ computes nothing twice.
 import sys
 
 import jax
+from lomo_jax.plan.runs import compile_run
 
 from lomo_jax.fused.remat import POLICIES
 from lomo_jax.plan import gpus
-from lomo_jax.plan.runs import compile_run
 from lomo_jax.training import Architecture, Config, ModelConfig
 
 

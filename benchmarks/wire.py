@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from lomo_jax.plan.runs import Compiled, compile_run
 
 from lomo_jax.plan import gpus
-from lomo_jax.plan.runs import Compiled, compile_run
 from lomo_jax.training import MeshConfig, OffloadConfig
 from lomo_jax.training.flags import parse
 
