@@ -71,19 +71,13 @@ def read_memory(
     """
     stats = compiled.memory_analysis()
     assert stats is not None, "CPUs, GPUs and TPUs have one"
-    # An aliased output is the memory of a donated argument.
     host = (
         stats.host_argument_size_in_bytes
         + stats.host_output_size_in_bytes
         - stats.host_alias_size_in_bytes
         + stats.host_temp_size_in_bytes
     )
-    total = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-    )
+    total = device_memory(compiled)
     if offload is None or host == 0:
         offload = Offload()
     weights = 0 if offload.params else _size(params)
@@ -102,6 +96,15 @@ def read_memory(
         gpu=gpu,
         devices=devices,
     )
+
+
+def device_memory(compiled: jax.stages.Compiled) -> int:
+    """Returns the device memory that XLA planned for a program, bytes on each device."""
+    stats = compiled.memory_analysis()
+    assert stats is not None, "CPUs, GPUs and TPUs have one"
+    # An aliased output is the memory of a donated argument.
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes + outputs + stats.temp_size_in_bytes
 
 
 class Buffer(NamedTuple):

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Self
 
+import numpy as np
+
 # `%name = SHAPE opcode(OPERANDS), ATTRIBUTES`, where SHAPE is an array or a tuple of shapes.
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*?)\)(.*)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(")
@@ -124,7 +126,7 @@ def _parse_instruction(
         name,
         opcode,
         tuple(
-            Array(dtype, tuple(int(n) for n in dims.split(",") if n), _HOST in layout)
+            Array(dtype, tuple(_numbers(dims)), _HOST in layout)
             for dtype, dims, layout in _ARRAY.findall(shape)
         ),
         tuple(_VALUE.findall(operands)),
@@ -133,3 +135,55 @@ def _parse_instruction(
         int(trip_count[1]) if trip_count else None,
         attributes,
     )
+
+
+def replica_groups(instruction: Instruction, devices: int) -> np.ndarray:
+    """Returns the groups of devices that communicate in a collective, int [groups, group size].
+
+    XLA writes them in one of four forms:
+
+    * `{{0,1},{2,3}}`, or `{}` for one group of all devices;
+    * `[2,2]<=[4]` or `[2,2]<=[2,2]T(1,0)`, the shape of the result and how to fill it;
+    * `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}`, the axes along which a group extends.
+
+    Args:
+      instruction: a collective with replica groups; not a collective-permute.
+      devices: number of devices of the program.
+
+    Raises:
+      ValueError: The form is unknown.
+    """
+    text = instruction.attributes.split("replica_groups=")[1]
+    if mesh := re.match(r"mesh\[([^]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        along = re.findall(r"'(\w+)'", mesh[3])
+        if ":" in mesh[3]:
+            raise ValueError(f"a group along a part of an axis: {mesh[0]}")
+        ids = _iota(mesh[2] or f"[{devices}]").reshape(list(sizes.values()))
+        ids = np.moveaxis(ids, [list(sizes).index(a) for a in along], range(-len(along), 0))
+        return ids.reshape(-1, math.prod(sizes[a] for a in along))
+    if iota := re.match(r"\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(iota[2]).reshape(_numbers(iota[1]))
+    if listed := re.match(r"\{(\{[\d,{}]*\})\}", text):
+        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+    if text.startswith("{}"):
+        return np.arange(devices)[None]
+    raise ValueError(f"unknown replica groups: {text[:80]}")
+
+
+def source_target_pairs(instruction: Instruction) -> np.ndarray:
+    """Returns the pairs of devices of a collective-permute, int [pairs, 2]."""
+    text = instruction.attributes.split("source_target_pairs=")[1]
+    listed = re.match(r"\{(?:\{\d+,\d+\},?)*\}", text)
+    assert listed is not None
+    return np.array(re.findall(r"\{(\d+),(\d+)\}", listed[0]), int)
+
+
+def _iota(text: str) -> np.ndarray:
+    """Returns the values of `[2,3]T(1,0)`: 0, 1, 2, ... in this shape, transposed, then flat."""
+    shape, *order = (_numbers(part) for part in re.findall(r"[\d,]*\d", text)[:2])
+    return np.arange(math.prod(shape)).reshape(shape).transpose(*order).ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]

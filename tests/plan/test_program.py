@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lomo_jax.plan import Program
+from lomo_jax.plan.program import Program, replica_groups, source_target_pairs
 
 L, B, D = 6, 32, 64
 
@@ -152,3 +152,54 @@ def test_collectives_of_several_devices():
     assert "replica_groups=" in reduce.attributes
     argument = next(i for i, _ in scheduled(program) if i.opcode == "parameter")
     assert argument.arrays[0].shape == (2, 4)  # a shard
+
+
+@pytest.mark.parametrize(
+    ("axes", "groups"),
+    [
+        (("a",), [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        (("b",), [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        (("a", "c"), [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        (("b", "c"), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (("a", "b", "c"), [list(range(8))]),
+    ],
+)
+def test_the_groups_of_a_collective(axes, groups):
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
+    everywhere = PartitionSpec(("a", "b", "c"))
+    total = jax.shard_map(
+        lambda x: jax.lax.psum(x, axes),
+        mesh=mesh,
+        in_specs=everywhere,
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    x = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=NamedSharding(mesh, everywhere))
+    program = Program.parse(jax.jit(total).lower(x).compile().as_text())
+    (reduce,) = (i for i, _ in scheduled(program) if i.opcode.startswith("all-reduce"))
+    found = replica_groups(reduce, program.devices)
+    assert sorted(map(sorted, found.tolist())) == groups
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_the_groups_of_a_collective_that_the_partitioner_adds(axis):
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"))
+    sharding = NamedSharding(mesh, PartitionSpec("a", "b", "c"))
+    x = jax.ShapeDtypeStruct((4, 4, 4), jnp.float32, sharding=sharding)
+    program = Program.parse(jax.jit(lambda x: x.sum(axis)).lower(x).compile().as_text())
+    (reduce,) = (i for i, _ in scheduled(program) if i.opcode.startswith("all-reduce"))
+    expected = np.moveaxis(np.arange(8).reshape(2, 2, 2), axis, -1).reshape(4, 2)
+    found = replica_groups(reduce, program.devices)
+    assert sorted(map(sorted, found.tolist())) == expected.tolist()
+
+
+def test_the_pairs_of_a_permutation():
+    mesh, spec = jax.make_mesh((8,), ("x",)), PartitionSpec("x")
+    ring = [(k, (k + 1) % 8) for k in range(8)]
+    shift = jax.shard_map(
+        lambda x: jax.lax.ppermute(x, "x", ring), mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    x = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=NamedSharding(mesh, spec))
+    program = Program.parse(jax.jit(shift).lower(x).compile().as_text())
+    (permute,) = (i for i, _ in scheduled(program) if "permute" in i.opcode)
+    assert [tuple(pair) for pair in source_target_pairs(permute).tolist()] == ring
