@@ -1,4 +1,4 @@
-"""Gathers what `gpu.sh` measured: benchmarks/results/DEVICE-DATE.json and a table in README.md.
+"""Collects the results of `gpu.sh` in benchmarks/results/DEVICE-DATE.json and README.md.
 
 python benchmarks/collect.py DIR
 """
@@ -16,7 +16,7 @@ _START, _END = "<!-- gpu: written by collect.py -->", "<!-- gpu: end -->"
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="what gpu.sh wrote")
+    parser.add_argument("directory", type=Path, help="folder that gpu.sh wrote to")
     parser.add_argument("--into", type=Path, default=Path(__file__).parent, help="has README.md")
     flags = parser.parse_args()
     parts = {
@@ -24,9 +24,7 @@ def main() -> None:
     }
     device = next(filter(None, map(_device, parts.values())), None)
     if device is None:
-        raise SystemExit(
-            f"error: {flags.directory} holds no result of a device; run benchmarks/gpu.sh first"
-        )
+        raise SystemExit(f"error: {flags.directory} has no results; run benchmarks/gpu.sh first")
     date = max(part["date"] for part in parts.values())[:10]
     name = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
     target = flags.into / "results" / f"{name}-{date}.json"
@@ -51,7 +49,7 @@ def lines(device: str, name: str, parts: dict[str, Any]) -> list[str]:
         verdict = f"failed: {'; '.join(wrong)}" if wrong else "all passed"
         found += [f"Correctness: {len(ran)} checks on the device, {verdict}.", ""]
     found += [
-        "| size | row | s a step | tokens/s | GiB, measured | planned on it | planned without it |",
+        "| size | row | s a step | tokens/s | GiB, measured | planned with the GPU | without it |",
         "|---|---|---|---|---|---|---|",
     ]
     for part, data in parts.items():

@@ -2,12 +2,12 @@
 
     python benchmarks/compare.py                          # 20M parameters, on a CPU, 10 minutes
     python benchmarks/compare.py --size 7b --rows 'fused|torch'                     # on a GPU
-    JAX_PLATFORMS=cpu python benchmarks/compare.py --size 7b --plan rtx3090         # nothing is run
+    JAX_PLATFORMS=cpu python benchmarks/compare.py --size 7b --plan rtx3090         # plans only
 
-All rows have the same model, weights, batches and dtype, and each has a process of its own. On a
-CPU all of them are alive and make one step in turn, round after round, so that a noisy machine is
-fair; on a GPU, which has room for one, a row makes all its steps before the next starts.
-benchmarks/README.md says what the rows are.
+All rows have the same model, weights, batches and dtype. Each runs in a process of its own. On a
+CPU they take turns, one step each per round, so that load on the machine slows all of them alike.
+On a GPU, whose memory holds only one, each row runs all its steps before the next starts.
+benchmarks/README.md describes the rows.
 """
 
 import argparse
@@ -15,23 +15,29 @@ import datetime
 import json
 import os
 import re
+import statistics
 import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from report import plot, print_report
-from rows import ROWS, SIZES, Row, Size
+from rows import ROWS, SIZES, Row, Size, rivals
 from worker import Worker
+
+from lomo_jax.flops import flops_per_token
+from lomo_jax.models import LlamaConfig
+from lomo_jax.plan import find, peak_flops
+
+_FLOOR = ROWS[0].name
 
 
 class Results:
-    """What was measured, in a file as soon as it is.
+    """The results, written to a file after every change.
 
     Args:
-      path: of the file; None for no file.
-      facts: what holds for all rows.
+      path: file to write; None for none.
+      facts: values that hold for all rows.
     """
 
     def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
@@ -39,7 +45,7 @@ class Results:
         self.data = facts | {"rows": {}}
 
     def update(self, row: Row, **values: Any) -> None:
-        """Sets facts of a row; `seconds` and `loss` of a round are added to those before."""
+        """Sets values of a row; `seconds` and `loss` are appended to those of earlier rounds."""
         entry = self.data["rows"].setdefault(row.name, {"seconds": [], "losses": []})
         for key, many in (("seconds", "seconds"), ("loss", "losses")):
             if key in values:
@@ -57,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row for row in ROWS if re.search(flags.rows, row.name)]
     if not rows:
         raise SystemExit(
-            f"error: --rows: {flags.rows!r} is in none of: {'; '.join(row.name for row in ROWS)}"
+            f"error: --rows: {flags.rows!r} matches none of: {'; '.join(row.name for row in ROWS)}"
         )
     size = SIZES[flags.size]
     results = Results(flags.json, facts(flags.size))
@@ -75,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def facts(size: str) -> dict[str, Any]:
-    """Returns what a reader needs to repeat a measurement."""
+    """Returns what is needed to repeat a measurement."""
     packages = ("jax", "flax", "optax", "torch", "transformers", "lomo-optim")
     return {
         "size": size,
@@ -87,19 +93,19 @@ def facts(size: str) -> dict[str, Any]:
 
 
 def _plan(rows: list[Row], size: Size, gpu: str, results: Results) -> None:
-    """Plans rows for a GPU; torch has no plan."""
-    from planned import find, plan_row
+    """Plans the JAX rows for a GPU."""
+    from jax_step import plan_row  # needs flax, which `--show` does not
 
     for row in rows:
         if row.kind != "torch":
             try:
                 results.update(row, **plan_row(row, size, find(gpu)))
-            except (ModuleNotFoundError, RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError) as error:
                 results.update(row, skipped=str(error))
 
 
 def _in_turn(rows: list[Row], size: Size, rounds: int, deadline: float, results: Results) -> None:
-    """Measures rows that live side by side, a step of each in turn."""
+    """Measures rows that take turns, one step each."""
     started = (_start(row, size, deadline, results) for row in rows)
     workers = [worker for worker in started if worker is not None]
     for turn in range(rounds + 1):
@@ -111,7 +117,7 @@ def _in_turn(rows: list[Row], size: Size, rounds: int, deadline: float, results:
 def _one_after_the_other(
     rows: list[Row], size: Size, rounds: int, deadline: float, results: Results
 ) -> None:
-    """Measures rows that each need the device for themselves."""
+    """Measures rows that need the device for themselves."""
     for row in rows:
         worker = _start(row, size, deadline, results)
         if worker is not None and all(
@@ -133,7 +139,7 @@ def _start(row: Row, size: Size, deadline: float, results: Results) -> Worker | 
 
 
 def _step(worker: Worker, turn: int, deadline: float, results: Results) -> bool:
-    """Makes a step; returns whether the row goes on. The first step warms up and is not timed."""
+    """Runs a step, the first one untimed; returns whether the row can continue."""
     try:
         worker.step()
         answer = worker.receive(deadline - time.monotonic())
@@ -148,8 +154,106 @@ def _step(worker: Worker, turn: int, deadline: float, results: Results) -> bool:
     return True
 
 
+def print_report(data: dict[str, Any]) -> None:
+    """Prints the tables, in Markdown."""
+    rows, size = data["rows"], SIZES[data["size"]]
+    device = next((row["device"] for row in rows.values() if "device" in row), "no device")
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    batch = f"batch {size.batch_size} x {size.length}, {size.dtype}"
+    print(f"{data['size']}, {batch}; {device}; {versions}; commit {data['commit']}")
+    print()
+    print(
+        "| row | s a step (spread) | of floor | tokens/s | TFLOP/s | peak, GiB | planned, GiB "
+        "| compiled in s | loss |"
+    )
+    print("|---" * 9 + "|")
+    for name in rows:
+        print("|", " | ".join([name, *_cells(rows, name, data["size"])]), "|")
+    if compared := _compared(rows):
+        print()
+        print("| fused row | rival | time | memory |")
+        print("|---|---|---|---|")
+        for cells in compared:
+            print("|", " | ".join(cells), "|")
+    for name, row in rows.items():
+        if reason := row.get("skipped") or row.get("stopped"):
+            print(f"\n{name}: {reason}")
+
+
+def ratio(rows: dict[str, Any], name: str, other: str) -> float | None:
+    """Returns the median over rounds of a row's time relative to another's; None without both."""
+    times, others = (rows.get(n, {}).get("seconds", []) for n in (name, other))
+    pairs = list(zip(times, others, strict=False))
+    return statistics.median(a / b for a, b in pairs) if pairs else None
+
+
+def _cells(rows: dict[str, Any], name: str, size_name: str) -> list[str]:
+    row, size = rows[name], SIZES[size_name]
+    config = LlamaConfig(**size.architecture())
+    cells = ["", "", "", ""]
+    if row["seconds"]:
+        seconds = statistics.median(row["seconds"])
+        spread = f"{min(row['seconds']):.3g} to {max(row['seconds']):.3g}"
+        speed = size.tokens / seconds
+        flops = speed * flops_per_token(config, size.length)
+        peak = peak_flops(row["device"])
+        of_floor = ratio(rows, name, _FLOOR)
+        cells = [
+            f"{seconds:.3f} ({spread})",
+            "" if of_floor is None else f"{of_floor:.2f}",
+            f"{speed:.0f}",
+            f"{flops / 1e12:.3g}" + ("" if peak is None else f", {flops / peak:.0%}"),
+        ]
+    for key, form in (("peak_gib", ".2f"), ("planned_gib", ".2f"), ("compile_seconds", ".1f")):
+        cells.append(format(row[key], form) if key in row else "")
+    cells.append(f"{row['losses'][-1]:.4f}" if row["losses"] else "")
+    return cells
+
+
+def _compared(rows: dict[str, Any]) -> list[list[str]]:
+    """Returns each fused row without options against its rivals."""
+    found = []
+    for row in ROWS:
+        if row.kind != "fused" or row.options:
+            continue
+        for rival in rivals(row):
+            time = ratio(rows, row.name, rival.name)
+            if time is None:
+                continue
+            memory = rows[row.name]["peak_gib"] / rows[rival.name]["peak_gib"]
+            found.append([row.name, rival.name, f"{time:.2f}", f"{memory:.2f}"])
+    return found
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    """Draws time and memory, one bar per row."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    kinds = {row.name: row.kind for row in ROWS}
+    colours = {kind: f"C{k}" for k, kind in enumerate(dict.fromkeys(kinds.values()))}
+    rows = {name: row for name, row in reversed(data["rows"].items()) if row["seconds"]}
+    figure, panels = plt.subplots(
+        1, 2, figsize=(9, 1 + 0.24 * len(rows)), layout="constrained", sharey=True
+    )
+    colour = [colours[kinds[name]] for name in rows]
+    times = [row["seconds"] for row in rows.values()]
+    middle = [statistics.median(seconds) for seconds in times]
+    below = [m - min(seconds) for m, seconds in zip(middle, times, strict=True)]
+    above = [max(seconds) - m for m, seconds in zip(middle, times, strict=True)]
+    panels[0].barh(list(rows), middle, xerr=(below, above), color=colour, ecolor="0.4")
+    panels[0].set_xlabel("seconds a step, median and spread")
+    panels[1].barh(list(rows), [row["peak_gib"] for row in rows.values()], color=colour)
+    panels[1].set_xlabel("peak memory, GiB")
+    panels[0].tick_params(axis="y", labelsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _has_gpu() -> bool:
-    """Whether there is a GPU, found without becoming one of its users."""
+    """Returns whether there is a GPU, without initialising it in this process."""
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return False
     try:
@@ -181,12 +285,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="20m", help="of the model")
-    parser.add_argument("--rows", default="", help="only those whose name this expression is in")
+    parser.add_argument("--rows", default="", help="regular expression for names of rows")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each row")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it")
-    parser.add_argument("--json", type=Path, help="a file to keep the results in, as they come")
-    parser.add_argument("--plot", type=Path, help="a picture of time and memory, PNG or SVG")
-    parser.add_argument("--show", type=Path, help="report on such a file instead of measuring")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds for all rows")
+    parser.add_argument("--json", type=Path, help="file to write the results to, as they come")
+    parser.add_argument("--plot", type=Path, help="image file for time and memory, PNG or SVG")
+    parser.add_argument("--show", type=Path, help="print such a file instead of measuring")
     parser.add_argument("--plan", metavar="GPU", help="only plan, for a GPU such as rtx3090")
     flags = parser.parse_args(argv)
     if flags.rounds < 1:

@@ -1,14 +1,16 @@
-"""Checks on the device that is there what tests check on CPUs: that results are right.
+"""Checks on the device of this machine what the tests check on CPUs: correct results.
 
-    python benchmarks/correct.py [--json FILE]
+    python benchmarks/correct.py [--quick] [--json FILE]
 
-Fused steps against `reference_step`, offloaded against not, flash attention against plain. A check
-prints what it measured beside its bound; the exit status is 1 if one failed. What the device cannot
-do is skipped, with the reason. A CPU passes too, and shows that the checks themselves work.
+Compares fused steps with `reference_step`, offloaded steps with plain ones, and flash attention
+with plain attention. Each check prints its difference and its bound; the exit status is 1 if one
+failed. A check that the device cannot run is skipped with the reason. A CPU passes too, which shows
+that the checks work.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +41,7 @@ CONFIG = models.LlamaConfig(
 _RULES = {
     "lomo": lomo_jax.lomo(0.1),
     "adalomo": lomo_jax.adalomo(1e-2),
-    # A gradient near 0 is rounding, which AdamW with the usual 1e-8 makes as large as a step.
+    # With the default 1e-8, AdamW turns the rounding of a gradient near 0 into a full step.
     "adamw": optax.adamw(1e-3, eps=1e-6),
 }
 _OFFLOADS = {
@@ -51,7 +53,7 @@ _OFFLOADS = {
 
 
 def loss(graphdef: Any, params: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
-    """Mean next-token loss of packed documents."""
+    """Returns the mean next-token loss of packed documents."""
     model = nnx.merge(graphdef, params)
     x_BxTxD = model.hidden(batch["tokens"], segments_BxT=batch.get("segments"))
     weights_BxT = jnp.ones(batch["tokens"].shape).at[:, -1].set(0.0)
@@ -60,7 +62,7 @@ def loss(graphdef: Any, params: nnx.State, batch: dict[str, jax.Array]) -> jax.A
 
 
 def batches(seed: int, *, packed: bool = False) -> list[dict[str, jax.Array]]:
-    """Returns `STEPS` batches of random tokens; packed, each row holds two documents."""
+    """Returns `STEPS` batches of random tokens; if packed, with two documents per sequence."""
     tokens = np.random.default_rng(seed).integers(CONFIG.vocab_size, size=(STEPS, B, T))
     found = [{"tokens": jnp.asarray(x, jnp.int32)} for x in tokens]
     if packed:
@@ -70,7 +72,7 @@ def batches(seed: int, *, packed: bool = False) -> list[dict[str, jax.Array]]:
 
 
 def train(make: Callable[..., lomo_jax.Step], rule: str, dtype: str, **options: Any) -> Any:
-    """Returns losses and parameters after `STEPS` steps, NumPy arrays."""
+    """Returns the losses of `STEPS` steps and the final parameters, as NumPy arrays."""
     graphdef, params = models.init(CONFIG, 0, jnp.dtype(dtype))
     step = make(functools.partial(loss, graphdef), _RULES[rule], **options)
     if step.offload.params:
@@ -85,7 +87,7 @@ def train(make: Callable[..., lomo_jax.Step], rule: str, dtype: str, **options: 
 
 
 def difference(a: Any, b: Any) -> float:
-    """Returns the largest difference of any leaf, relative to the leaf's largest element."""
+    """Returns the largest difference in any leaf, relative to its largest element."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     wide = ((np.asarray(x, np.float32), np.asarray(y, np.float32)) for x, y in pairs)
     return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in wide)
@@ -100,12 +102,12 @@ def check_fused() -> Iterator[dict[str, Any]]:
                 for make in (lomo_jax.fused_step, lomo_jax.reference_step)
             ]
         name = ", ".join(["fused = reference", rule, *extra])
-        # Tests hold one step to 1e-5; three add up.
+        # The tests allow 1e-5 for one step.
         yield {"check": name, "measured": difference(*found), "bound": 3e-5}
 
 
 def check_offload() -> Iterator[dict[str, Any]]:
-    # One rounding of a weight in bfloat16.
+    # 2**-7: one rounding of a bfloat16 weight.
     for dtype, names, bound in (
         ("float32", list(_OFFLOADS), 1e-5),
         ("bfloat16", ["all of them"], 2**-7),
@@ -115,7 +117,7 @@ def check_offload() -> Iterator[dict[str, Any]]:
             for name in names:
                 found = train(lomo_jax.fused_step, "adalomo", dtype, offload=_OFFLOADS[name])
                 yield {
-                    "check": f"offloaded = not, {dtype}, {name}",
+                    "check": f"offloaded = plain, {dtype}, {name}",
                     "measured": difference(found, plain),
                     "bound": bound,
                 }
@@ -143,7 +145,7 @@ def check_attention() -> Iterator[dict[str, Any]]:
             float(np.linalg.norm(grads[kind, "bfloat16"] - exact) / np.linalg.norm(exact))
             for kind in ("xla", "cudnn")
         )
-        # Both round; flash attention may be no farther from the float32 gradient.
+        # Both round. Flash attention may be hardly farther from the float32 gradient.
         documents = "packed documents" if packed else "one document"
         name = f"flash attention = plain, gradient, {documents}"
         yield {"check": name, "measured": cudnn, "bound": 1.2 * xla}
@@ -152,12 +154,13 @@ def check_attention() -> Iterator[dict[str, Any]]:
 def main() -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="a file to keep the results in, as they come")
+    parser.add_argument("--json", type=Path, help="file to write the results to, as they come")
+    parser.add_argument("--quick", action="store_true", help="one check of each kind")
     flags = parser.parse_args()
     data = facts("correct") | {"device": jax.devices()[0].device_kind, "checks": []}
     failed = False
     for checks in (check_fused, check_offload, check_attention):
-        for result in checks():
+        for result in itertools.islice(checks(), 1 if flags.quick else None):
             if "skipped" in result:
                 print(f"skipped  {result['check']}: {result['skipped']}", flush=True)
             else:

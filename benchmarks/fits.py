@@ -1,20 +1,28 @@
-"""Plans which models fit which card, and with what: the table "What fits on my card" of the README.
+"""Plans which models fit which GPU, and what each `remat` needs: tables of the documentation.
 
     JAX_PLATFORMS=cpu python benchmarks/fits.py [BATCH_SIZE SEQUENCE_LENGTH]
+    JAX_PLATFORMS=cpu python benchmarks/fits.py --remat [BATCH_SIZE SEQUENCE_LENGTH]
 
-Needs `pip install 'lomo_jax[train,cuda]'`, but no GPU. Nothing is run or measured: XLA compiles the
-step of `train.py` with AdaLomo for each card. The first of the settings below that fits is shown.
+Needs `pip install 'lomo_jax[train,cuda]'` but no GPU; nothing is run or measured. XLA compiles the
+training step with AdaLomo.
+
+The first table shows the first of `SETTINGS` that fits. The second, of LLaMA-7B on an A100 of
+80 GB, also counts the FLOPs of the matrix products, those of attention over the causal half,
+relative to a step without recomputation.
 """
 
+import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator
 
 import jax
 
-from lomo_jax.plan import gpus
-from lomo_jax.plan.runs import compile_run
+from lomo_jax.flops import flops_per_token
+from lomo_jax.fused.remat import POLICIES
+from lomo_jax.models import LlamaConfig
+from lomo_jax.plan import find
 from lomo_jax.training import Architecture, Config, ModelConfig, OffloadConfig
+from lomo_jax.training.planning import compile_run
 
 LLAMA_3 = {"vocab_size": 128256, "num_kv_heads": 8, "rope_theta": 5e5, "max_length": 8192}
 MODELS = {
@@ -47,7 +55,7 @@ SETTINGS = {
 def settings(
     architecture: Architecture, batch_size: int, length: int
 ) -> Iterator[tuple[str, Config]]:
-    """Yields the settings to try, those that cost the least time first."""
+    """Yields the settings to try, the fastest first."""
     base = Config(
         model=ModelConfig(init="random", architecture=architecture),
         batch_size=batch_size,
@@ -57,18 +65,17 @@ def settings(
         yield name, dataclasses.replace(base, **fields)
 
 
-def main(batch_size: str = "4", length: str = "2048") -> None:
-    """Prints the table, in Markdown."""
+def print_fits(batch_size: int, length: int) -> None:
+    """Prints the models that fit each card, in Markdown."""
     print(f"jax {jax.__version__}, planned, batches of {batch_size} x {length}, GiB")
-    print(
-        "| model |", " | ".join(f"{c} ({gpus.find(g).title})" for c, g in CARDS.items()), "| host |"
-    )
+    titles = (f"{size} ({find(gpu).device_kind})" for size, gpu in CARDS.items())
+    print("| model |", " | ".join(titles), "| host |")
     print("|---|" + "---|" * (len(CARDS) + 1))
     for model, architecture in MODELS.items():
         cells, host = [], 0.0
         for card in CARDS.values():
-            for name, config in settings(architecture, int(batch_size), int(length)):
-                plan = compile_run(config, gpus.find(card)).plan
+            for name, config in settings(architecture, batch_size, length):
+                plan = compile_run(config, find(card)).plan
                 if plan.fits:
                     cells.append(f"{name}: {plan.total_gib:.1f}")
                     host = max(host, plan.host_gib)
@@ -78,5 +85,50 @@ def main(batch_size: str = "4", length: str = "2048") -> None:
         print("|", model, "|", " | ".join(cells), f"| {host:.0f} |", flush=True)
 
 
+def flops(model: Architecture, length: int, remat: str) -> float:
+    """Returns the FLOPs of a step relative to one without recomputation."""
+    config = LlamaConfig(**vars(model))
+    head = 2 * config.width * config.vocab_size
+    attention = 2 * length * config.num_heads * config.head_dim
+    training = flops_per_token(config, length)
+    layer = (training - 3 * head) / (3 * config.num_layers)  # its forward pass
+    again = {"none": 0, "attention": layer - attention, "full": layer}[remat]
+    # Every step recomputes the head's logits.
+    return (training + config.num_layers * again + head) / (training + head)
+
+
+def print_remat(batch_size: int, length: int) -> None:
+    """Prints memory and FLOPs with each `remat`, in Markdown."""
+    print(f"jax {jax.__version__}, LLaMA-7B, {batch_size} x {length}, A100, planned")
+    print("| remat | device memory, GiB | FLOPs |")
+    print("|---|---|---|")
+    for remat in POLICIES:
+        model = Architecture(max_length=max(2048, length))
+        config = Config(
+            model=ModelConfig(init="random", architecture=model),
+            batch_size=batch_size,
+            sequence_length=length,
+            remat=remat,
+        )
+        total = compile_run(config, find("a100-80")).plan.total_gib
+        print(f"| {remat} | {total:.1f} | {flops(model, length, remat):.2f} |", flush=True)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("batch", nargs="*", type=int, help="batch size and sequence length")
+    parser.add_argument("--remat", action="store_true", help="print the table of `remat`")
+    flags = parser.parse_args()
+    if len(flags.batch) not in (0, 2):
+        parser.error("give batch size and sequence length, or neither")
+    if flags.remat:
+        print_remat(*flags.batch or (8, 512))
+    else:
+        print_fits(*flags.batch or (4, 2048))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,12 +1,12 @@
-"""How time and memory of a step grow with the model and the batch, fused and not.
+"""Shows how time and memory of a step grow with model and batch, fused and not.
 
     JAX_PLATFORMS=cpu python benchmarks/growth.py --json FILE           # measured, on this CPU
-    JAX_PLATFORMS=cpu python benchmarks/growth.py --json FILE --plan rtx3090     # planned, no GPU
+    JAX_PLATFORMS=cpu python benchmarks/growth.py --json FILE --plan rtx3090     # planned
     python benchmarks/growth.py --plot docs/growth.png FILE FILE
 
-Both steps update with AdaLomo and compute each layer twice; one thing grows at a time. On a CPU
-the base is the model of 20M parameters and each point has a process of its own; for a GPU it is
-LLaMA-7B. The plain step cannot split its batch, and has no curve over microbatches.
+Both steps use AdaLomo and recompute each layer. One quantity grows at a time. On a CPU the base is
+the model of 20M parameters, and each point runs in a process of its own; for a GPU it is LLaMA-7B.
+The plain step has no microbatches, so only the fused step has a curve over them.
 """
 
 import argparse
@@ -21,12 +21,14 @@ from compare import facts
 from rows import ROWS, SIZES, Row, Size
 from worker import Worker
 
+from lomo_jax.plan import find
+
 ROUNDS = 5
 _FUSED, _PLAIN = (
     next(row for row in ROWS if row.name == name) for name in ("fused, adalomo", "scanned, adalomo")
 )
 _SPLIT = Row("fused, adalomo", "fused", "adalomo", {"microbatches": None})
-# By what grows: the values on the CPU, and those planned.
+# What grows: its values on the CPU, and its values in plans.
 GROWS = {
     "layers": ((2, 4, 8, 16), (8, 16, 32, 48)),
     "width": ((192, 384, 768), (2048, 4096, 6144)),
@@ -37,9 +39,9 @@ GROWS = {
 
 
 def grown(base: Size, what: str, value: int) -> Size:
-    """Returns `base` with one thing set."""
+    """Returns `base` with one quantity set."""
     if what == "width":
-        # Heads as wide as before: more of them.
+        # More heads of the same width.
         heads = base.num_heads * value // base.width
         mlp_width = base.mlp_width * value // base.width
         return dataclasses.replace(
@@ -52,7 +54,7 @@ def grown(base: Size, what: str, value: int) -> Size:
 
 
 def points(base: Size, *, planned: bool) -> Iterator[tuple[str, int, Row, Size]]:
-    """Yields what is measured: what grows, its value, the row and the size."""
+    """Yields each point: what grows, its value, the row and the size."""
     for what, values in GROWS.items():
         for value in values[planned]:
             for row in (_SPLIT,) if what == "microbatches" else (_FUSED, _PLAIN):
@@ -60,7 +62,7 @@ def points(base: Size, *, planned: bool) -> Iterator[tuple[str, int, Row, Size]]
 
 
 def measure(size: Size, rows: list[Row]) -> list[dict[str, Any]]:
-    """Measures rows side by side: the median of seconds, and GiB."""
+    """Measures rows that take turns: facts, median of seconds, and peak in GiB."""
     workers = [Worker(row, size) for row in rows]
     answers = []
     try:
@@ -80,7 +82,7 @@ def measure(size: Size, rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def plot(paths: list[Path], target: Path) -> None:
-    """Draws a row of panels for each file and quantity."""
+    """Plots a row of panels for each file and quantity."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -118,17 +120,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="*", type=Path, help="results to draw")
-    parser.add_argument("--plot", type=Path, help="draw FILES into this picture")
-    parser.add_argument("--json", type=Path, help="where the results go")
+    parser.add_argument("files", nargs="*", type=Path, help="results to plot")
+    parser.add_argument("--plot", type=Path, help="plot FILES into this image")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--plan", metavar="GPU", help="plan for a GPU such as rtx3090")
-    parser.add_argument("--size", choices=SIZES, help="what grows; 20m measured, 7b planned")
+    parser.add_argument("--size", choices=SIZES, help="base; by default 20m, or 7b for plans")
     flags = parser.parse_args()
     if flags.plot:
         plot(flags.files, flags.plot)
         return
     if flags.json is None:
-        parser.error("--json: say where the results go")
+        parser.error("--json: missing; name a file for the results")
     size = flags.size or ("7b" if flags.plan else "20m")
     data = facts(size) | {"planned": bool(flags.plan), "points": []}
     todo: dict[tuple[str, int], list[tuple[Row, Size]]] = {}
@@ -137,14 +139,14 @@ def main() -> None:
     for (what, value), group in todo.items():
         rows = [row for row, _ in group]
         if flags.plan:
-            from planned import find, plan_row
+            from jax_step import plan_row  # needs flax, which `--plot` does not
 
             found = [plan_row(row, group[0][1], find(flags.plan)) for row in rows]
         else:
             found = measure(group[0][1], rows)
         for row, values in zip(rows, found, strict=True):
             data["device"] = values.pop("device")
-            del values["compile_seconds"]  # `compare.py` is where to look for it
+            del values["compile_seconds"]  # `compare.py` shows it
             data["points"].append({"grows": what, "value": value, "row": row.name} | values)
             print(what, value, row.name, values, flush=True)
         flags.json.write_text(json.dumps(data, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""The rows of `compare.py` that JAX runs."""
+"""The JAX rows of `compare.py`: run on this machine, or planned for a GPU."""
 
 import os
 import time
@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from rows import LEARNING_RATES, Row, Size, batches
 
 import lomo_jax
-from lomo_jax import models
+from lomo_jax import models, plan, sharding
 from lomo_jax.losses import next_token_loss
 from lomo_jax.models.embedding import look_up
 from lomo_jax.models.weights import init_layer_by_layer
+from lomo_jax.plan import GPU
+from lomo_jax.plan.memory import device_memory
 
 _OFFLOADS = {
     None: lomo_jax.Offload(),
@@ -24,7 +28,7 @@ _OFFLOADS = {
 
 
 class Step:
-    """A step, `(params, state, tokens_BxT) -> (params, state, loss)`, before it is compiled."""
+    """The function of a step: `(params, state, tokens_BxT) -> (params, state, loss)`."""
 
     def __init__(self, row: Row, size: Size, *, on_gpu: bool) -> None:
         self.row, self.size = row, size
@@ -41,7 +45,7 @@ class Step:
         self.fused = lomo_jax.fused_step(self.loss, self.tx, offload=self.offload, **options)
 
     def arrange(self, params: nnx.State) -> Any:
-        """Returns stacked parameters as the row takes them: unrolled, its layers in a list."""
+        """Returns stacked parameters in the form of the row: unrolled, with a list of layers."""
         if self.row.kind != "unrolled":
             return params
         layers = [
@@ -54,7 +58,7 @@ class Step:
         """Returns the state before the first step."""
         if self.row.kind == "fused":
             return self.fused.init(params, tokens_BxT)
-        if self.row.kind == "floor":  # its gradients stay where those before them were
+        if self.row.kind == "floor":  # the gradients overwrite the previous ones, donated as state
             return jax.tree.map(jnp.zeros_like, params)
         return self.tx.init(params)
 
@@ -74,7 +78,7 @@ class Step:
         return _next_token(model.hidden(tokens_BxT), model.head(), tokens_BxT)
 
     def loss_unrolled(self, params: dict[str, Any], tokens_BxT: jax.Array) -> jax.Array:
-        """The same loss, of layers that Python goes through."""
+        """The same loss, with a Python loop over the layers."""
         first = jax.tree.map(lambda x: x[None], params["layers"][0])
         model = nnx.merge(self.graphdef, nnx.merge_state(params["others"], {"layers": first}))
         layer_graphdef = nnx.graphdef(model.layers)
@@ -91,13 +95,13 @@ class Step:
 
 
 class Run:
-    """A compiled step with its weights, on the device that is there."""
+    """A compiled step and its weights, on the device of this machine."""
 
     def __init__(self, row: Row, size: Size) -> None:
         device = jax.devices()[0]
         step = Step(row, size, on_gpu=device.platform == "gpu")
         self.tokens = jax.device_put(batches(size))
-        # Stacks are taken apart where they do not count: a device's peak cannot be reset.
+        # Unstack on the host: a device's peak of memory cannot be reset.
         unrolled = row.kind == "unrolled"
         with jax.default_device(jax.local_devices(backend="cpu")[0] if unrolled else device):
             params = init_layer_by_layer(step.config, 0, size.dtype, on_host=step.offload.params)
@@ -114,13 +118,13 @@ class Run:
         )
         self.facts = {
             "compile_seconds": time.perf_counter() - start,
-            "planned_gib": planned_gib(self.step),
+            "planned_gib": device_memory(self.step) / 2**30,
             "device": device.device_kind if device.platform == "gpu" else _processor(),
         }
         self.count = 0
 
     def __call__(self) -> float:
-        """Makes a step and returns its loss."""
+        """Runs one step and returns its loss."""
         tokens = self.tokens[self.count % len(self.tokens)]
         self.params, self.state, loss = self.step(self.params, self.state, tokens)
         self.count += 1
@@ -128,16 +132,46 @@ class Run:
         return float(loss)
 
     def device_peak(self) -> int | None:
-        """Returns the most bytes that were in use on the device, None where that is the host's."""
+        """Returns the peak of device memory in use, bytes; None on a CPU."""
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def planned_gib(compiled: jax.stages.Compiled) -> float:
-    """Returns what XLA plans for a step, parameters, state and temporaries, in device memory."""
-    memory = compiled.memory_analysis()
-    assert memory is not None, "CPUs and GPUs plan their memory"
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / 2**30
+def plan_row(row: Row, size: Size, gpu: GPU) -> dict[str, Any]:
+    """Plans a row for a GPU that need not be installed.
+
+    Returns:
+      `device`; `planned_gib`; and `compile_seconds`, of this machine.
+
+    Raises:
+      UserError: See `lomo_jax.plan.make_mesh`.
+    """
+    start = time.perf_counter()
+    compiled = compile_row(row, size, gpu)
+    return {
+        "device": gpu.device_kind,
+        "planned_gib": device_memory(compiled) / 2**30,
+        "compile_seconds": time.perf_counter() - start,
+    }
+
+
+def compile_row(row: Row, size: Size, gpu: GPU) -> jax.stages.Compiled:
+    """Compiles a row for a GPU that need not be installed."""
+    step, mesh = Step(row, size, on_gpu=True), plan.make_mesh(gpu)
+    tokens = jax.ShapeDtypeStruct((size.batch_size, size.length), jnp.int32)
+    if row.kind == "fused":
+        # Offloading to host memory needs shardings over a mesh: see `plan.compile_step`.
+        params = sharding.struct(step.shapes, models.shardings(step.config, step.shapes, mesh))
+        batch = jax.ShapeDtypeStruct(
+            tokens.shape, tokens.dtype, sharding=NamedSharding(mesh, P(sharding.BATCH))
+        )
+        return plan.compile_step(step.fused, params, batch, mesh)[0]
+    on_gpu = SingleDeviceSharding(mesh.devices.item())
+    params = jax.eval_shape(step.arrange, step.shapes)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_gpu),
+        (params, jax.eval_shape(step.init, params, tokens), tokens),
+    )
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
 
 
 def _next_token(x_BxTxD: jax.Array, head_DxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:

@@ -1,12 +1,11 @@
-"""What the trainer's loop costs on top of the bare compiled step.
+"""Measures what the trainer's loop adds to the bare compiled step.
 
     python benchmarks/loop.py [--rounds N]
 
-trains a model whose step takes about 100 ms on two CPU cores, with `lomo_jax.training.loop.train`
-and by calling the compiled step on one batch and nothing else, in turn. Prints the medians, their
-ratio, and the median of the ratios of the rounds. Evaluations and checkpoints are not part of a
-step: the figure of the loop is the tokens a second of its own `metrics.jsonl`, which leaves them
-out.
+A step of the model takes about 100 ms on two CPU cores. Each round trains it with
+`lomo_jax.training.loop.train`, then calls the compiled step on one batch in a bare loop. Prints the
+medians over rounds, their ratio, and the median of the ratios within a round. The time in the loop
+comes from the tokens per second in `metrics.jsonl`, without evaluations and checkpoints.
 """
 
 import argparse
@@ -37,13 +36,13 @@ _STEPS = 40
 
 
 def main() -> None:
-    """Prints the medians."""
-    parser = argparse.ArgumentParser(description="Times the trainer's loop and the bare step.")
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "text.txt")
-        text.write_text("".join(f"Line {n} of a text that says nothing.\n" for n in range(20_000)))
+        text.write_text("".join(f"Line {n} of a text without content.\n" for n in range(20_000)))
         cache = ("jax_compilation_cache_dir", str(Path(folder, "cache")))
         jax.config.update(*cache)
         times = {"bare step": [], "loop": []}
@@ -84,7 +83,7 @@ def _config(text: Path, workdir: Path) -> Config:
 
 
 def _loop(config: Config) -> float:
-    """Seconds a step in the second half of a run."""
+    """Returns seconds per step in the second half of a run."""
     with contextlib.redirect_stdout(io.StringIO()):
         loop.train(config)
     lines = Path(config.workdir, "metrics.jsonl").read_text().splitlines()
@@ -93,7 +92,7 @@ def _loop(config: Config) -> float:
 
 
 def _bare(config: Config) -> float:
-    """Seconds a step of the same step alone."""
+    """Returns seconds per step of the same step in a bare loop."""
     mesh = devices.make_mesh(config)
     with jax.set_mesh(mesh):
         found, _ = model.abstract(config, None, mesh)

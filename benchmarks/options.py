@@ -1,11 +1,10 @@
-"""Measures what each option of the fused step costs on this machine's CPU, in time and in memory.
+"""Measures what each option of the fused step costs on a CPU, in time and memory.
 
     JAX_PLATFORMS=cpu python benchmarks/options.py
 
-Time is the ratio to the step without the option, in the same dtype: the median over rounds in
-which every step runs once, one after the other, so that a machine that others use is fair to all.
-Memory is what XLA plans beside parameters and state, which it does without running anything. The
-model is that of `temporaries.py`, 8 layers deep, trained with AdaLomo.
+Time is the ratio to the step without the option in the same dtype: the median over rounds in which
+every step runs once, so that load on the machine slows all of them alike. Memory is the temporaries
+that XLA plans. The model is the one of `temporaries.py` with 8 layers, trained with AdaLomo.
 """
 
 import statistics
@@ -55,14 +54,14 @@ class Run:
         )
 
     def seconds(self):
-        """Makes a step and returns how long it took."""
+        """Runs one step and returns its seconds."""
         start = time.perf_counter()
         self.params, self.state, _ = self.step(self.params, self.state, self.batch)
         jax.block_until_ready(self.params)
         return time.perf_counter() - start
 
     def temporaries(self):
-        """What the step needs beside parameters and state, in MiB."""
+        """Returns the planned temporaries, MiB."""
         memory = self.step.memory_analysis()
         assert memory is not None, "CPUs plan their memory"
         return memory.temp_size_in_bytes / 2**20

@@ -1,14 +1,12 @@
-"""Says where the time of one fused step goes: products, attention, update, copies, idle.
+"""Measures where the time of one step goes: products, attention, update, copies, idle.
 
     python benchmarks/profile_step.py [--size 7b] [--row 'fused, adalomo'] [--json FILE]
 
-Kernels are those of JAX's own profiler, told apart by the operations of the compiled program that
-they stand for.
+JAX's profiler reports the kernels; the compiled program says which operations each one computes.
 """
 
 import argparse
 import json
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,45 +17,30 @@ from jax.profiler import ProfileData
 from jax_step import Run
 from rows import ROWS, SIZES
 
-# The others are norms, rotations and the like.
+from lomo_jax.plan.program import Instruction, Program
+
+# "others" are norms, rotary embeddings and the like.
 KINDS = "products", "attention", "update", "copies", "others", "idle"
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = ")
-_NAME = re.compile(r'op_name="([^"]*)"')
+_COPIES = "copy", "copy-start", "copy-done", "dynamic-update-slice", "dynamic-slice"
 
 
-def kinds(hlo: str) -> dict[str, str]:
-    """Returns the kind of each instruction of a compiled program, by its name."""
-    found = {}
-    for line in hlo.splitlines():
-        match = _INSTRUCTION.match(line)
-        if not match:
-            continue
-        named = _NAME.search(line)
-        found[match[1]] = kind(line, named[1] if named else "")
-    return found
-
-
-def kind(line: str, name: str) -> str:
-    """Returns the kind of an instruction.
-
-    Args:
-      line: of the compiled program.
-      name: of the JAX operation that it comes from, with its scopes.
-    """
-    if "/update/" in name:
+def kind(instruction: Instruction) -> str:
+    """Returns the kind of an instruction, one of `KINDS`."""
+    # XLA names a fusion and its computation by the operations in it.
+    text = f"{instruction.name} {instruction.opcode} {instruction.attributes}"
+    if "/update/" in instruction.op_name:
         return "update"
-    if "attention" in name or "fmha" in line:
+    if "attention" in instruction.op_name or "fmha" in text:
         return "attention"
-    if "dot_general" in name or "gemm" in line or " dot(" in line:
+    if "dot_general" in instruction.op_name or "gemm" in text or instruction.opcode == "dot":
         return "products"
-    copies = " copy(", "copy-start", "copy-done", "dynamic-update-slice", "dynamic-slice"
-    if any(word in line for word in copies):
+    if instruction.opcode in _COPIES or "dynamic-slice" in text or "dynamic-update-slice" in text:
         return "copies"
     return "others"
 
 
 def events(path: Path) -> Iterator[tuple[float, float, str]]:
-    """Yields the device's (start, end, name of the instruction), in ns."""
+    """Yields (start, end, name of the instruction) of the device's kernels; times in ns."""
     for plane in ProfileData.from_file(str(path)).planes:
         if "GPU" not in plane.name and "CPU" not in plane.name:
             continue
@@ -70,15 +53,16 @@ def events(path: Path) -> Iterator[tuple[float, float, str]]:
                 yield event.start_ns, event.end_ns, str(operation or "Memcpy")
 
 
-def shares(path: Path, hlo: str) -> dict[str, float]:
-    """Returns the part of the step's time that each of `KINDS` takes.
+def shares(path: Path, program: Program) -> dict[str, float]:
+    """Returns the share of the step's time that each of `KINDS` takes.
 
-    Where two kernels run at once, the time is that of the one that began first.
+    Time in which two kernels run counts for the one that started first.
     """
-    known = kinds(hlo) | {"Memcpy": "copies"}
+    known = {name: kind(instruction) for name, instruction in program.instructions().items()}
+    known["Memcpy"] = "copies"
     spans = sorted(events(path))
     if not spans:
-        raise SystemExit("error: the profiler reported no kernel of the device")
+        raise SystemExit("error: the profiler reported no kernels of the device")
     time: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     now = first = spans[0][0]
     for start, end, name in spans:
@@ -94,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="20m")
     parser.add_argument("--row", choices=[row.name for row in ROWS], default="fused, adalomo")
-    parser.add_argument("--json", type=Path, help="a file to keep the result in")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     flags = parser.parse_args()
     run = Run(next(row for row in ROWS if row.name == flags.row), SIZES[flags.size])
     run()
@@ -102,7 +86,7 @@ def main() -> None:
         with jax.profiler.trace(directory):
             run()
         path = next(Path(directory).rglob("*.xplane.pb"))
-        found = shares(path, run.step.as_text() or "")
+        found = shares(path, Program.parse(run.step.as_text() or ""))
     for name, share in found.items():
         print(f"{name:10} {share:.1%}")
     data = facts(flags.size) | run.facts | {"row": flags.row, "shares": found}

@@ -1,27 +1,28 @@
-"""What `compare.py` compares: the rows, the sizes, and the text that all of them learn."""
+"""The rows and sizes that `compare.py` compares, and the batches that all of them train on."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
 
-BATCHES = 4  # that a run goes round
+BATCHES = 4  # a run cycles through them
 
 
 class Row(NamedTuple):
     """One way to train."""
 
     name: str
-    # "floor": forward and backward without an update; "scanned", "unrolled": `jax.value_and_grad`
-    # and optax over stacked layers or a list of them; "fused": `lomo_jax.fused_step`; "torch".
+    # "floor": forward and backward pass without an update; "scanned", "unrolled":
+    # `jax.value_and_grad` and optax with stacked layers or a list of layers; "fused":
+    # `lomo_jax.fused_step`; "torch".
     kind: str
     optimizer: str
-    options: dict[str, Any] = {}  # noqa: RUF012  # of `fused_step`
+    options: dict[str, Any] = {}  # noqa: RUF012  # for `fused_step`
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A LLaMA, its batch and its dtype; every row computes each layer twice, as `remat` does."""
+    """A LLaMA, its batch and its dtype. Every row recomputes each layer, unless `remat` is set."""
 
     vocab_size: int
     width: int
@@ -30,13 +31,13 @@ class Size:
     num_heads: int
     num_kv_heads: int
     batch_size: int
-    length: int  # tokens of a row
+    length: int  # tokens of a sequence
     dtype: str
-    microbatches: int = 4  # of the row that has some
+    microbatches: int = 4  # for rows with the option
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Tokens in a step."""
         return self.batch_size * self.length
 
     def architecture(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ ROWS = [
     Row("torch, Adafactor in backward", "torch", "Adafactor in backward"),
 ]
 
-# The updates of one rule have one learning rate, whoever computes them.
+# One per rule, whichever row computes it.
 LEARNING_RATES = {
     "none": 0.0,
     "sgd": 0.01,
@@ -86,7 +87,7 @@ LEARNING_RATES = {
 
 
 def rivals(row: Row) -> list[Row]:
-    """Returns those of `ROWS` that make the same kind of update as a fused row, the plain ones."""
+    """Returns the rows of `ROWS` that apply the same rule as a fused row, but are not fused."""
     families = ({"lomo", "sgd"}, {"adalomo"}, {"adamw"}, {"adafactor"})
     family = next(f for f in families if row.optimizer in f)
     return [
@@ -97,7 +98,7 @@ def rivals(row: Row) -> list[Row]:
 
 
 def batches(size: Size) -> np.ndarray:
-    """Returns tokens [BATCHES, B, T], int32, of a skew distribution, which can be learnt."""
+    """Returns tokens [BATCHES, B, T], int32, from a skewed distribution that a model can learn."""
     rng = np.random.default_rng(0)
     shape = (BATCHES, size.batch_size, size.length)
     return np.minimum(rng.zipf(1.3, shape) - 1, size.vocab_size - 1).astype(np.int32)

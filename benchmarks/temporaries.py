@@ -1,10 +1,11 @@
-"""Plans what a step needs beside parameters and optimizer state, as the model grows deeper.
+"""Plans the temporaries of a step as the model gets deeper.
 
-    JAX_PLATFORMS=cpu python benchmarks/temporaries.py          # XLA's plan for the CPU
-    JAX_PLATFORMS=cpu python benchmarks/temporaries.py rtx3090  # needs jax[cuda13], but no GPU
+    JAX_PLATFORMS=cpu python benchmarks/temporaries.py          # planned for the CPU
+    JAX_PLATFORMS=cpu python benchmarks/temporaries.py rtx3090  # needs lomo_jax[cuda] but no GPU
 
-Nothing is run, and the figures are the same on every machine that has this version of JAX. The
-model is a stack of gated MLPs in float32, every layer under `jax.checkpoint`, trained with AdaLomo.
+Temporaries are everything but parameters, optimizer state and batch. Nothing is run, and the
+figures depend only on the version of JAX. The model is a stack of gated MLPs in float32, each layer
+under `jax.checkpoint`, trained with AdaLomo.
 """
 
 import sys
@@ -13,46 +14,46 @@ import jax
 import jax.numpy as jnp
 
 import lomo_jax
-from lomo_jax.plan import gpus, make_mesh
+from lomo_jax.plan import find, make_mesh
 
 B, T, D, F, V = 4, 128, 512, 1376, 4096
 DEPTHS = (8, 16, 32)
 
 
 def layer(x_BxTxD, w):
-    """One layer, pre-normalised."""
+    """Applies one layer, with pre-normalisation."""
     normal_BxTxD = x_BxTxD * jax.lax.rsqrt(jnp.mean(x_BxTxD**2, -1, keepdims=True) + 1e-6)
     return x_BxTxD + jax.nn.silu(normal_BxTxD @ w["gate"]) * (normal_BxTxD @ w["up"]) @ w["down"]
 
 
 def loss(params, tokens_BxT, run):
-    """Mean cross-entropy of the next token; `run` takes the layers one after the other."""
+    """Returns the mean cross-entropy of the next token; `run` applies the layers."""
     x_BxTxD = run(params["embedding"][tokens_BxT], params["layers"])
     log_p_BxTxV = jax.nn.log_softmax(x_BxTxD @ params["head"])
     return -jnp.take_along_axis(log_p_BxTxV[:, :-1], tokens_BxT[:, 1:, None], -1).mean()
 
 
 def scanned(x_BxTxD, layers):
-    """Layers stacked on axis 0."""
+    """Applies layers that are stacked along axis 0."""
     return jax.lax.scan(lambda x, w: (jax.checkpoint(layer)(x, w), None), x_BxTxD, layers)[0]
 
 
 def unrolled(x_BxTxD, layers):
-    """Layers in a list."""
+    """Applies layers that are in a list."""
     for w in layers:
         x_BxTxD = jax.checkpoint(layer)(x_BxTxD, w)
     return x_BxTxD
 
 
 def device_sharding(name):
-    """Where the arrays are planned to live: None for this machine's CPU, or the GPU `name`."""
+    """Returns the sharding to plan with: on the GPU `name`, or None for the CPU."""
     if name is None:
         return None
-    return jax.sharding.SingleDeviceSharding(make_mesh(gpus.find(name)).devices.item())
+    return jax.sharding.SingleDeviceSharding(make_mesh(find(name)).devices.item())
 
 
 def parameters(run, depth, dtype=jnp.float32, sharding=None):
-    """Shapes of the parameters, the layers stacked or in a list as `run` takes them."""
+    """Returns shapes of the parameters, with stacked layers or a list of layers as for `run`."""
 
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -66,7 +67,7 @@ def parameters(run, depth, dtype=jnp.float32, sharding=None):
 
 
 def plan(make_step, run, depth, sharding):
-    """Returns (parameters, temporaries) in MiB."""
+    """Returns (parameters, temporaries), MiB."""
     params = parameters(run, depth, sharding=sharding)
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=sharding)
     step = make_step(lambda params, batch: loss(params, batch, run), lomo_jax.adalomo(1e-3))
@@ -85,7 +86,7 @@ def main(name=None):
     """Prints the table, in Markdown."""
     sharding = device_sharding(name)
     layer_input = B * T * D * 4 / 2**20
-    print(f"jax {jax.__version__}, {name or 'CPU'} plan, MiB; a layer's input is {layer_input:.0f}")
+    print(f"jax {jax.__version__}, {name or 'CPU'} plan, MiB; layer input: {layer_input:.0f}")
     variants = "fused, scanned | plain, scanned | fused, unrolled | plain, unrolled"
     print(f"| layers | parameters | {variants} |")
     print("|---|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-"""The rows of `compare.py` that PyTorch runs, eagerly, with transformers' Llama."""
+"""The PyTorch rows of `compare.py`: eager, with the Llama of transformers."""
 
 import functools
 import os
@@ -12,11 +12,11 @@ from rows import LEARNING_RATES, Row, Size, batches
 from lomo_jax import models
 from lomo_jax.models.weights import HF_NAMES, disassemble, init_layer_by_layer
 
-_DRAWN_BY_TORCH = 2 * 10**9  # parameters from which on the CPU takes minutes to draw them
+_MAX_COPIED = 2 * 10**9  # parameters; more take minutes to draw on a CPU, so torch draws them
 
 
 class Run:
-    """A model with its weights and its optimizer."""
+    """A model, its weights and its optimizer."""
 
     def __init__(self, row: Row, size: Size) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +31,7 @@ class Run:
                 )
             )
         torch.set_default_dtype(torch.float32)
-        if sum(p.numel() for p in self.model.parameters()) < _DRAWN_BY_TORCH:
+        if sum(p.numel() for p in self.model.parameters()) < _MAX_COPIED:
             self._copy_weights(config, size.dtype)
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
@@ -49,7 +49,7 @@ class Run:
                 own[tensor.name].copy_(torch.from_numpy(tensor.read().astype(np.float32)))
 
     def __call__(self) -> float:
-        """Makes a step and returns its loss."""
+        """Runs one step and returns its loss."""
         tokens = self.tokens[self.count % len(self.tokens)]
         self.count += 1
         loss = self.model(input_ids=tokens, labels=tokens).loss
@@ -59,14 +59,14 @@ class Run:
         return loss.item()
 
     def device_peak(self) -> int | None:
-        """Returns the most bytes that were in use on the device, None where that is the host's."""
+        """Returns the peak of device memory in use, bytes; None on a CPU."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
 
 def _lomo(rule: str, model: torch.nn.Module) -> Callable[[torch.Tensor], None]:
     import lomo_optim
 
-    # AdaLomo moves its state to a GPU, whether there is one or not.
+    # AdaLomo moves its state to a GPU even if there is none.
     if not torch.cuda.is_available():
         torch.Tensor.cuda = lambda self: self
     optimizer = getattr(lomo_optim, rule)(model)
@@ -85,7 +85,7 @@ def _adamw(model: torch.nn.Module) -> Callable[[torch.Tensor], None]:
 
 
 def _in_backward(make: Callable, model: torch.nn.Module) -> Callable[[torch.Tensor], None]:
-    """An optimizer for each parameter, stepped as soon as its gradient is there; torch's pattern.
+    """PyTorch's pattern: one optimizer per parameter, stepped as soon as its gradient is computed.
 
     References:
       docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html

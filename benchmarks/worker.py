@@ -1,4 +1,4 @@
-"""A process that measures one row of `compare.py`."""
+"""A process that runs one row of `compare.py`."""
 
 import contextlib
 import ctypes
@@ -15,11 +15,11 @@ from rows import Row, Size
 
 
 class Worker:
-    """The process, seen from `compare.py`.
+    """The parent's handle of the process.
 
     Args:
-      row: to measure.
-      size: of the model and the batch.
+      row: row to run.
+      size: model and batch.
     """
 
     def __init__(self, row: Row, size: Size) -> None:
@@ -32,10 +32,10 @@ class Worker:
         there.close()
 
     def receive(self, timeout: float) -> dict[str, Any]:
-        """Returns what the process sends next: first facts, then one answer for each `step`.
+        """Returns the next answer of the process: first its facts, then one answer per `step`.
 
         Raises:
-          RuntimeError: it failed, died or took more than `timeout` seconds; it says which.
+          RuntimeError: The process failed, died or took more than `timeout` seconds.
         """
         if not self._here.poll(max(0.0, timeout)):
             raise RuntimeError("out of time")
@@ -49,11 +49,11 @@ class Worker:
         return answer
 
     def step(self) -> None:
-        """Asks for a step."""
+        """Starts a step."""
         self._here.send(True)
 
     def stop(self) -> None:
-        """Ends the process."""
+        """Kills the process."""
         self._process.kill()
         self._process.join()
 
@@ -61,18 +61,22 @@ class Worker:
 def _serve(connection: Connection, row: Row, size: Size) -> None:
     is_torch = row.kind == "torch"
     if is_torch:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # it only draws the weights
+        # JAX only draws the weights here. The environment variable would be too late: the parent's
+        # main module, imported again in this process, has imported JAX.
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     else:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-        # A CPU has one memory, and what goes from it to it cannot be donated.
+        # A CPU has one memory: an "offloaded" array is a copy, and its original cannot be donated.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
     try:
         module = importlib.import_module("torch_step" if is_torch else "jax_step")
         before = _status("VmRSS")
         run = module.Run(row, size)
         connection.send(run.facts)
-        _forget_peak()
+        _reset_peak()
         while True:
             connection.recv()
             start = time.perf_counter()
@@ -81,7 +85,7 @@ def _serve(connection: Connection, row: Row, size: Size) -> None:
             peak = run.device_peak()
             answer["peak_gib"] = (_status("VmHWM") - before if peak is None else peak) / 2**30
             connection.send(answer)
-    except EOFError:  # `compare.py` is gone
+    except EOFError:  # the parent has exited
         pass
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
@@ -89,13 +93,13 @@ def _serve(connection: Connection, row: Row, size: Size) -> None:
 
 
 def _status(field: str) -> int:
-    """Returns a field of this process's memory, in bytes."""
+    """Returns a field of /proc/self/status, in bytes."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) * 2**10
 
 
-def _forget_peak() -> None:
-    """Starts the count of the peak of resident memory anew: compiling is not what is measured."""
+def _reset_peak() -> None:
+    """Resets the peak of resident memory, which compiling has raised."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)

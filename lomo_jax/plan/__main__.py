@@ -1,31 +1,46 @@
-"""Plans the memory of a run of `train.py` on a GPU that need not be there.
+"""Plans the memory of a run on a GPU that need not be installed.
 
-    python -m lomo_jax.plan --config configs/llama7b.py --gpu rtx3090
+    lomo-jax plan --config configs/llama7b.py --gpu rtx3090
 
-compiles the step that the run would repeat, exactly, and prints what XLA planned for it. Fields of
-the config are set as for train.py, --config.NAME=VALUE. Neither text nor checkpoint need be there:
-without model.path the model is of config.model.architecture. An error is one line.
+compiles exactly the step that `lomo-jax train` would run and prints the memory that XLA planned for
+it. Set fields of the config as for training, --config.NAME=VALUE. Neither dataset nor checkpoint is
+needed: without model.path the model has the shape of config.model.architecture.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import functools
+import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
+from rich.table import Table
 
+from lomo_jax.errors import UserError
 from lomo_jax.plan import gpus
+from lomo_jax.plan.memory import PARTS, Buffer, MemoryPlan
 from lomo_jax.training.flags import parse
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line `argv`; returns the exit status."""
+    """Runs the command line.
+
+    Args:
+      argv: program name, then flags.
+
+    Returns:
+      The exit status.
+    """
     try:
         _plan(argv)
-    except (ValueError, OSError, ImportError) as error:
+    except (UserError, FileNotFoundError) as error:
         if sys.flags.dev_mode:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -37,46 +52,146 @@ def _plan(argv: Sequence[str]) -> None:
     values = flags.FlagValues()
     names = ", ".join(gpus.GPUS)
     define_bool = functools.partial(flags.DEFINE_bool, default=False, flag_values=values)
-    gpu_name = flags.DEFINE_string("gpu", None, f"what to plan for: {names}", flag_values=values)
-    devices = flags.DEFINE_integer("devices", 1, "how many of it", flag_values=values)
-    plot = flags.DEFINE_string("plot", None, "a picture to draw", flag_values=values)
-    json = define_bool("json", help="print the plan as one JSON object, and nothing else")
-    suggest = define_bool("suggest", help="plan what would lower the memory, too")
-    measure = define_bool("measure", help="run the step on that GPU, which has to be here")
+    gpu_name = flags.DEFINE_string("gpu", None, f"GPU to plan for: {names}", flag_values=values)
+    devices = flags.DEFINE_integer(
+        *("devices", None, "number of GPUs; by default the product of the config's mesh"),
+        flag_values=values,
+    )
+    plot = flags.DEFINE_string("plot", None, "image file to draw the plan in", flag_values=values)
+    as_json = define_bool("json", help="print only the plan, as one JSON object")
+    suggest = define_bool("suggest", help="also plan changes that lower the memory")
+    measure = define_bool("measure", help="also run the step on the GPU of this machine")
     config = parse(argv, values, for_plan=True)
     if gpu_name.value is None:
-        raise ValueError(f"--gpu: missing; name one of {names}")
-    if json.value and (suggest.value or measure.value):
-        raise ValueError("--json prints the plan alone: leave out --suggest and --measure")
+        raise UserError(f"--gpu: missing; name one of {names}")
+    if as_json.value and (suggest.value or measure.value):
+        raise UserError("--json prints only the plan: leave out --suggest and --measure")
     gpu = gpus.find(gpu_name.value)
 
-    # A plan needs no device, and a GPU that is there may be busy.
+    # Planning needs no device, and a GPU of this machine may be busy.
     if not measure.value:
         jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpus.MEMORY_FRACTION))
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from lomo_jax.plan import report, runs  # slow to import: a typo is told before
+    from lomo_jax.training import planning  # slow to import: report wrong flags first
 
-    compiled = runs.compile_run(config, gpu, devices.value)
+    compiled = planning.compile_run(config, gpu, devices.value)
     plan, title = compiled.plan, config_flags.get_config_filename(values["config"])
     if plot.value is not None:
-        report.plot(plot.value, title, plan)
-    if json.value:
-        print(report.to_json(plan))
+        _plot(plot.value, title, plan)
+    if as_json.value:
+        print(_to_json(plan))
         return
     console = Console(highlight=False, soft_wrap=True)
-    report.show(console, title, plan, gpu.usable_gib)
-    report.show_buffers(console, "the largest arguments", compiled.given()[:8])
-    report.show_buffers(console, "the largest temporaries", compiled.made()[:8])
+    _show(console, title, plan)
+    _show_buffers(console, "largest arguments", compiled.argument_buffers()[:8])
+    _show_buffers(console, "largest temporaries", compiled.temporary_buffers()[:8])
     if suggest.value:
-        with console.status("compiling what would lower it"):
-            variants = [
-                (change, runs.compile_run(changed, gpu, devices.value).plan)
-                for change, changed in runs.knobs(config, plan)
-            ]
-        report.show_suggestions(console, plan, variants)
+        savings = planning.memory_savings(config, plan.devices, state_gib=plan.state_gib)
+        with console.status("compiling changes that lower the memory"):
+            plans = {"no change": plan}
+            for changes in savings:
+                changed = planning.with_changes(config, changes)
+                compiled = planning.compile_run(changed, gpu, devices.value)
+                plans[planning.as_flags(changes)] = compiled.plan
+        _show_suggestions(console, plans)
     if measure.value:
-        report.show_measured(console, plan, runs.measure(config, gpu))
+        _show_measured(console, plan, planning.measure(config, gpu))
+
+
+def _to_json(plan: MemoryPlan) -> str:
+    rounded = {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in dataclasses.asdict(plan).items()
+    }
+    return json.dumps(rounded)
+
+
+def _show(console: Console, title: str, plan: MemoryPlan) -> None:
+    compiler = f"XLA of jaxlib {metadata.version('jaxlib')}"
+    console.print(f"[bold]{title}[/bold]")
+    console.print(f"planned (compiled by {compiler} for {plan.gpu}, not measured)\n")
+    each = "" if plan.devices == 1 else f", each of {plan.devices}"
+    table = _table(f"device memory{each}", "GiB")
+    for label, field in PARTS.items():
+        table.add_row(label, f"{getattr(plan, field):.2f}")
+    table.add_section()
+    table.add_row("total", f"{plan.total_gib:.2f}", style="bold")
+    table.add_row("on the GPU", f"{plan.device_gib:.2f}")
+    table.add_row("JAX may allocate", f"{plan.usable_gib:.2f}")
+    table.add_section()
+    table.add_row("host memory", f"{plan.host_gib:.2f}")
+    console.print(table)
+    console.print(f"\n[bold]{_verdict(plan)}[/bold]\n")
+
+
+def _show_buffers(console: Console, title: str, buffers: Sequence[Buffer]) -> None:
+    table = _table(title, "MiB")
+    table.add_column("shape")
+    table.add_column("memory")
+    for buffer in buffers:
+        where = "host" if buffer.on_host else "device"
+        table.add_row(buffer.name, f"{buffer.size / 2**20:,.0f}", buffer.shape, where)
+    console.print(table)
+    console.print()
+
+
+def _show_suggestions(console: Console, plans: dict[str, MemoryPlan]) -> None:
+    table = _table("changes, each alone", "device GiB")
+    table.add_column("host GiB", justify="right")
+    table.add_column("")
+    for change, plan in plans.items():
+        table.add_row(change, f"{plan.total_gib:.2f}", f"{plan.host_gib:.2f}", _verdict(plan))
+    console.print(table)
+    console.print()
+
+
+def _show_measured(console: Console, plan: MemoryPlan, peak_gib: float) -> None:
+    table = _table("device memory", "GiB")
+    table.add_row("planned", f"{plan.total_gib:.2f}")
+    table.add_row(f"measured, peak in use on {plan.gpu}", f"{peak_gib:.2f}")
+    console.print(table)
+
+
+def _plot(path: str, title: str, plan: MemoryPlan) -> None:
+    """Draws a plan as one stacked bar."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise UserError("--plot needs matplotlib: pip install 'lomo_jax[plot]'") from None
+
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    axes = figure.subplots()
+    left = 0.0
+    for label, field in PARTS.items():
+        gib = getattr(plan, field)
+        axes.barh(0, gib, left=left, height=0.5, label=f"{label} {gib:.2f}")
+        left += gib
+    if plan.device_gib is not None:
+        axes.axvline(
+            plan.device_gib, color="black", linestyle="--", label=f"{plan.gpu} {plan.device_gib:g}"
+        )
+    axes.set_yticks([])
+    axes.set_xlabel(
+        f"GiB of device memory, planned, not measured; {plan.host_gib:.2f} GiB of host memory"
+    )
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # no such folder, or no such format
+        raise UserError(f"--plot {path}: {error}") from error
+
+
+def _verdict(plan: MemoryPlan) -> str:
+    return "fits" if plan.fits else "does not fit"
+
+
+def _table(first: str, second: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column(first)
+    table.add_column(second, justify="right")
+    return table
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiling a step for a GPU that need not be there."""
+"""Compiles a step for a GPU that need not be installed."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lomo_jax import sharding
+from lomo_jax.errors import UserError
 from lomo_jax.fused import Step, StepState
 from lomo_jax.plan.gpus import GPU
 
 
 def make_mesh(gpu: GPU, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Returns a mesh, as of `lomo_jax.sharding`, of GPUs that can be compiled for and not run on.
+    """Returns a mesh of compile-only GPUs, with the axes of `lomo_jax.sharding.make_mesh`.
 
     Args:
-      gpu: to compile for.
-      data: GPUs along the axis.
-      fsdp: likewise.
-      tensor: likewise.
+      gpu: kind of the GPUs.
+      data: GPUs along the axis `data`.
+      fsdp: GPUs along the axis `fsdp`.
+      tensor: GPUs along the axis `tensor`.
 
     Raises:
-      ModuleNotFoundError: XLA's compiler for NVIDIA GPUs is not installed.
-      RuntimeError: JAX has already looked for a GPU, where there is none.
+      UserError: XLA's compiler for NVIDIA GPUs is not installed, or JAX was initialized without it.
     """
     if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
-        raise ModuleNotFoundError(
-            "XLA's compiler for NVIDIA GPUs is missing: pip install 'lomo_jax[cuda]'; no GPU is "
-            "needed for it"
+        raise UserError(
+            "XLA's compiler for NVIDIA GPUs is missing: pip install 'lomo_jax[cuda]'; it needs no "
+            "GPU"
         )
     try:
         topology = topologies.get_topology_desc(
             platform="cuda",
-            topology_name=gpu.title,
+            topology_name=gpu.device_kind,
             target_config=gpu.target_config(),
             topology=f"1x1x{data * fsdp * tensor}",
         )
     except NotImplementedError:
-        raise RuntimeError(
-            "JAX looked for a GPU, found none and left XLA's compiler for GPUs out: set "
-            "JAX_PLATFORMS=cpu before JAX is first used"
+        raise UserError(
+            "JAX found no GPU and did not load XLA's compiler for GPUs: set JAX_PLATFORMS=cpu "
+            "before JAX is first used"
         ) from None
     return sharding.make_mesh(data, fsdp, tensor, devices=topology.devices)
 
@@ -54,24 +54,25 @@ def compile_step(
     mesh: Mesh,
     compiler_options: dict[str, Any] | None = None,
 ) -> tuple[jax.stages.Compiled, StepState]:
-    """Compiles a step as it will run, parameters and state donated.
+    """Compiles a step, with parameters and state donated.
 
     Args:
-      step: made by `fused_step` or `reference_step`.
-      params: pytree of `jax.ShapeDtypeStruct`, with the shardings of `sharding.shardings`; without
-        one a parameter is on every device.
-      batch: likewise.
-      mesh: of `make_mesh`.
-      compiler_options: for XLA, as of `jax.jit`.
+      step: a step of `fused_step` or `reference_step`.
+      params: pytree of `jax.ShapeDtypeStruct` with the shardings of `sharding.shardings`. A leaf
+        without a sharding is replicated on every device.
+      batch: pytree of `jax.ShapeDtypeStruct`, likewise.
+      mesh: a mesh of `make_mesh`.
+      compiler_options: options of XLA, as for `jax.jit`.
 
     Returns:
-      The compiled step, which has a `memory_analysis()` and cannot be called, and the shapes of
-      its state.
+      The compiled step, which has a `memory_analysis()` but cannot be called, and the state as a
+      pytree of `jax.ShapeDtypeStruct`.
     """
 
     def place(tree: Any, *, on_host: bool = False) -> Any:
-        # Devices to compile for report no kinds of memory, and a sharding over them drops the kind
-        # that it is given. One over an abstract mesh keeps it, and the batch names the devices.
+        # Compile-only devices report no memory kinds, and a sharding over them silently drops the
+        # kind that it is given. A sharding over an abstract mesh keeps the kind; the batch then
+        # tells JAX the devices.
         where, kind = (mesh.abstract_mesh, "pinned_host") if on_host else (mesh, None)
 
         def place_leaf(x):
@@ -90,6 +91,6 @@ def compile_step(
             place(batch),
         )
         traced = jax.jit(step, donate_argnums=(0, 1)).trace(*arguments)
-    # Of devices under a mesh JAX does not ask which kind of GPU they are.
+    # JAX does not look up the platform of the devices under an abstract mesh.
     lowered = traced.lower(lowering_platforms=("cuda",))
     return lowered.compile(compiler_options), state

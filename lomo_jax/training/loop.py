@@ -18,7 +18,7 @@ from lomo_jax.training.checkpoint import Checkpoints, Facts
 from lomo_jax.training.config import Config, to_dict
 from lomo_jax.training.display import Display
 from lomo_jax.training.evaluate import continue_prompt, make_evaluate
-from lomo_jax.training.memory import MemoryGuard
+from lomo_jax.training.planning import MemoryGuard
 from lomo_jax.training.prepare import Run, prepare
 from lomo_jax.training.record import Recorder
 from lomo_jax.training.sinks import Sink, TensorBoard, WeightsAndBiases

@@ -4,8 +4,9 @@ import time
 
 import jax
 
-from lomo_jax.flops import flops_per_token, peak_flops
+from lomo_jax.flops import flops_per_token
 from lomo_jax.models import LlamaConfig
+from lomo_jax.plan import peak_flops
 
 
 class Stopwatch:

@@ -24,8 +24,8 @@ from lomo_jax.training import workdir as workdir_lib
 from lomo_jax.training.checkpoint import Checkpoints, Facts, Progress
 from lomo_jax.training.config import Config, ModelConfig, to_dict
 from lomo_jax.training.display import Display
-from lomo_jax.training.memory import MemoryGuard, describe, plan_step
 from lomo_jax.training.model import Model
+from lomo_jax.training.planning import MemoryGuard, describe, plan_step
 from lomo_jax.training.step import batch_shapes, make_step
 
 

@@ -1,23 +1,21 @@
-"""The memory budgets of the project: what XLA plans for the runs of `configs/`, on an RTX 3090.
+"""The memory budgets of the project: XLA's plans of the runs in `configs/` on an RTX 3090.
 
-Each is for the whole step of `train.py` with AdaLomo, in bfloat16, GiB.
-XLA chooses a library or a kernel of its own for each matrix product by timing them on the GPU;
-without one it always takes its own. Libraries get their operands from memory, so both are planned.
+Budgets are in GiB, for the whole training step with AdaLomo in bfloat16. On a GPU, XLA times each
+matrix product with a library and with a kernel of its own and takes the faster. Without a GPU it
+takes its kernel. A library needs its operands in memory, so both are planned.
 """
 
 import dataclasses
-import math
-import re
 from pathlib import Path
 
 import jax
 import pytest
 
-from lomo_jax.plan import gpus
-from lomo_jax.plan.memory import part
-from lomo_jax.plan.runs import compile_run
+from lomo_jax.plan import Program, gpus
+from lomo_jax.plan.memory import shard_shape
 from lomo_jax.training import MeshConfig, OffloadConfig
 from lomo_jax.training.flags import parse
+from lomo_jax.training.planning import compile_run
 
 pytestmark = pytest.mark.plan
 
@@ -25,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 INPUTS = OffloadConfig(activations=True)
 ALL = OffloadConfig(params=True, activations=True)
 LIBRARIES = {"xla_gpu_enable_triton_gemm": False}
-BUDGETS = {  # config file, batch, sequence, what is in host memory, GiB at most
+BUDGETS = {  # config, batch size, sequence length, offload, GiB at most
     "llama7b 8 x 512": ("llama7b", 8, 512, OffloadConfig(), 14.3),  # LOMO: 14.58
     "llama7b 1 x 1024": ("llama7b", 1, 1024, OffloadConfig(), 13.5),  # LOMO: 13.61
     "llama7b 8 x 512, inputs": ("llama7b", 8, 512, INPUTS, 13.4),
@@ -66,42 +64,37 @@ def test_budget(row, options):
     layers = run.layer_inputs / 2**30
     leaves = jax.tree.leaves(run.params)
     weights = 2 * sum(x.size for x in leaves) / 2**30
-    kept = (weights if offload.params else 0) + (layers if offload.activations else 0)
-    assert run.plan.host_gib == pytest.approx(kept, rel=0.01)
+    offloaded = (weights if offload.params else 0) + (layers if offload.activations else 0)
+    assert run.plan.host_gib == pytest.approx(offloaded, rel=0.01)
     # No stack of weights is copied, not even once.
-    stacks = [f"[{','.join(map(str, part(x)))}]" for x in leaves if x.ndim == 3]
-    lines = run.executable.as_text().splitlines()
-    copies = [line for line in lines if " copy(" in line or " transpose(" in line]
-    heads = [re.split(r" (?:copy|transpose)\(", line)[0] for line in copies]
-    assert not [head for head in heads if any(s in head for s in stacks)]
+    stacks = {shard_shape(x) for x in leaves if x.ndim == 3}
+    instructions = Program.parse(run.executable.as_text()).instructions().values()
+    copies = [i for i in instructions if i.opcode in ("copy", "transpose")]
+    assert not [i for i in copies if any(array.shape in stacks for array in i.arrays)]
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (1, 4, 2)], ids=str)
 def test_one_layer_is_gathered_and_its_gradient_reduced_and_scattered(mesh):
-    """Of LLaMA-65B on eight GPUs, in what they say to each other."""
+    """LLaMA-65B on eight GPUs."""
     layers, width, mlp_width = 4, 8192, 22016
     config = parse(["plan", "--config", str(CONFIGS / "llama65b_8gpus.py")], for_plan=True)
     config = dataclasses.replace(config, mesh=MeshConfig(*mesh))
     config.model.architecture.num_layers = layers
     text = compile_run(config, gpus.find("rtx3090"), 8).executable.as_text()
-    sizes = {
-        name: [
-            math.prod(int(n) for n in dims.split(",") if n) * (4 if dtype == "f32" else 2)
-            for shape in re.findall(rf"= (\(.*?\)|\S+) {name}(?:-start)?\(", text)
-            for dtype, dims in re.findall(r"(bf16|f32)\[([\d,]*)\]", shape)
-        ]
-        for name in ("all-gather", "reduce-scatter", "all-reduce")
-    }
+    sizes: dict[str, list[int]] = {}
+    for instruction in Program.parse(text).instructions().values():
+        kind = instruction.opcode.removesuffix("-start")
+        sizes.setdefault(kind, []).extend(array.size for array in instruction.arrays)
     _, fsdp, tensor = mesh
     matrices = 4 * [width * width * 2 // tensor] + 3 * [width * mlp_width * 2 // tensor]
-    # The largest is one matrix of a layer, whole along fsdp.
+    # The largest all-gather is one matrix of a layer, gathered along fsdp.
     assert max(sizes["all-gather"]) == max(matrices)
-    # What is all-reduced: sums of rows and columns and, over `tensor`, activations; over `data` a
-    # gradient that is already scattered, of a matrix or of the embedding.
+    # All-reduces are of sums of rows and columns and, over `tensor`, of activations. Over `data`
+    # they are of gradients that are scattered over `fsdp`, of a matrix or of the embedding.
     activations = 8 * 1024 * width * 4 // (mesh[0] * fsdp)
     scattered = max(*matrices, 32000 * width * 2 // tensor) // fsdp
     assert max(sizes["all-reduce"]) <= max(activations, scattered if mesh[0] > 1 else 0)
-    # Each of the seven gradients of a layer is reduced and scattered once: its shards are there.
+    # Each of the seven gradients of a layer is reduced and scattered once, into its shards.
     shards = [size for size in sizes["reduce-scatter"] if size in {m // fsdp for m in matrices}]
     assert len(shards) >= len(matrices)
 

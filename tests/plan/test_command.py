@@ -1,8 +1,9 @@
-"""`python -m lomo_jax.plan` as a person uses it."""
+"""The command `lomo-jax plan`."""
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ needs_cuda = pytest.mark.skipif(not _HAS_CUDA, reason="needs the extra `cuda`")
 
 @pytest.fixture
 def plan(tmp_path, capsys):
-    """Runs the command on a small model; returns (status, what it printed, the errors)."""
+    """Runs the command on a small model; returns (status, stdout, stderr)."""
     config = tmp_path / "config.py"
     config.write_text(_CONFIG)
 
@@ -67,12 +68,12 @@ def test_json_is_one_object_that_adds_up(plan):
 
 @pytest.mark.plan
 @needs_cuda
-def test_what_is_offloaded_is_in_host_memory(plan):
+def test_offloaded_parts_are_in_host_memory(plan):
     flags = ("--config.offload.params=true", "--config.offload.state", "--config.optimizer=adamw")
     figures = json.loads(plan("--json", *flags)[1])
     assert figures["weights_gib"] == figures["state_gib"] == 0
     assert figures["layer_inputs_gib"] == pytest.approx(_LAYER_INPUTS, abs=1e-4)
-    # Adam's two moments, of the weights' dtype.
+    # The weights and Adam's two moments, in the weights' dtype.
     assert figures["host_gib"] == pytest.approx(3 * _WEIGHTS, rel=0.01)
 
     figures = json.loads(plan("--json", "--config.offload.activations=true")[1])
@@ -83,7 +84,16 @@ def test_what_is_offloaded_is_in_host_memory(plan):
 
 @pytest.mark.plan
 @needs_cuda
-def test_a_small_card_is_too_small(plan):
+def test_explicit_sizes_of_the_mesh_are_the_number_of_devices(plan):
+    flags = ("--config.mesh.fsdp=2", "--config.microbatches=1")
+    figures = json.loads(plan("--json", *flags)[1])
+    assert figures["devices"] == 2
+    assert figures["weights_gib"] == pytest.approx(_WEIGHTS / 2, rel=0.01)
+
+
+@pytest.mark.plan
+@needs_cuda
+def test_a_small_gpu_has_too_little_memory(plan):
     flags = ("--config.model.architecture.num_layers=60", "--config.batch_size=256")
     figures = json.loads(plan("--json", *flags, gpu="rtx3060")[1])
     assert not figures["fits"]
@@ -92,7 +102,7 @@ def test_a_small_card_is_too_small(plan):
 
 @pytest.mark.plan
 @needs_cuda
-def test_the_table_names_buffers_and_suggests(plan, tmp_path):
+def test_the_tables_name_buffers_and_suggestions(plan, tmp_path):
     flags = ("--config.offload.activations=true", "--config.sequence_length=256")
     status, out, error = plan("--suggest", "--plot", str(tmp_path / "plan.png"), *flags)
     assert (status, error) == (0, "")
@@ -100,6 +110,8 @@ def test_the_table_names_buffers_and_suggests(plan, tmp_path):
     for label in ("weights", "optimizer state", "layer inputs", "other temporaries", "host memory"):
         assert label in out
     assert "layers/mlp/down/kernel" in out
+    # The saved layer inputs, in host memory.
+    assert re.search(r"layer inputs +6 +bfloat16\[6,2,2,256,1024\] +host", out)
     for change in ("offload.params=true", "microbatches=4", "batch_size=2", "sequence_length=128"):
         assert f"--config.{change}" in out
     assert "--config.microbatches=8" not in out
@@ -115,29 +127,31 @@ def test_without_a_gpu_the_library_says_how_to_compile():
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
-    assert "left XLA's compiler for GPUs out: set JAX_PLATFORMS=cpu" in run.stderr.splitlines()[-1]
+    last = run.stderr.splitlines()[-1]
+    assert "did not load XLA's compiler for GPUs: set JAX_PLATFORMS=cpu" in last
 
 
 @pytest.mark.plan
 @needs_cuda
-def test_measuring_takes_that_gpu(plan):
+def test_measuring_needs_that_gpu(plan):
     status, _, error = plan("--measure")
     assert status == 1
-    assert error.startswith("error: --measure: there is no NVIDIA GeForce RTX 3090 here, JAX runs")
+    assert error.startswith("error: --measure: this machine has no NVIDIA GeForce RTX 3090, JAX")
 
 
 @pytest.mark.parametrize(
     ("flags", "gpu", "message"),
     [
         ([], None, "--gpu: missing; name one of t4, rtx3060,"),
-        ([], "rtx309", "no GPU 'rtx309'; did you mean rtx3090"),
+        ([], "rtx309", "no GPU 'rtx309'; did you mean 'rtx3090'"),
         (["--devices=0"], "h100", "--devices: 0; set 1 or more"),
         (
-            ["--config.mesh.fsdp=4"],
+            ["--devices=2", "--config.mesh.fsdp=4"],
             "h100",
-            "mesh: data=1 fsdp=4 tensor=1 takes 4 devices and there",
+            "--devices: 2, but mesh.data=1 * mesh.fsdp=4 * mesh.tensor=1 is 4; leave --devices",
         ),
-        (["--json", "--suggest"], "h100", "--json prints the plan alone"),
+        (["--config.mesh.fsdp=8"], "h100", "batch_size"),
+        (["--json", "--suggest"], "h100", "--json prints only the plan"),
         (["--config.stepz=2"], "h100", "stepz: no such field"),
         (["--config.model.path=nowhere"], "h100", "nowhere does not exist"),
         ([], "t4", "param_dtype: 'bfloat16' takes a GPU from Ampere on"),

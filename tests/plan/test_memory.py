@@ -1,4 +1,6 @@
-"""What is read from a compiled step."""
+"""Reading the memory of a compiled step."""
+
+import types
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,12 @@ import numpy as np
 import pytest
 
 import lomo_jax
-from lomo_jax.plan import buffers, read_memory
+from lomo_jax.plan import read_memory
+from lomo_jax.plan.memory import Buffer, argument_buffers, temporary_buffers
 
-L, B, D = 6, 32, 64
+L, B, T, D = 6, 8, 16, 64
+WEIGHTS, STATE, BATCH = L * D * D * 4, L * (2 * D + 1) * 4, B * T * D * 4
+INPUTS = L * BATCH
 
 
 def loss(params, batch):
@@ -23,7 +28,7 @@ def compiled():
     """A compiled step, its parameters and its state."""
     step = lomo_jax.fused_step(loss, lomo_jax.adalomo(1e-3))
     params = {"w": jax.ShapeDtypeStruct((L, D, D), jnp.float32)}
-    batch = jax.ShapeDtypeStruct((B, D), jnp.float32)
+    batch = jax.ShapeDtypeStruct((B, T, D), jnp.float32)
     state = jax.eval_shape(step.init, params, batch)
     return (
         jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile(),
@@ -34,19 +39,32 @@ def compiled():
 
 @pytest.mark.parametrize(("usable_gib", "fits"), [(None, None), (1.0, True), (1e-6, False)])
 def test_the_parts_add_up(compiled, usable_gib, fits):
-    inputs = L * B * D * 4
     plan = read_memory(
-        *compiled, gpu="x", layer_inputs=inputs, device_gib=2.0, usable_gib=usable_gib
+        *compiled, gpu="x", layer_inputs=INPUTS, device_gib=2.0, usable_gib=usable_gib
     )
-    assert plan.weights_gib * 2**30 == L * D * D * 4
-    assert plan.state_gib * 2**30 == L * (2 * D + 1) * 4  # row, column and count
-    assert plan.layer_inputs_gib * 2**30 == inputs
+    assert plan.weights_gib * 2**30 == WEIGHTS
+    assert plan.state_gib * 2**30 == STATE  # row, column and count
+    assert plan.layer_inputs_gib * 2**30 == INPUTS
     assert plan.host_gib == 0
     parts = plan.weights_gib + plan.state_gib + plan.layer_inputs_gib + plan.temporaries_gib
     assert parts == pytest.approx(plan.total_gib)
+    assert (plan.fits, plan.device_gib, plan.usable_gib) == (fits, 2.0, usable_gib)
+    assert (plan.gpu, plan.devices) == ("x", 1)
+
+
+def test_a_plan_fits_if_it_needs_exactly_the_usable_memory(compiled):
+    total = read_memory(*compiled, gpu="x").total_gib
+    assert read_memory(*compiled, gpu="x", usable_gib=total).fits
+    assert not read_memory(*compiled, gpu="x", usable_gib=np.nextafter(total, 0)).fits
+
+
+def test_donated_arguments_count_once(compiled):
+    plan = read_memory(*compiled, gpu="x")
     stats = compiled[0].memory_analysis()
-    assert plan.total_gib * 2**30 >= stats.argument_size_in_bytes + stats.temp_size_in_bytes
-    assert (plan.fits, plan.device_gib) == (fits, 2.0)
+    beside_temporaries = plan.total_gib * 2**30 - stats.temp_size_in_bytes
+    # Apart from parameters and state, updated in place, a step returns a few scalars.
+    assert beside_temporaries == pytest.approx(WEIGHTS + STATE + BATCH, abs=1024)
+    assert stats.temp_size_in_bytes >= INPUTS
 
 
 def test_a_cpu_has_one_memory(compiled):
@@ -54,39 +72,69 @@ def test_a_cpu_has_one_memory(compiled):
     assert read_memory(*compiled, gpu="x", offload=offload) == read_memory(*compiled, gpu="x")
 
 
-def test_arguments_are_named_by_their_paths():
+@pytest.mark.parametrize(
+    ("offload", "expected"),
+    [
+        (lomo_jax.Offload(), (WEIGHTS, STATE, INPUTS)),
+        (lomo_jax.Offload(params=True), (0, STATE, INPUTS)),
+        (lomo_jax.Offload(state=True), (WEIGHTS, 0, INPUTS)),
+        (lomo_jax.Offload(activations=True), (WEIGHTS, STATE, 0)),
+    ],
+)
+def test_offloaded_parts_are_not_in_device_memory(compiled, offload, expected):
+    # Sizes as a GPU reports them; a CPU reports no host memory.
+    sizes = {"argument": 800_000, "output": 700_000, "alias": 600_000, "temp": 500_000}
+    sizes |= {"host_argument": 8_000, "host_output": 700, "host_alias": 60, "host_temp": 5}
+    stats = types.SimpleNamespace(**{f"{k}_size_in_bytes": v for k, v in sizes.items()})
+    executable = types.SimpleNamespace(memory_analysis=lambda: stats)
+    plan = read_memory(executable, *compiled[1:], gpu="x", layer_inputs=INPUTS, offload=offload)  # pyright: ignore
+    parts = [plan.weights_gib, plan.state_gib, plan.layer_inputs_gib]
+    assert [part * 2**30 for part in parts] == list(expected)
+    assert plan.total_gib * 2**30 == 1_400_000
+    assert plan.host_gib * 2**30 == 8_645
+    assert plan.temporaries_gib * 2**30 == 1_400_000 - sum(expected)
+
+
+def test_sharded_arguments_count_the_shard_of_one_device(compiled):
+    mesh = jax.make_mesh((4,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    params = {"w": jax.ShapeDtypeStruct((L, D, D), jnp.float32, sharding=sharding)}
+    plan = read_memory(compiled[0], params, compiled[2], gpu="x", devices=4)
+    assert plan.weights_gib * 2**30 == WEIGHTS / 4
+    assert plan.devices == 4
+    (buffer,) = argument_buffers(params, on_host=False)
+    assert buffer == Buffer("w", f"float32[{L},{D // 4},{D}]", WEIGHTS // 4, on_host=False)
+
+
+def test_argument_buffers_are_named_by_their_paths():
     tree = {"a": {"b": np.zeros((2, 3), np.float16)}}
-    assert buffers.arguments(tree, on_host=True) == [
-        buffers.Buffer("a/b", "float16[2,3]", 12, on_host=True)
-    ]
+    assert argument_buffers(tree, on_host=True) == [Buffer("a/b", "float16[2,3]", 12, on_host=True)]
 
 
-def test_temporaries_are_named_by_operation_and_the_layer_inputs_are_found():
-    text = """\
-%fused (p: bf16[4,4]) -> bf16[9,9] {
-  ROOT %inside = bf16[9,9]{1,0} add(%p, %p), metadata={op_name="jit(f)/inside"}
-}
+def test_temporary_buffers_of_a_step(compiled):
+    executable, params, state = compiled
+    found = temporary_buffers(executable.as_text(), (params, state), INPUTS)
+    by_name = {buffer.name: buffer for buffer in found}
+    # Saved by the forward pass, one for each layer.
+    assert by_name["layer inputs"] == Buffer(
+        "layer inputs", f"float32[{L},{B},{T},{D}]", INPUTS, on_host=False
+    )
+    assert by_name["tanh"].size in (BATCH, INPUTS)
+    # One buffer for each operation and shape; none larger than what the program allocates.
+    assert len({(buffer.name, buffer.shape) for buffer in found}) == len(found)
+    assert max(buffer.size for buffer in found) <= executable.memory_analysis().temp_size_in_bytes
+    assert not [b for b in found if b.name in ("parameter", "get-tuple-element", "tuple", "while")]
 
-ENTRY %main (p: bf16[4,4]) -> (bf16[4,4]) {
-  %p = bf16[4,4]{1,0} parameter(0)
-  %a = bf16[9,9]{1,0} fusion(%p), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/while/mul"}
-  %b = (f32[7]{0}, pred[]) custom-call(%p), metadata={op_name="jit(f)/dot_general"}
-  %c = f32[7]{0} get-tuple-element(%b), index=0
-  %d = bf16[2,3,5,7]{3,2,1,0:S(5)} broadcast(%p), dimensions={}
-  %e = bf16[4,4]{1,0} fusion(%p), kind=kLoop, calls=%fused
-  ROOT %f = bf16[4,4]{1,0} copy(%p)
-}
-"""
 
-    class Executable:
-        def as_text(self):
-            return text
+def test_updates_in_place_are_no_temporaries(compiled):
+    executable, params, state = compiled
+    stack = f"float32[{L},{D},{D}]"
 
-    arguments = [jax.ShapeDtypeStruct((4, 4), jnp.bfloat16)]
-    assert buffers.temporaries(Executable(), arguments, 2 * 3 * 5 * 7 * 2) == [  # pyright: ignore
-        buffers.Buffer("mul", "bfloat16[9,9]", 162, on_host=False),
-        buffers.Buffer("dot_general", "float32[7]", 28, on_host=False),
-        buffers.Buffer("dot_general", "bool[]", 1, on_host=False),
-        buffers.Buffer("layer inputs", "bfloat16[2,3,5,7]", 420, on_host=True),
-        buffers.Buffer("copy", "bfloat16[4,4]", 32, on_host=False),
-    ]
+    def names(arguments):
+        found = temporary_buffers(executable.as_text(), arguments, INPUTS)
+        return {buffer.name for buffer in found if buffer.shape == stack}
+
+    updates = names(()) - names((params, state))
+    assert updates
+    assert not any("copy" in name for name in updates)
+    assert all("copy" in name for name in names((params, state)))
