@@ -12,40 +12,54 @@ from collections.abc import Iterator
 
 import jax
 
+from lomo_jax import Offload
+from lomo_jax.models import LlamaConfig
 from lomo_jax.plan import gpus
 from lomo_jax.plan.runs import compile_run
-from lomo_jax.training import Architecture, Config, ModelConfig, OffloadConfig
+from lomo_jax.training import LLAMA_7B, Config, ModelConfig
 
 LLAMA_3 = {"vocab_size": 128256, "num_kv_heads": 8, "rope_theta": 5e5, "max_length": 8192}
 MODELS = {
-    "Llama-3.2-1B": Architecture(
-        width=2048, mlp_width=8192, num_layers=16, head_dim=64, tie_embeddings=True, **LLAMA_3
+    "Llama-3.2-1B": dataclasses.replace(
+        LLAMA_7B,
+        width=2048,
+        mlp_width=8192,
+        num_layers=16,
+        head_dim=64,
+        tie_embeddings=True,
+        **LLAMA_3,
     ),
-    "Llama-3.2-3B": Architecture(
-        width=3072, mlp_width=8192, num_layers=28, num_heads=24, tie_embeddings=True, **LLAMA_3
+    "Llama-3.2-3B": dataclasses.replace(
+        LLAMA_7B,
+        width=3072,
+        mlp_width=8192,
+        num_layers=28,
+        num_heads=24,
+        tie_embeddings=True,
+        **LLAMA_3,
     ),
-    "LLaMA-7B": Architecture(),
-    "Llama-3-8B": Architecture(mlp_width=14336, **LLAMA_3),
-    "LLaMA-13B": Architecture(
-        width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40
+    "LLaMA-7B": LLAMA_7B,
+    "Llama-3-8B": dataclasses.replace(LLAMA_7B, mlp_width=14336, **LLAMA_3),
+    "LLaMA-13B": dataclasses.replace(
+        LLAMA_7B, width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40
     ),
-    "LLaMA-30B": Architecture(
-        width=6656, mlp_width=17920, num_layers=60, num_heads=52, num_kv_heads=52
+    "LLaMA-30B": dataclasses.replace(
+        LLAMA_7B, width=6656, mlp_width=17920, num_layers=60, num_heads=52, num_kv_heads=52
     ),
-    "LLaMA-65B": Architecture(
-        width=8192, mlp_width=22016, num_layers=80, num_heads=64, num_kv_heads=64
+    "LLaMA-65B": dataclasses.replace(
+        LLAMA_7B, width=8192, mlp_width=22016, num_layers=80, num_heads=64, num_kv_heads=64
     ),
 }
 CARDS = {"12 GB": "rtx3060", "16 GB": "rtx4080", "24 GB": "rtx3090"}
 SETTINGS = {
     "as it is": {},
-    "inputs in host": {"offload": OffloadConfig(activations=True)},
-    "all in host": {"offload": OffloadConfig(params=True, activations=True)},
+    "inputs in host": {"offload": Offload(activations=True)},
+    "all in host": {"offload": Offload(params=True, activations=True)},
 }
 
 
 def settings(
-    architecture: Architecture, batch_size: int, length: int
+    architecture: LlamaConfig, batch_size: int, length: int
 ) -> Iterator[tuple[str, Config]]:
     """Yields the settings to try, those that cost the least time first."""
     base = Config(

@@ -7,17 +7,19 @@ planned: those of the matrix products, attention's over the causal half, relativ
 computes nothing twice.
 """
 
+import dataclasses
 import sys
 
 import jax
 
 from lomo_jax.fused.remat import POLICIES
+from lomo_jax.models import LlamaConfig
 from lomo_jax.plan import gpus
 from lomo_jax.plan.runs import compile_run
-from lomo_jax.training import Architecture, Config, ModelConfig
+from lomo_jax.training import LLAMA_7B, Config, ModelConfig
 
 
-def flops(model: Architecture, length: int, remat: str) -> float:
+def flops(model: LlamaConfig, length: int, remat: str) -> float:
     """Returns FLOPs a token, relative to those of remat="none"."""
     kv_width = model.num_kv_heads * model.head_dim
     width = model.num_heads * model.head_dim
@@ -38,7 +40,8 @@ def main(batch_size: str = "8", length: str = "512") -> None:
     for remat in POLICIES:
         config = Config(
             model=ModelConfig(
-                init="random", architecture=Architecture(max_length=max(2048, int(length)))
+                init="random",
+                architecture=dataclasses.replace(LLAMA_7B, max_length=max(2048, int(length))),
             ),
             batch_size=int(batch_size),
             sequence_length=int(length),

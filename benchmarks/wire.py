@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lomo_jax import Offload
 from lomo_jax.plan import gpus
 from lomo_jax.plan.runs import Compiled, compile_run
-from lomo_jax.training import MeshConfig, OffloadConfig
-from lomo_jax.training.flags import parse
+from lomo_jax.training import MeshConfig
+from lomo_jax.training.config import parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LENGTH = 1024
@@ -203,7 +204,7 @@ def rows(model: str, *, overlap: bool) -> Iterator[dict[str, Any]]:
     for (data, fsdp), fused in ((mesh, fused) for mesh in MESHES[model] for fused in (True, False)):
         shape = {"batch_size": data * fsdp, "sequence_length": LENGTH}
         config = dataclasses.replace(
-            base, fused=fused, mesh=MeshConfig(data, fsdp), offload=OffloadConfig(), **shape
+            base, fused=fused, mesh=MeshConfig(data, fsdp), offload=Offload(), **shape
         )
         row = {"model": model, "data": data, "fsdp": fsdp, "fused": fused}
         try:

@@ -14,11 +14,10 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 
 from lomo_jax.plan import gpus
-from lomo_jax.training.flags import parse
+from lomo_jax.training.config import parse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +57,7 @@ def _plan(argv: Sequence[str]) -> None:
     from lomo_jax.plan import report, runs  # slow to import: a typo is told before
 
     compiled = runs.compile_run(config, gpu, devices.value)
-    plan, title = compiled.plan, config_flags.get_config_filename(values["config"])
+    plan, title = compiled.plan, str(values["config"].value)
     if plot.value is not None:
         report.plot(plot.value, title, plan)
     if json.value:

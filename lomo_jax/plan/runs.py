@@ -19,7 +19,7 @@ from lomo_jax.plan.gpus import GPU
 from lomo_jax.plan.memory import MemoryPlan, read_memory
 from lomo_jax.training import Config
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.devices import check_batch, sender
+from lomo_jax.training.devices import batch_sender, check_batch
 from lomo_jax.training.devices import make_mesh as make_run_mesh
 from lomo_jax.training.step import batch_shapes, layer_inputs, make_step
 
@@ -69,10 +69,18 @@ def compile_run(
     sizes = sharding.mesh_shape(devices, **vars(config.mesh))
     # What is wrong with the run is told before what is missing to compile it.
     mesh = sharding.abstract_mesh(sizes)
-    check_batch(config, mesh)
-    model, params = model_lib.abstract(config, gpu.compute_capability, mesh)
-    step, inputs = make_step(config, model), layer_inputs(config, model, mesh)
-    batch = batch_shapes(config, mesh)
+    check_batch(mesh, config.batch_size, config.microbatches)
+    model, params = model_lib.abstract(
+        config.model,
+        config.param_dtype,
+        config.sequence_length,
+        config.attention,
+        capability=gpu.compute_capability,
+        mesh=mesh,
+    )
+    step = make_step(config, model)
+    batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
+    inputs = layer_inputs(batch, model, config.param_dtype)
     executable, state = compile_step(step, params, batch, make_mesh(gpu, *sizes), compiler_options)
     plan = read_memory(
         executable,
@@ -140,21 +148,31 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
             f"--measure: there is no {gpu.title} here, JAX runs on {device.device_kind}; leave it "
             "out to plan only"
         )
-    mesh = make_run_mesh(config)
+    mesh = make_run_mesh(config.mesh, config.batch_size, config.microbatches)
     with jax.set_mesh(mesh):
         return _measure(config, gpu, mesh, steps)
 
 
 def _measure(config: Config, gpu: GPU, mesh: Mesh, steps: int) -> float:
-    model, _ = model_lib.abstract(config, gpu.compute_capability, mesh)
+    model, _ = model_lib.abstract(
+        config.model,
+        config.param_dtype,
+        config.sequence_length,
+        config.attention,
+        capability=gpu.compute_capability,
+        mesh=mesh,
+    )
     source = dataclasses.replace(config.model, init="random")
-    params = model_lib.load_params(dataclasses.replace(config, model=source), model, mesh)
-    step, shapes = make_step(config, model), batch_shapes(config, mesh)
+    params = model_lib.load_params(
+        source, model, config.param_dtype, on_host=config.offload.params, mesh=mesh
+    )
+    step = make_step(config, model)
+    shapes = batch_shapes(config.batch_size, config.sequence_length, mesh)
     tokens = np.random.default_rng(0).integers(
         model.config.vocab_size, size=shapes["tokens"].shape, dtype=np.int32
     )
     batch = {name: np.ones(x.shape, x.dtype) for name, x in shapes.items()} | {"tokens": tokens}
-    batch = sender(config, mesh, range(config.batch_size))(batch)
+    batch = batch_sender(mesh, config.batch_size, config.sequence_length)(batch)
     state = jax.jit(lambda params: step.init(params, shapes))(params)
     run = jax.jit(step, donate_argnums=(0, 1))
     for _ in range(steps):

@@ -4,14 +4,11 @@ import re
 from typing import Any, Self
 
 import jax
-from jax.sharding import Mesh
 
 from lomo_jax.errors import OutOfMemoryError
 from lomo_jax.fused import Offload
 from lomo_jax.plan import MemoryPlan, read_memory
 from lomo_jax.training.config import Config
-from lomo_jax.training.model import Model
-from lomo_jax.training.step import layer_inputs
 
 _ASKED = re.compile(r"allocat\w+ ([\d.]+ ?(?:[KMGT]i?B|bytes))")
 
@@ -58,12 +55,12 @@ def advice(config: Config) -> str:
 
 
 def plan_step(
-    config: Config,
-    model: Model,
-    mesh: Mesh,
     compiled: jax.stages.Compiled,
     params: Any,
     state: Any,
+    layer_inputs: int,
+    offload: Offload,
+    devices: int,
 ) -> MemoryPlan:
     """Returns what the compiled step of a run needs of each device."""
     device = jax.local_devices()[0]
@@ -73,9 +70,9 @@ def plan_step(
         state,
         gpu=device.device_kind,
         usable_gib=usable_gib(),
-        layer_inputs=layer_inputs(config, model, mesh),
-        offload=Offload(**vars(config.offload)),
-        devices=mesh.size,
+        layer_inputs=layer_inputs,
+        offload=offload,
+        devices=devices,
     )
 
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lomo_jax import Offload
 from lomo_jax.errors import OutOfMemoryError
 from lomo_jax.plan import MemoryPlan
-from lomo_jax.training import Config, OffloadConfig
+from lomo_jax.training import Config
 from lomo_jax.training.memory import MemoryGuard, advice
 
 
@@ -47,7 +48,7 @@ def test_other_errors_pass(error):
 
 def test_the_advice_is_what_the_run_does_not_do_yet():
     config = Config(
-        offload=OffloadConfig(params=True, activations=True), batch_size=1, sequence_length=64
+        offload=Offload(params=True, activations=True), batch_size=1, sequence_length=64
     )
     assert advice(config).startswith("try a sequence_length below 64; ")
     assert advice(Config(fused=False)).startswith("try --config.fused=true, ")
