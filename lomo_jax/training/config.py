@@ -165,7 +165,7 @@ def parse(
         raise ConfigError(f"{positional[0]}: not a flag; set a field with --config.NAME=VALUE")
     if name.value is None:
         raise ConfigError("--config: missing; name a file or a config, such as --config quickstart")
-    config = _set_fields(read_config(name.value), overrides)
+    config = set_fields(read_config(name.value), overrides)
     validate(config, for_plan=for_plan)
     if print_config.value:
         print(json.dumps(to_dict(config), indent=2))
@@ -217,8 +217,12 @@ def _parse_dict(text: str) -> dict[str, Any]:
     return value
 
 
-def _set_fields(config: Config, values: dict[str, Any]) -> Config:
-    """Returns the config with fields set, by dotted name."""
+def set_fields(config: Config, values: dict[str, Any]) -> Config:
+    """Returns a config with other values of some fields, by name, such as "offload.params".
+
+    Raises:
+      ConfigError: The values do not fit together.
+    """
 
     def replace(node: Any, prefix: str) -> Any:
         # All fields of a node at once: a number of heads alone may not fit the other sizes.

@@ -30,7 +30,6 @@ from lomo_jax.training.step import (
     batch_shapes,
     compile_step,
     init_missing,
-    layer_inputs,
     learning_rates,
     make_step,
     schedule_of,
@@ -151,10 +150,7 @@ def _set_up(
     compiled = compile_step(step, shapes, batch, config.optimizer)
     seconds = time.perf_counter() - started
     display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
-    saved_bytes = layer_inputs(batch, model, config.param_dtype)
-    plan = plan_step(
-        compiled.update, shapes, compiled.state, saved_bytes, config.offload, mesh.size
-    )
+    plan = plan_step(config, model, mesh, compiled.update, shapes, compiled.state)
     memory.planned(plan)
     display.line("memory", describe(plan))
 

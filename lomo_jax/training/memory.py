@@ -4,11 +4,13 @@ import re
 from typing import Any, Self
 
 import jax
+from jax.sharding import Mesh
 
 from lomo_jax.errors import OutOfMemoryError
-from lomo_jax.fused import Offload
 from lomo_jax.plan import MemoryPlan, read_memory
 from lomo_jax.training.config import Config
+from lomo_jax.training.model import Model
+from lomo_jax.training.step import batch_shapes, layer_inputs
 
 _ASKED = re.compile(r"allocat\w+ ([\d.]+ ?(?:[KMGT]i?B|bytes))")
 
@@ -55,12 +57,12 @@ def advice(config: Config) -> str:
 
 
 def plan_step(
+    config: Config,
+    model: Model,
+    mesh: Mesh,
     compiled: jax.stages.Compiled,
     params: Any,
     state: Any,
-    layer_inputs: int,
-    offload: Offload,
-    devices: int,
 ) -> MemoryPlan:
     """Returns what the compiled step of a run needs of each device."""
     device = jax.local_devices()[0]
@@ -70,9 +72,11 @@ def plan_step(
         state,
         gpu=device.device_kind,
         usable_gib=usable_gib(),
-        layer_inputs=layer_inputs,
-        offload=offload,
-        devices=devices,
+        layer_inputs=layer_inputs(
+            batch_shapes(config.batch_size, config.sequence_length, mesh), model, config.param_dtype
+        ),
+        offload=config.offload,
+        devices=mesh.size,
     )
 
 

@@ -33,7 +33,7 @@ def make_config(text: str | Path, workdir: Path, **changes: Any) -> Config:
     """Returns the config of twelve steps of a model of 35,000 parameters on one device."""
     shape = {
         **{"vocab_size": 257, "width": 32, "mlp_width": 64, "num_layers": 2, "num_heads": 4},
-        **{"num_kv_heads": 2, "head_dim": 8, "max_length": 64},
+        **{"num_kv_heads": 2, "head_dim": 8, "max_length": 64, "norm_eps": 1e-6},
     }
     fields: dict[str, Any] = {
         "model": ModelConfig(init="random", architecture=LlamaConfig(**shape)),

@@ -188,11 +188,11 @@ def answer(made, tmp_path, capsys):
     """Runs the command with flags, and returns what it printed as an error."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     config = runs.make_config(tmp_path / "text.jsonl", tmp_path / "new")
-    runs.write_config(config, tmp_path / "config.json")
+    runs.write_config(config, tmp_path / "made.json")
 
     def run(flags: str) -> str:
         flags = flags.replace("{tmp}", str(tmp_path))
-        argv = ["train.py", f"--config={tmp_path}/config.json", *flags.split(" --")]
+        argv = ["train.py", f"--config={tmp_path}/made.json", *flags.split(" --")]
         argv[3:] = [f"--{flag}" for flag in argv[3:]]
         with jax.numpy_dtype_promotion("standard"):
             assert main(argv) == 1
