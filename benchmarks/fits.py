@@ -17,43 +17,56 @@ from collections.abc import Iterator
 
 import jax
 
+from lomo_jax import Offload
 from lomo_jax.flops import flops_per_token
-from lomo_jax.fused.remat import POLICIES
+from lomo_jax.fused import REMAT_POLICIES
 from lomo_jax.models import LlamaConfig
 from lomo_jax.plan import find
-from lomo_jax.training import Architecture, Config, ModelConfig, OffloadConfig
+from lomo_jax.training import LLAMA_7B, Config, ModelConfig
 from lomo_jax.training.planning import compile_run
 
 LLAMA_3 = {"vocab_size": 128256, "num_kv_heads": 8, "rope_theta": 5e5, "max_length": 8192}
 MODELS = {
-    "Llama-3.2-1B": Architecture(
-        width=2048, mlp_width=8192, num_layers=16, head_dim=64, tie_embeddings=True, **LLAMA_3
+    "Llama-3.2-1B": dataclasses.replace(
+        LLAMA_7B,
+        width=2048,
+        mlp_width=8192,
+        num_layers=16,
+        head_dim=64,
+        tie_embeddings=True,
+        **LLAMA_3,
     ),
-    "Llama-3.2-3B": Architecture(
-        width=3072, mlp_width=8192, num_layers=28, num_heads=24, tie_embeddings=True, **LLAMA_3
+    "Llama-3.2-3B": dataclasses.replace(
+        LLAMA_7B,
+        width=3072,
+        mlp_width=8192,
+        num_layers=28,
+        num_heads=24,
+        tie_embeddings=True,
+        **LLAMA_3,
     ),
-    "LLaMA-7B": Architecture(),
-    "Llama-3-8B": Architecture(mlp_width=14336, **LLAMA_3),
-    "LLaMA-13B": Architecture(
-        width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40
+    "LLaMA-7B": LLAMA_7B,
+    "Llama-3-8B": dataclasses.replace(LLAMA_7B, mlp_width=14336, **LLAMA_3),
+    "LLaMA-13B": dataclasses.replace(
+        LLAMA_7B, width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40
     ),
-    "LLaMA-30B": Architecture(
-        width=6656, mlp_width=17920, num_layers=60, num_heads=52, num_kv_heads=52
+    "LLaMA-30B": dataclasses.replace(
+        LLAMA_7B, width=6656, mlp_width=17920, num_layers=60, num_heads=52, num_kv_heads=52
     ),
-    "LLaMA-65B": Architecture(
-        width=8192, mlp_width=22016, num_layers=80, num_heads=64, num_kv_heads=64
+    "LLaMA-65B": dataclasses.replace(
+        LLAMA_7B, width=8192, mlp_width=22016, num_layers=80, num_heads=64, num_kv_heads=64
     ),
 }
 CARDS = {"12 GB": "rtx3060", "16 GB": "rtx4080", "24 GB": "rtx3090"}
 SETTINGS = {
     "as it is": {},
-    "inputs in host": {"offload": OffloadConfig(activations=True)},
-    "all in host": {"offload": OffloadConfig(params=True, activations=True)},
+    "inputs in host": {"offload": Offload(activations=True)},
+    "all in host": {"offload": Offload(params=True, activations=True)},
 }
 
 
 def settings(
-    architecture: Architecture, batch_size: int, length: int
+    architecture: LlamaConfig, batch_size: int, length: int
 ) -> Iterator[tuple[str, Config]]:
     """Yields the settings to try, the fastest first."""
     base = Config(
@@ -85,9 +98,8 @@ def print_fits(batch_size: int, length: int) -> None:
         print("|", model, "|", " | ".join(cells), f"| {host:.0f} |", flush=True)
 
 
-def flops(model: Architecture, length: int, remat: str) -> float:
+def flops(config: LlamaConfig, length: int, remat: str) -> float:
     """Returns the FLOPs of a step relative to one without recomputation."""
-    config = LlamaConfig(**vars(model))
     head = 2 * config.width * config.vocab_size
     attention = 2 * length * config.num_heads * config.head_dim
     training = flops_per_token(config, length)
@@ -102,8 +114,8 @@ def print_remat(batch_size: int, length: int) -> None:
     print(f"jax {jax.__version__}, LLaMA-7B, {batch_size} x {length}, A100, planned")
     print("| remat | device memory, GiB | FLOPs |")
     print("|---|---|---|")
-    for remat in POLICIES:
-        model = Architecture(max_length=max(2048, length))
+    for remat in REMAT_POLICIES:
+        model = dataclasses.replace(LLAMA_7B, max_length=max(2048, length))
         config = Config(
             model=ModelConfig(init="random", architecture=model),
             batch_size=batch_size,

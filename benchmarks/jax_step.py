@@ -160,7 +160,9 @@ def compile_row(row: Row, size: Size, gpu: GPU) -> jax.stages.Compiled:
     tokens = jax.ShapeDtypeStruct((size.batch_size, size.length), jnp.int32)
     if row.kind == "fused":
         # Offloading to host memory needs shardings over a mesh: see `plan.compile_step`.
-        params = sharding.struct(step.shapes, models.shardings(step.config, step.shapes, mesh))
+        params = sharding.with_shardings(
+            step.shapes, models.shardings(step.config, step.shapes, mesh)
+        )
         batch = jax.ShapeDtypeStruct(
             tokens.shape, tokens.dtype, sharding=NamedSharding(mesh, P(sharding.BATCH))
         )

@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 
+from lomo_jax.models import LlamaConfig
 from lomo_jax.training import (
-    Architecture,
     Config,
     DataConfig,
     MeshConfig,
@@ -67,7 +67,7 @@ def _config(text: Path, workdir: Path) -> Config:
     }
     shape |= {"num_kv_heads": 4, "head_dim": 64, "max_length": 256}
     return Config(
-        model=ModelConfig(init="random", architecture=Architecture(**shape)),
+        model=ModelConfig(init="random", architecture=LlamaConfig(**shape)),
         data=DataConfig(str(text), eval_fraction=0.01),
         mesh=MeshConfig(fsdp=1),
         batch_size=2,
@@ -93,11 +93,14 @@ def _loop(config: Config) -> float:
 
 def _bare(config: Config) -> float:
     """Returns seconds per step of the same step in a bare loop."""
-    mesh = devices.make_mesh(config)
+    mesh = devices.make_mesh(config.mesh, config.batch_size, config.microbatches)
     with jax.set_mesh(mesh):
-        found, _ = model.abstract(config, None, mesh)
-        params = model.load_params(config, found, mesh)
-        step, shapes = make_step(config, found), batch_shapes(config, mesh)
+        found, _ = model.abstract(
+            config.model, config.param_dtype, config.sequence_length, mesh=mesh
+        )
+        params = model.load_params(config.model, found, config.param_dtype, mesh=mesh)
+        step = make_step(config, found)
+        shapes = batch_shapes(config.batch_size, config.sequence_length, mesh)
         batch = jax.tree.map(
             lambda x: jax.device_put(jax.numpy.ones(x.shape, x.dtype), x.sharding), shapes
         )

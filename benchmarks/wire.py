@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lomo_jax import Offload
 from lomo_jax.plan import Program, gpus
 from lomo_jax.plan.program import Instruction, replica_groups, source_target_pairs
-from lomo_jax.training import MeshConfig, OffloadConfig
-from lomo_jax.training.flags import parse
+from lomo_jax.training import MeshConfig
+from lomo_jax.training.config import parse
 from lomo_jax.training.planning import CompiledRun, compile_run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -132,7 +133,7 @@ def rows(model: str, *, overlap: bool) -> Iterator[dict[str, Any]]:
     for (data, fsdp), fused in ((mesh, fused) for mesh in MESHES[model] for fused in (True, False)):
         shape = {"batch_size": data * fsdp, "sequence_length": LENGTH}
         config = dataclasses.replace(
-            base, fused=fused, mesh=MeshConfig(data, fsdp), offload=OffloadConfig(), **shape
+            base, fused=fused, mesh=MeshConfig(data, fsdp), offload=Offload(), **shape
         )
         row = {"model": model, "data": data, "fsdp": fsdp, "fused": fused}
         try:

@@ -1,16 +1,15 @@
-"""Fine-tunes all of LLaMA-13B with AdaLomo on one 24 GB GPU and the memory of its host.
+"""Fine-tunes all parameters of LLaMA-13B with AdaLomo on one 24 GB GPU and the memory of its host.
 
     python train.py --config configs/llama13b.py --config.model.path=DIR --config.data.path=TEXT
 
-DIR is a Hugging Face directory of LLaMA-13B, or of another model of the family: its shape is read
-from there. TEXT is a file, a folder or a glob; without it the run trains on the Python standard
-library, as in `configs/llama7b.py`. `--config.model.init=random` in the place of
-`--config.model.path=DIR` tries memory and speed on random weights.
+DIR is a Hugging Face directory of LLaMA-13B, or of another LLaMA-family model, whose shape is then
+read from there. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
+replace `--config.model.path=DIR` by `--config.model.init=random`.
 
-Hardware: one NVIDIA GPU with 24 GB and a host with room for the weights. Planned for an
-RTX 3090, not measured: 2.4 GiB of device memory and 27.4 GiB of host memory, by
+Hardware: one NVIDIA GPU with 24 GB, and a host whose memory holds the weights. Planned for an RTX
+3090, not measured: 2.4 GiB of device memory and 27.4 GiB of host memory, by
 
-    python -m lomo_jax.plan --config configs/llama13b.py --gpu rtx3090
+    lomo-jax plan --config configs/llama13b.py --gpu rtx3090
 
 There is room for larger batches and longer sequences.
 
@@ -19,35 +18,27 @@ Settings: those of `configs/llama7b.py`, the AdaLomo paper's for further pre-tra
 Expect: not yet run on such a GPU.
 """
 
-import sysconfig
+import dataclasses
 
-from lomo_jax.training import Architecture, Config, DataConfig, ModelConfig, OffloadConfig
+import llama7b
+
+from lomo_jax import Offload
+from lomo_jax.training import Config
 
 
 def get_config() -> Config:
-    """Returns the run's config."""
-    return Config(
-        model=ModelConfig(
-            architecture=Architecture(
-                width=5120,
-                mlp_width=13824,
-                num_layers=40,
-                num_heads=40,
-                num_kv_heads=40,
-            )
-        ),
-        data=DataConfig(path=f"{sysconfig.get_path('stdlib')}/*.py"),
-        # In a step the weights go over PCIe twice to the GPU and once back, whatever the batch.
-        offload=OffloadConfig(params=True, activations=True),
-        optimizer="adalomo",
-        learning_rate=1e-3,
-        schedule="cosine",
-        warmup=0.03,
-        batch_size=8,
-        sequence_length=1024,
-        steps=1000,
-        param_dtype="bfloat16",
-        eval_every=100,
-        eval_batches=64,
-        workdir="runs/llama13b",
+    """Returns the config of the run."""
+    config = llama7b.get_config()
+    config.model.architecture = dataclasses.replace(
+        config.model.architecture,
+        width=5120,
+        mlp_width=13824,
+        num_layers=40,
+        num_heads=40,
+        num_kv_heads=40,
     )
+    # A step moves the weights over PCIe twice to the GPU and once back, whatever the batch.
+    config.offload = Offload(params=True, activations=True)
+    config.sequence_length = 1024
+    config.workdir = "runs/llama13b"
+    return config

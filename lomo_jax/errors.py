@@ -1,13 +1,14 @@
-"""Errors that the person who started a command can fix; each message is one line that says how."""
+"""Errors: those that the user of a command can fix, each in one line that says how; and others."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
     """The base class: a command prints the message alone and exits with status 1.
 
-    Any other exception is a bug or a failure of the machine, and its traceback is kept.
+    Any other exception is a bug or a failure of the machine: its traceback is logged.
     """
 
 
@@ -29,6 +30,20 @@ class OutOfMemoryError(UserError):
 
 class LostProcessError(UserError):
     """Another process of the run ended, and this one cannot continue without it."""
+
+
+class UnexpectedError(Exception):
+    """Another exception ended the run; the message names it and the log with its traceback."""
+
+
+@contextlib.contextmanager
+def os_errors_are_the_users() -> Iterator[None]:
+    """Turns an OSError into a `UserError`; for code that uses paths and disks of the user."""
+    try:
+        yield
+    except OSError as error:
+        known = error.filename and error.strerror
+        raise UserError(f"{error.filename}: {error.strerror}" if known else str(error)) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

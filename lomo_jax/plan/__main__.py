@@ -19,14 +19,13 @@ from importlib import metadata
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
 from lomo_jax.errors import UserError
 from lomo_jax.plan import gpus
 from lomo_jax.plan.memory import PARTS, Buffer, MemoryPlan
-from lomo_jax.training.flags import parse
+from lomo_jax.training.config import parse, set_fields
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,7 +75,7 @@ def _plan(argv: Sequence[str]) -> None:
     from lomo_jax.training import planning  # slow to import: report wrong flags first
 
     compiled = planning.compile_run(config, gpu, devices.value)
-    plan, title = compiled.plan, config_flags.get_config_filename(values["config"])
+    plan, title = compiled.plan, str(values["config"].value)
     if plot.value is not None:
         _plot(plot.value, title, plan)
     if as_json.value:
@@ -91,7 +90,7 @@ def _plan(argv: Sequence[str]) -> None:
         with console.status("compiling changes that lower the memory"):
             plans = {"no change": plan}
             for changes in savings:
-                changed = planning.with_changes(config, changes)
+                changed = set_fields(config, changes)
                 compiled = planning.compile_run(changed, gpu, devices.value)
                 plans[planning.as_flags(changes)] = compiled.plan
         _show_suggestions(console, plans)

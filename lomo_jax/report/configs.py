@@ -59,37 +59,11 @@ def environment(runs: Sequence[Run]) -> str:
     )
 
 
-def as_file(config: dict[str, Any]) -> str:
-    """Returns a config file of train.py that sets every field but workdir and resume.
-
-    The command line could not: it has no way to say None.
-    """
-    lines = [
-        f"    config.{name} = {value!r}"
-        for name, value in words.leaves(config)
-        if name not in ("workdir", "resume")
-    ]
-    return "\n".join(
-        (
-            "from lomo_jax.training import Config\n\n",
-            "def get_config() -> Config:",
-            "    config = Config()",
-            *lines,
-            "    return config\n",
-        )
-    )
-
-
 def _repeat(run: Run, title: str) -> str:
-    workdir = (run.config.get("workdir") or "runs/default").rstrip("/") + "-again"
-    command = f"python train.py --config again.py --config.workdir={shlex.quote(workdir)}"
-    return markup.folded(
-        title,
-        markup.note("Save this as again.py:")
-        + f'<pre tabindex="0"><code>{markup.text(as_file(run.config))}</code></pre>'
-        + markup.note("and in a checkout of lomo_jax:")
-        + f'<pre tabindex="0"><code>{markup.text(command)}</code></pre>',
-    )
+    workdir = (run.config.get("workdir") or "runs/default").rstrip("/")
+    config = shlex.quote(f"{workdir}/config.json")
+    command = f"lomo-jax train --config {config} --config.workdir={shlex.quote(f'{workdir}-again')}"
+    return markup.folded(title, f'<pre tabindex="0"><code>{markup.text(command)}</code></pre>')
 
 
 def _fields(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:

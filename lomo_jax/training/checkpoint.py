@@ -1,62 +1,69 @@
-"""Checkpoints of a run, by orbax: written beside the training, as a whole or not at all."""
+"""Checkpoints: written by orbax in the background, whole or not at all, and with checksums."""
 
 import contextlib
 import dataclasses
+import gc
 import itertools
+import logging
+import math
 import shutil
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self, TypeVar, cast
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
 
 import lomo_jax
 from lomo_jax import run_files
 from lomo_jax.errors import CheckpointError
-from lomo_jax.training import devices, failures
-from lomo_jax.training.checksums import checksums
+from lomo_jax.fused import arrays
+from lomo_jax.fused.arrays import is_on_host
+from lomo_jax.training import devices
 
 _REMOVAL = 1.0  # seconds that the removal of a checkpoint may take
-_FACTS = Path("facts", "metadata")  # in a checkpoint, where orbax writes the item's JSON
-_PARTIAL = ".orbax-checkpoint-tmp"  # what orbax appends to the name of a folder until it is whole
+_METADATA = Path("metadata", "metadata")  # in a checkpoint: item, and orbax's file of JSON
+_PARTIAL = ".orbax-checkpoint-tmp"  # orbax appends it to the name of a folder until it is whole
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run is, apart from its arrays."""
+    """The state of a run, apart from its arrays."""
 
-    step: int = 0  # steps made
-    data: dict[str, Any] = dataclasses.field(default_factory=dict)  # position in the text, of grain
-    evaluated: int = -1  # the step of the last evaluation; -1 before the first
-    best: float | None = None  # the lowest held-out loss after a step
-    best_step: int | None = None  # that step
+    step: int = 0  # finished steps
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)  # grain's position
+    evaluated: int = -1  # the step of the last evaluation; -1 before the first one
+    best: float | None = None  # the lowest held-out loss, of evaluations after a step
+    best_step: int | None = None  # its step
     skipped: int = 0  # updates skipped because loss or gradient was not finite
-    skipped_in_a_row: int = 0  # the last of them that had no other cause than that
+    skipped_in_a_row: int = 0  # the last of them, without overflows that a lower loss scale may fix
 
 
 @dataclasses.dataclass
-class Facts:
-    """What a checkpoint says beside its arrays, as JSON."""
+class CheckpointMetadata:
+    """The JSON in a checkpoint."""
 
     progress: Progress
-    config: dict[str, Any]  # as of `config.to_dict`
-    text: str  # fingerprint of the documents and tokens that the position counts
+    config: dict[str, Any]  # of `config.to_dict`
+    dataset: str  # fingerprint of the documents and tokens, in which the position counts
     checksums: dict[str, list[int]]  # of the leaves of each item
 
 
 class Checkpoints:
     """The checkpoints in a folder; use as a context, which waits for the one being written.
 
-    Each has the items `params`, `optimizer`, where there are such `loss_scale` and `rounding`, and
-    `facts`. Of several processes, which must all call everything here, each writes and reads its
-    part of the arrays.
+    Each has the items `params`, `optimizer`, `metadata` and, if the step has them, `loss_scale` and
+    `rounding`. With several processes all of them must call every method; each writes and reads
+    its shards of the arrays.
     """
 
     def __init__(
@@ -71,36 +78,37 @@ class Checkpoints:
         """Opens the folder.
 
         Args:
-          folder: Made if it is not there.
-          keep: The number of checkpoints, of the last ones, that are kept.
-          keep_best: Whether the one of the lowest held-out loss is kept beside them.
-          warn: Takes a line on a checkpoint that could not be written.
-          read_only: Whether nothing will be saved, nor what is half-written be removed.
+          folder: Created if it does not exist.
+          keep: Number of last checkpoints to keep.
+          keep_best: Whether to keep the one with the lowest held-out loss as well.
+          warn: Called with a line about a checkpoint that could not be written.
+          read_only: Whether to leave the folder as it is: nothing is saved or cleaned up.
         """
         self._folder, self._warn, self._read_only = folder, warn, read_only
         self._preserve = _LastAndBest(keep)
         self._keep_best = keep_best
-        self._saving: int | None = None
-        self._failure: str | None = None  # why the one being written will not be whole
+        self._saving: int | None = None  # step of the one being written
+        self._failure: str | None = None  # why it will not be whole
         self.last: int | None = None  # step of the last one that is known to be whole
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(failures.quiet())
+            stack.enter_context(silence_orbax())
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=self._preserve,
                     cleanup_tmp_directories=not self._read_only,
                     read_only=self._read_only,
-                    lightweight_initialize=True,  # nothing is read that might be damaged
+                    lightweight_initialize=True,  # reads no files, which might be damaged
                 ),
             )
-            # What failed in orbax must go while it is quiet, and an error may hold this object.
+            # Failed coroutines must be collected while orbax is silenced, and the traceback of an
+            # error may hold a reference to this object.
             stack.callback(delattr, self, "_manager")
-            # For itself alone: a process that waits in orbax for one that has found its part to be
-            # damaged would wait for ever.
+            # Each process reads alone: one that waits in orbax for another, whose shards are
+            # damaged, would wait forever.
             here = jax.process_index()
             alone = ocp.options.MultiprocessingOptions(here, {here}, f"reader{here}")
             handler = ocp.CompositeCheckpointHandler(
@@ -115,20 +123,20 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         with self._stack:
             if kind is KeyboardInterrupt and self._manager.is_saving_in_progress():
-                return  # of a person who does not want to wait for it
-            # An error may be of this process alone: then the others do not come to agree on this.
+                return  # the person does not want to wait for it
+            # An error may be in this process alone: then the others do not come here to agree.
             self._wait(agreed=kind is None)
             self._manager.close()
 
-    def begin(self) -> None:
-        """Forgets the checkpoints of an earlier run, which have been moved away."""
+    def start_anew(self) -> None:
+        """Starts with an empty folder: the checkpoints of an earlier run have been moved away."""
         if jax.process_index() == 0:
             self._folder.mkdir(exist_ok=True)
-        devices.wait_for_all("folder of checkpoints")
+        devices.wait_for_all("checkpoint folder")
         self.reload()
 
     def reload(self) -> None:
-        """Looks again which checkpoints there are."""
+        """Lists the folder again."""
         self._manager.reload()
 
     def steps(self) -> list[int]:
@@ -139,20 +147,19 @@ class Checkpoints:
         self,
         params: nnx.State,
         state: lomo_jax.StepState,
-        facts: Facts,
+        metadata: CheckpointMetadata,
         *,
-        in_place: bool = False,
+        block: bool = False,
     ) -> bool:
-        """Starts to write a checkpoint, and returns when the arrays may be donated.
+        """Starts to write a checkpoint in the background; the arrays may then be donated.
 
-        A checkpoint that cannot be written is told to `warn`; those before it stay.
+        If writing fails, `warn` is called, and the earlier checkpoints stay.
 
         Args:
-          params: The parameters after `facts.progress.step` steps.
-          state: That of the step.
-          facts: Their checksums are filled in.
-          in_place: Whether the arrays are written from where they are, which takes as long as the
-            disk does, and not copied to host memory first.
+          params: The parameters after `metadata.progress.step` steps.
+          state: The state of the step.
+          metadata: Its checksums are filled in.
+          block: Whether to wait until it is on disk: arrays in host memory are not copied first.
 
         Returns:
           False if a number is not finite: then nothing is written.
@@ -161,61 +168,62 @@ class Checkpoints:
         sums = {name: checksums(tree) for name, tree in items.items()}
         if not all(each.finite for each in sums.values()):
             return False
-        facts.checksums = {name: each.sums for name, each in sums.items()}
+        metadata.checksums = {name: each.sums for name, each in sums.items()}
         self.wait()
-        step = facts.progress.step
+        step = metadata.progress.step
         if self._keep_best:
-            self._preserve.best(facts.progress.best_step)
-        if step in self.steps():  # the one that the run has gone on from, and evaluated since
-            self._update(step, facts.progress)
+            self._preserve.best(metadata.progress.best_step)
+        if step in self.steps():  # the run resumed from it, and has evaluated it since
+            self._update(step, metadata.progress)
             return True
         self._saving = step
         args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        args["facts"] = ocp.args.JsonSave(dataclasses.asdict(facts))
+        args["metadata"] = ocp.args.JsonSave(dataclasses.asdict(metadata))
         try:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
-        except Exception as error:  # of the disk, of orbax, of TensorStore
-            self._failure = failures.reason(error)
-        if in_place:
+        except Exception as error:  # the disk, orbax or TensorStore may raise anything
+            self._failure = reason(error)
+        if block:
             self.wait()
         return True
 
     def _update(self, step: int, progress: Progress) -> None:
-        """Writes what is known of the run by now into the checkpoint of a step."""
-        facts = self.facts(step)
-        if facts.progress != progress and jax.process_index() == 0:
-            facts.progress = progress
+        """Updates the progress in an existing checkpoint."""
+        metadata = self.metadata(step)
+        if metadata.progress != progress and jax.process_index() == 0:
+            metadata.progress = progress
             try:
-                run_files.write_json(self._folder / str(step) / _FACTS, dataclasses.asdict(facts))
+                run_files.write_json(
+                    self._folder / str(step) / _METADATA, dataclasses.asdict(metadata)
+                )
             except OSError as error:  # a full disk
-                reason = failures.reason(error)
-                self._warn(f"the checkpoint of step {step} misses its evaluation, {reason}")
+                self._warn(f"the checkpoint of step {step} lacks its evaluation, {reason(error)}")
 
     def poll(self) -> None:
-        """Tells of a checkpoint that has failed by now, unless other processes must agree on it."""
+        """Warns if the background save failed (single process only)."""
         if self._saving is None or jax.process_count() > 1:
             return
         if self._failure is not None or not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written, and tells if it was not."""
+        """Waits for the checkpoint that is being written; warns if that failed."""
         self._wait(agreed=True)
 
     def _wait(self, *, agreed: bool) -> None:
-        """As `wait`; `agreed` is whether all processes do this and have to agree on it."""
+        """As `wait`; `agreed` is whether all processes call this, and must agree on the result."""
         if self._saving is None:
             return
         step, failure, self._saving, self._failure = self._saving, self._failure, None, None
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as above
-            failure = failure or failures.reason(error)
+            failure = failure or reason(error)
         whole = failure is None
-        if _in_all(whole) if agreed else whole:
+        if devices.agree(whole) if agreed else whole:
             self.last = step
             return
-        failures.settle()
+        settle()
         if jax.process_index() == 0:
             shutil.rmtree(self._folder / f"{step}{_PARTIAL}", ignore_errors=True)
         self._manager.reload()
@@ -223,51 +231,51 @@ class Checkpoints:
         last = f"the last good one is of step {self.last}" if self.last else "there is none yet"
         self._warn(f"the checkpoint of step {step} was not written, {failure}; {last}")
 
-    def facts(self, step: int) -> Facts:
-        """Reads what a checkpoint says beside its arrays.
+    def metadata(self, step: int) -> CheckpointMetadata:
+        """Reads the metadata of a checkpoint.
 
         Raises:
           CheckpointError: It is damaged.
         """
         folder = self._folder / str(step)
 
-        def read() -> Facts:
-            args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+        def read() -> CheckpointMetadata:
+            args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
             found: Any = self._reader.restore(folder, args=args)
-            facts = found["facts"]
-            return Facts(**facts | {"progress": Progress(**facts["progress"])})
+            metadata = found["metadata"]
+            return CheckpointMetadata(**metadata | {"progress": Progress(**metadata["progress"])})
 
         return _intact(folder, read)
 
     def restore(
-        self, facts: Facts, params: nnx.State, state: lomo_jax.StepState
+        self, metadata: CheckpointMetadata, params: nnx.State, state: lomo_jax.StepState
     ) -> tuple[nnx.State, lomo_jax.StepState]:
-        """Reads the arrays of a checkpoint, to wherever these are.
+        """Reads the arrays of a checkpoint.
 
         Args:
-          facts: Of the checkpoint.
+          metadata: Of the checkpoint.
           params: The parameters as `jax.ShapeDtypeStruct` with their shardings.
-          state: Likewise, that of the step. A part that the checkpoint has none of comes back as
-            None.
+          state: The state of the step, likewise. Parts that the checkpoint lacks are None in the
+            result.
 
         Raises:
           CheckpointError: It is damaged.
         """
-        found = self._read(facts, _items(params, state))
-        for step in reversed(self.steps()):  # which of them have been the best
+        found = self._read(metadata, _items(params, state))
+        for step in reversed(self.steps()):  # learn which of them were the best
             with contextlib.suppress(CheckpointError):
-                self._preserve.best(self.facts(step).progress.best_step)
+                self._preserve.best(self.metadata(step).progress.best_step)
         rounding = found.get("rounding", {"key": None})["key"]
         state = lomo_jax.StepState(found["optimizer"], found.get("loss_scale"), rounding)
         return found["params"], state
 
-    def restore_params(self, facts: Facts, params: nnx.State) -> nnx.State:
+    def restore_params(self, metadata: CheckpointMetadata, params: nnx.State) -> nnx.State:
         """Reads the parameters alone; see `restore`."""
-        return self._read(facts, {"params": params})["params"]
+        return self._read(metadata, {"params": params})["params"]
 
-    def _read(self, facts: Facts, wanted: dict[str, Any]) -> dict[str, Any]:
-        step = facts.progress.step
-        wanted = {name: tree for name, tree in wanted.items() if name in facts.checksums}
+    def _read(self, metadata: CheckpointMetadata, wanted: dict[str, Any]) -> dict[str, Any]:
+        step = metadata.progress.step
+        wanted = {name: tree for name, tree in wanted.items() if name in metadata.checksums}
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         folder = self._folder / str(step)
 
@@ -275,20 +283,20 @@ class Checkpoints:
             return self._reader.restore(folder, args=ocp.args.Composite(**args))
 
         def compare() -> None:
-            as_saved = jax.tree.leaves(wanted["params"])[0].dtype == facts.config["param_dtype"]
+            as_saved = jax.tree.leaves(wanted["params"])[0].dtype == metadata.config["param_dtype"]
             for name in wanted:
                 if name == "params" and not as_saved:
-                    continue  # they are converted, and their bits are others
-                if checksums(found[name]).sums != facts.checksums[name]:
+                    continue  # they are converted, and have other bits
+                if checksums(found[name]).sums != metadata.checksums[name]:
                     raise ValueError(f"the bits of {name} are not those that were saved")
 
         found = _intact(folder, read)
-        _intact(folder, compare)  # all processes have read their parts, and compute this together
+        _intact(folder, compare)  # all processes have read their shards, and compute this together
         self.last = step
         return {name: found[name] for name in wanted}
 
     def set_aside(self, steps: Sequence[int]) -> None:
-        """Renames damaged checkpoints, so that they count no more: 40 to 40.damaged."""
+        """Renames damaged checkpoints, 40 to 40.damaged, so that they are ignored."""
         if jax.process_index() == 0:
             for step in steps:
                 numbered = (f"{step}.damaged{n or ''}" for n in itertools.count())
@@ -300,31 +308,33 @@ class Checkpoints:
 
 
 class _LastAndBest:
-    """Tells orbax which checkpoints to keep: the last ones, and that of the best evaluation."""
+    """Orbax's policy: keep the last checkpoints, and the one of the best evaluation."""
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
         self._best: list[int | None] = []  # its steps so far
 
     def best(self, step: int | None) -> None:
-        """Takes the step of the best evaluation so far."""
+        """Adds the step of the best evaluation so far."""
         if step not in self._best:
             self._best.append(step)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         steps = sorted(info.step for info in checkpoints)
-        # The last one that is there: what has been best since may not have been written.
+        # The last best one that exists: writing a later one may have failed.
         best = next((step for step in reversed(self._best) if step in steps), None)
         return [info.step in steps[-self._keep :] or info.step == best for info in checkpoints]
 
 
-def read_params(folder: Path, step: int | str | None, like: Any) -> tuple[nnx.State, Facts]:
-    """Reads the parameters of a run, which may be going on.
+def read_params(
+    folder: Path, step: int | str | None, like: Any
+) -> tuple[nnx.State, CheckpointMetadata]:
+    """Reads the parameters of a run, which may still be training.
 
     Args:
       folder: The run's workdir.
-      step: Of the checkpoint; "best" for that of the lowest held-out loss, None for the last one.
+      step: Of the checkpoint; "best" for the lowest held-out loss, None for the last one.
       like: The parameters as `jax.ShapeDtypeStruct` with their shardings.
 
     Raises:
@@ -334,24 +344,24 @@ def read_params(folder: Path, step: int | str | None, like: Any) -> tuple[nnx.St
         while True:
             steps = checkpoints.steps()
             try:
-                facts = checkpoints.facts(_find(checkpoints, folder, step))
-                return checkpoints.restore_params(facts, like), facts
+                metadata = checkpoints.metadata(_find(checkpoints, folder, step))
+                return checkpoints.restore_params(metadata, like), metadata
             except CheckpointError:
                 time.sleep(_REMOVAL)
                 checkpoints.reload()
                 if checkpoints.steps() == steps:
                     raise
-                # The run has written another one meanwhile, and removed what was being read.
+                # The run wrote a new one meanwhile, and removed the one being read.
 
 
 def _find(checkpoints: Checkpoints, folder: Path, step: int | str | None) -> int:
-    """Returns the step of the checkpoint that `read_params` is asked for."""
+    """Returns the step of the checkpoint for `read_params`."""
     steps = checkpoints.steps()
     if not steps:
         raise CheckpointError(f"{folder} has no checkpoint")
     if step is None:
         return steps[0]
-    found = checkpoints.facts(steps[0]).progress.best_step if step == "best" else step
+    found = checkpoints.metadata(steps[0]).progress.best_step if step == "best" else step
     if found not in steps:
         there = ", ".join(map(str, steps))
         what = "the best step" if found is None else f"step {found}"
@@ -360,33 +370,136 @@ def _find(checkpoints: Checkpoints, folder: Path, step: int | str | None) -> int
 
 
 def _items(params: Any, state: lomo_jax.StepState) -> dict[str, Any]:
-    rounding = None if state.rounding is None else {"key": state.rounding}  # orbax takes trees only
+    rounding = None if state.rounding is None else {"key": state.rounding}  # orbax needs a tree
     items = {"params": params, **state._replace(rounding=rounding)._asdict()}
     return {name: tree for name, tree in items.items() if tree is not None}
 
 
 def _intact(folder: Path, read: Callable[[], T]) -> T:
-    """Returns what is read; a failure, of any of the processes, is turned into CheckpointError.
+    """Returns the result of `read`; a failure in any process becomes a CheckpointError.
 
-    That one holds nothing of the failure, as it would if this were a context: see
-    `failures.quiet`.
+    It is raised outside the handler: an exception that holds the failure would keep orbax's
+    coroutines alive; see `silence_orbax`.
     """
     found, failure = None, None
     try:
         found = read()
     except (jax.errors.JaxRuntimeError, MemoryError):
-        raise  # there is no room for it, which is no fault of the checkpoint
-    except Exception as error:  # of json, of orbax, of TensorStore
-        failure = failures.reason(error)
-        failures.settle()
-    if not _in_all(failure is None):
-        failure = failure or "another process cannot read its part"
+        raise  # out of memory: the checkpoint may be intact
+    except Exception as error:  # json, orbax or TensorStore may raise anything
+        failure = reason(error)
+        settle()
+    if not devices.agree(failure is None):
+        failure = failure or "another process cannot read its shards"
         raise CheckpointError(f"{folder} is damaged: {failure}")
     return cast(T, found)
 
 
-def _in_all(condition: bool) -> bool:
-    """Whether it holds in all processes, which must all ask."""
-    if jax.process_count() == 1:
-        return condition
-    return bool(multihost_utils.process_allgather(np.array(condition)).all())
+class Checksums(NamedTuple):
+    """Checksums of the arrays of a tree."""
+
+    sums: list[int]  # of each array: its words as unsigned numbers, summed modulo 2**32
+    finite: bool  # whether no number is NaN or infinite
+
+
+def checksums(tree: Any) -> Checksums:
+    """Computes checksums, reading every array once, in the memory where it is.
+
+    By hand, because integer sums do not depend on their order: they are the same on every mesh,
+    which those of orbax or of files are not. A flipped bit changes them.
+
+    Args:
+      tree: Pytree of arrays, in device or host memory, sharded or not.
+    """
+    # One array at a time: on a CPU each needs temporary memory; see below.
+    each = [jax.device_get(_of_array(x)) for x in jax.tree.leaves(tree)]
+    return Checksums([int(total) for total, _ in each], all(finite for _, finite in each))
+
+
+@jax.jit
+def _of_array(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    infinity = _bits(jnp.array(jnp.inf, x.dtype)) if jnp.issubdtype(x.dtype, jnp.inexact) else None
+    on_host = is_on_host(x)
+    if not on_host:
+        # Before the loop: inside, XLA for CPUs would write a stack of bfloat16 out as float32.
+        x = _bits(x)
+
+    def of_part(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if on_host:
+            part = _bits(jax.device_put(part, jax.memory.Space.Device))
+        total = jnp.sum(part, dtype=jnp.uint32)
+        if infinity is None:
+            return total, jnp.array(True)
+        not_finite = (part & infinity) == infinity
+        # A float64 is two words.
+        return total, ~(not_finite.all(-1) if infinity.ndim else not_finite).any()
+
+    def add(carry, layer):
+        (total, finite), (more, is_finite) = carry, of_part(layer)
+        return (total + more, finite & is_finite), None
+
+    if x.ndim < 3 or arrays.partition_spec(x)[0] is not None:
+        return of_part(x)
+    # One layer of a stack at a time: the device may have no room for more of an array in host
+    # memory, and XLA for CPUs widens each number to the width of the sum.
+    return jax.lax.scan(add, (jnp.uint32(0), jnp.array(True)), x)[0]
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Returns the bits as unsigned numbers. In NaN and infinity all bits of the exponent are 1."""
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint8)
+    word = {1: jnp.uint8, 2: jnp.uint16}.get(math.gcd(x.dtype.itemsize, 4), jnp.uint32)
+    return jax.lax.bitcast_convert_type(x, word)
+
+
+@contextlib.contextmanager
+def silence_orbax() -> Iterator[None]:
+    """Silences Orbax's logs and warnings; we report the failure in a line."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def pass_on(unraisable: Any) -> None:
+        # From coroutines that were still running when the first file failed.
+        files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
+        if not any(part in file for file in files for part in ("orbax", "asyncio")):
+            hook(unraisable)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = pass_on
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            try:
+                yield
+            finally:
+                gc.collect()  # failed coroutines warn when they are collected
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def settle(seconds: float = 5.0) -> None:
+    """Waits until orbax's threads have finished the tasks that were running when something failed.
+
+    Orbax closes its event loop before they finish, and asyncio warns about each unfinished task
+    when it is collected.
+    """
+    until = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if thread.name.startswith("asyncio_"):  # ends when its event loop is closed
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+def reason(error: BaseException) -> str:
+    """Returns the cause of an error of TensorStore or Python, in a line."""
+    text = " ".join(str(error).split()).partition(" See full")[0] or type(error).__name__
+    known = {
+        "No space left on device": "the disk is full",
+        "Disk quota exceeded": "the quota of the disk is used up",
+        "File too large": "a file may not become so large",
+    }
+    found = next((words for mark, words in known.items() if mark in text), None)
+    return found or (text if len(text) <= 200 else f"{text[:200]}...")

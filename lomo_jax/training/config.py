@@ -1,149 +1,363 @@
-"""What a run is made of: the schema behind `configs/*.py`, and its validation.
+"""The config of a run: its fields, their validation, and the command line that sets them.
 
-A config file defines `get_config() -> Config`. Every field can be set on the command line,
-`--config.model.path=DIR`; the types here decide how the text is read.
+A config file defines `get_config() -> Config`. `--config.model.path=DIR` sets a field on the
+command line; the field's type says how the value is parsed.
 """
 
+import ast
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import math
+import re
+import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from absl import flags
 
 from lomo_jax.errors import ConfigError, did_you_mean
-from lomo_jax.fused import ROUNDINGS
+from lomo_jax.fused import REMAT_POLICIES, ROUNDINGS, Offload
+from lomo_jax.models.config import LlamaConfig
+from lomo_jax.run_files import read_json
 from lomo_jax.training.optimizer import make_optimizer, make_schedule
 
 INITS = ("checkpoint", "random")
 DTYPES = ("float32", "bfloat16", "float16")
-REMATS = ("full", "attention", "none")
 ATTENTIONS = ("auto", "xla", "cudnn")
 RESUMES = ("auto", "must", "never")
-_ALSO = {float: int, ConfigDict: dict}
 
-
-@dataclasses.dataclass
-class Architecture:
-    """The shape of a model with random weights; by default that of LLaMA-7B."""
-
-    vocab_size: int = 32000
-    width: int = 4096
-    mlp_width: int = 11008
-    num_layers: int = 32
-    num_heads: int = 32
-    num_kv_heads: int = 32
-    head_dim: int = 128
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    max_length: int = 2048
-    tie_embeddings: bool = False
+# Touvron et al., arXiv 2302.13971, table 2.
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000,
+    width=4096,
+    mlp_width=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    norm_eps=1e-6,
+)
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Where the model comes from."""
+    """The model to start from."""
 
-    # Of weights and tokenizer: Hugging Face directory, .gguf file, or workdir of an earlier run, of
-    # which the last checkpoint is taken, or one of its checkpoints.
+    # Weights and tokenizer: a Hugging Face directory, a .gguf file, the workdir of an earlier run
+    # (its last checkpoint), or one checkpoint of such a run.
     path: str | None = None
-    init: str = "checkpoint"  # or "random": fresh weights; `path` then only gives the tokenizer
-    # With random weights and no path, a token is a byte.
-    architecture: Architecture = dataclasses.field(default_factory=Architecture)
+    init: str = "checkpoint"  # or "random": new weights, and `path` only gives the tokenizer
+    architecture: LlamaConfig = LLAMA_7B  # used with random weights, and for plans without a path
 
 
 @dataclasses.dataclass
 class DataConfig:
-    """The text to train on and to evaluate on."""
+    """The dataset for training and evaluation."""
 
-    path: str | None = None  # file, folder, glob, or package://NAME/FOLDER of an installed package
-    text_key: str = "text"  # field of a .jsonl line that holds its text
-    eval_fraction: float = 0.05  # part of the documents that is held out
-
-
-@dataclasses.dataclass
-class OffloadConfig:
-    """What lives in host memory, to be fetched layer by layer."""
-
-    params: bool = False  # the weights: twice over PCIe to the GPU in a step, once back
-    activations: bool = False  # the layer inputs: once each way
-    state: bool = False  # the optimizer's: once each way
+    path: str | None = None  # file, folder, glob, or package://NAME/FOLDER in an installed package
+    text_key: str = "text"  # key of the document in a line of a .jsonl file
+    eval_fraction: float = 0.05  # fraction of the documents that is held out
 
 
 @dataclasses.dataclass
 class MeshConfig:
-    """How many devices along each axis; -1 for those that are left."""
+    """Number of devices on each axis; -1 means all the remaining ones."""
 
-    data: int = 1  # copies of the model, each with its part of the batch
-    fsdp: int = -1  # parts of the model and of the batch; a layer is gathered when it is its turn
-    tensor: int = 1  # parts of every layer's products: divides heads, MLP and vocabulary
+    data: int = 1  # replicas of the model; each takes a part of the batch
+    fsdp: int = -1  # shards of model and batch; each layer is gathered when it is used
+    tensor: int = 1  # shards of each matrix product: heads, MLP width and vocabulary
 
 
 @dataclasses.dataclass
 class Config:
-    """One run of `train.py`."""
+    """One run."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     optimizer: str = "adalomo"  # or "lomo", or any optimizer of optax, such as "adamw"
-    optimizer_kwargs: ConfigDict = dataclasses.field(default_factory=ConfigDict)
+    optimizer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     learning_rate: float = 1e-3  # the peak of the schedule
     schedule: str = "cosine"  # or "linear", both to 0 at the end of the run, or "constant"
     warmup: float = 0.03  # below 1 a fraction of `steps`, from 1 on a number of steps
-    fused: bool = True  # False runs reference_step: the whole gradient at once
-    microbatches: int = 1  # parts of a batch that go through a layer one after the other
-    clip_norm: float | None = None  # of the gradient over all parameters; takes 1.7 times as long
-    dynamic_loss_scale: bool = False  # for float16: skips steps that overflow; as long as clip_norm
-    skip_nonfinite: int = 0  # updates in a row that NaN or infinity may cost before the run stops
-    rounding: str = "nearest"  # or "stochastic", which keeps small updates of bfloat16 weights
-    remat: str = "full"  # or "attention", "none": what the backward pass computes again
-    offload: OffloadConfig = dataclasses.field(default_factory=OffloadConfig)
+    fused: bool = True  # False runs reference_step, which holds the whole gradient
+    microbatches: int = 1  # parts of a batch that run through a layer one after the other
+    clip_norm: float | None = None  # bound on the global gradient norm; 1.7 times as slow
+    dynamic_loss_scale: bool = False  # for float16: skips steps that overflow; as slow as clip_norm
+    skip_nonfinite: int = 0  # NaN or infinite updates in a row to skip before the run stops
+    rounding: str = "nearest"  # or "stochastic", which preserves small updates of bfloat16 weights
+    remat: str = "full"  # or "attention", "none": what the backward pass recomputes
+    offload: Offload = dataclasses.field(default_factory=Offload)  # what lives in host memory
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    attention: str = "auto"  # cuDNN's flash attention where there is one; or "xla", "cudnn"
+    attention: str = "auto"  # cuDNN flash attention where it is supported; or "xla", "cudnn"
 
-    batch_size: int = 8  # sequences a step
+    batch_size: int = 8  # sequences per step
     sequence_length: int = 512  # tokens
     steps: int = 1000
-    param_dtype: str = "bfloat16"  # of the weights in training and in the export
+    param_dtype: str = "bfloat16"  # of the weights, in training and in the export
     seed: int = 0
 
-    eval_every: int = 100  # steps; 0: only before the first and after the last one
-    eval_batches: int | None = None  # of held-out text, at most, in an evaluation; None: all
+    eval_every: int = 100  # steps; 0: only before the first step and after the last one
+    eval_batches: int | None = None  # limit on held-out batches per evaluation; None: all
     log_every: int = 10  # steps
-    prompt: str = ""  # continued at each evaluation, and shown; "": nothing is
-    prompt_tokens: int = 48  # length of that continuation
-    wandb: str | None = None  # project of Weights & Biases to log to, beside the files of workdir
+    prompt: str = ""  # the model continues it at each evaluation, as a sample; "": no sample
+    prompt_tokens: int = 48  # length of the sample
+    wandb: str | None = None  # Weights & Biases project to log to, in addition to workdir
 
-    workdir: str = "runs/default"  # of all that the run writes; one run at a time
-    resume: str = "auto"  # from the last checkpoint there; or "must" there be one, or "never"
-    checkpoint_every: int = 100  # steps; 0: only as the next two say, at the end and when stopped
-    checkpoint_minutes: float = 30.0  # since the last one, at most; 0: however long
-    keep_best: bool = True  # the checkpoint of the lowest held-out loss, beside the last ones
-    keep_checkpoints: int = 1  # of the last ones; each takes the disk that weights and state do
+    workdir: str = "runs/default"  # everything that the run writes; one run at a time
+    resume: str = (
+        "auto"  # from the last checkpoint, if any; "must": it is an error if there is none; "never"
+    )
+    checkpoint_every: int = 100  # steps; 0: only by time, at the end and when stopped
+    checkpoint_minutes: float = 30.0  # longest time between checkpoints; 0: no limit
+    keep_best: bool = True  # keep the checkpoint with the lowest held-out loss as well
+    keep_checkpoints: int = 1  # number of last checkpoints; each is as large as weights and state
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the config as nested plain dictionaries, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def parse(
+    argv: Sequence[str],
+    values: flags.FlagValues | None = None,
+    *,
+    for_plan: bool = False,
+    usage: str | None = None,
+) -> Config:
+    """Reads the config that `argv` names, sets its fields from `argv` and validates it.
+
+    Args:
+      argv: The command line, program name first. `--print_config` prints the config as JSON and
+        exits, `--help` prints the usage and exits.
+      values: The caller's own flags. `--config` becomes one of them: the file or name as given.
+      for_plan: See `validate`.
+      usage: What `--help` prints before the flags; by default the docstring of `__main__`.
+
+    Returns:
+      The validated config.
+
+    Raises:
+      ConfigError: A flag, the file or a field is unknown or wrong; one line.
+    """
+    values = flags.FlagValues() if values is None else values  # a process may parse more than once
+    name = flags.DEFINE_string("config", None, "a config file, or its name", flag_values=values)
+    print_config = flags.DEFINE_bool("print_config", False, "print the config", flag_values=values)
+    show_help = flags.DEFINE_bool("help", False, "print this", flag_values=values)
+    overrides, rest = _split_overrides(argv)
+    try:
+        positional = values(rest)[1:]
+    except flags.Error as error:
+        raise _flag_error(error) from None
+    if show_help.value:
+        fields = json.dumps(to_dict(Config()), indent=2)
+        usage = sys.modules["__main__"].__doc__ if usage is None else usage
+        print(usage, values.get_help(), "The fields:", fields, sep="\n")
+        raise SystemExit
+    if positional:
+        raise ConfigError(f"{positional[0]}: not a flag; set a field with --config.NAME=VALUE")
+    if name.value is None:
+        raise ConfigError("--config: missing; name a file or a config, such as --config quickstart")
+    config = set_fields(read_config(name.value), overrides)
+    validate(config, for_plan=for_plan)
+    if print_config.value:
+        print(json.dumps(to_dict(config), indent=2))
+        raise SystemExit
+    return config
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the values of `--config.NAME=VALUE` by name, and the other arguments."""
+    overrides: dict[str, Any] = {}
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            rest.append(argument)
+            continue
+        negated, name, text = match.groups()
+        kind = field_type(name)
+        if text is None and kind is bool:
+            text = "false" if negated else "true"
+        elif negated:
+            raise ConfigError(f"{argument}: only for true or false; set --config.{name}=VALUE")
+        elif text is None and (text := next(arguments, None)) is None:
+            raise ConfigError(f"{argument}: a value is missing")
+        overrides[name] = _parse_value(name, text, kind)
+    return overrides, rest
+
+
+def _parse_value(name: str, text: str, kind: Any) -> Any:
+    kinds = _alternatives(kind)
+    if text == "None" and types.NoneType in kinds:
+        return None
+    parsers = {str: str, int: int, float: float, bool: _parse_bool, dict: _parse_dict}
+    for alternative in kinds:
+        with contextlib.suppress(KeyError, ValueError, SyntaxError):
+            return parsers[alternative](text)
+    raise ConfigError(f"{name}: {text!r} is not {describe(kind)}")
+
+
+def _parse_bool(text: str) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+
+
+def _parse_dict(text: str) -> dict[str, Any]:
+    value = ast.literal_eval(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def set_fields(config: Config, values: dict[str, Any]) -> Config:
+    """Returns a config with other values of some fields, by name, such as "offload.params".
+
+    Raises:
+      ConfigError: The values do not fit together.
+    """
+
+    def replace(node: Any, prefix: str) -> Any:
+        # All fields of a node at once: a number of heads alone may not fit the other sizes.
+        changes = {}
+        for field in dataclasses.fields(node):
+            name, value = prefix + field.name, getattr(node, field.name)
+            if name in values:
+                changes[field.name] = values[name]
+            elif dataclasses.is_dataclass(value):
+                changes[field.name] = replace(value, f"{name}.")
+        try:
+            return dataclasses.replace(node, **changes)
+        except ValueError as error:
+            raise ConfigError(f"{prefix.rstrip('.')}: {error}") from None
+
+    return replace(config, "")
+
+
+def _flag_error(error: flags.Error) -> ConfigError:
+    text = " ".join(str(error).split())
+    if missing := re.match(r"Missing value for flag (--\w+)", text):
+        return ConfigError(f"{missing[1]}: a value is missing")
+    if wrong := re.match(r"flag --(\w+)=(.*?): ", text):
+        return ConfigError(f"--{wrong[1]}: {wrong[2]!r} is not a value of this flag; see --help")
+    return ConfigError(text)
+
+
+def read_config(name: str) -> Config:
+    """Reads a config.
+
+    Args:
+      name: A config file (.py), the config.json of a run, or the name of a config that ships with
+        the package, such as "quickstart".
+
+    Raises:
+      ConfigError: It does not exist, or reading it failed.
+    """
+    path = _find_config(name)
+    if path.suffix not in (".py", ".json"):
+        raise ConfigError(f"--config {path}: a config file ends in .py or .json")
+    is_json = path.suffix == ".json"
+    config = _from_dict(Config, read_json(path), "") if is_json else _run_file(path)
+    if not isinstance(config, Config):
+        raise ConfigError(f"--config {path}: get_config() returned {config!r}, not a Config")
+    _check_types(config)
+    return config
+
+
+def shipped_configs() -> Path:
+    """Returns the folder of the configs that ship with the package."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _find_config(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    names = sorted(file.stem for file in shipped_configs().glob("*.py"))
+    if name in names:
+        return shipped_configs() / f"{name}.py"
+    hint = did_you_mean(name, names) or f"; give a file or one of {', '.join(names)}"
+    raise ConfigError(f"--config: {name!r} does not exist{hint}")
+
+
+def _run_file(path: Path) -> Any:
+    """Returns what `get_config()` of a config file returns."""
+    folder, modules = str(path.absolute().parent), set(sys.modules)
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, folder)  # a config may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the code of a user raises
+        raise _file_error(path, error) from error
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - modules:  # a neighbour may have the name of another module
+            if Path(getattr(sys.modules[name], "__file__", None) or "").parent == Path(folder):
+                del sys.modules[name]
+
+
+def _file_error(path: Path, error: Exception) -> ConfigError:
+    """Returns the error, in one line, for a config file that failed."""
+    nodes = {node.__name__: node for node in (Config, ModelConfig, DataConfig, MeshConfig)}
+    nodes |= {node.__name__: node for node in (LlamaConfig, Offload)}
+    keyword = re.search(r"(\w+)\.__init__\(\).* unexpected keyword argument '(\w+)'", str(error))
+    if keyword and keyword[1] in nodes:
+        fields = typing.get_type_hints(nodes[keyword[1]])
+        return unknown_field(keyword[2], fields, parent=keyword[1])
+    frames = traceback.extract_tb(error.__traceback__)
+    line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
+    line = line or next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
+    where = f"{path}:{line}" if line else str(path)
+    what = " ".join(str(error).split())
+    return ConfigError(f"--config {where}: {type(error).__name__}: {what}")
+
+
+def _from_dict(node: Any, values: Any, prefix: str) -> Any:
+    """Builds a dataclass from `to_dict` of it."""
+    kinds = typing.get_type_hints(node)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{prefix.rstrip('.')}: {values!r} is not {describe(node)}")
+    fields = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise unknown_field(name, kinds, parent=prefix.rstrip("."))
+        inner = next(filter(dataclasses.is_dataclass, _alternatives(kinds[name])), None)
+        if inner is not None and value is not None:
+            value = _from_dict(inner, value, f"{prefix}{name}.")
+        fields[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return node(**fields)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{prefix.rstrip('.') or 'config'}: {error}") from None
 
 
 def validate(config: Config, *, for_plan: bool = False) -> None:
     """Checks every field.
 
     Args:
-      config: The config, as the file and the command line made it.
-      for_plan: Whether the run is to be planned only, which needs neither text nor checkpoint.
+      config: The config, from file and command line.
+      for_plan: Whether the run is only planned, which needs neither dataset nor checkpoint.
 
     Raises:
-      ConfigError: For the first field that is unknown, of the wrong type or out of range, or that
-        contradicts another; one line with field, value and what is allowed.
+      ConfigError: For the first field that is unknown, has the wrong type or value, or contradicts
+        another field; one line with the field, its value and what is allowed.
     """
-    for name, value, kind in _walk(config):
-        allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        # An int is a fine float and a dict a fine ConfigDict, but True is no fine int.
-        accepted = (*allowed, *(also for k, also in _ALSO.items() if k in allowed))
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
-            raise ConfigError(f"{name}: {value!r} is not {describe(kind)}")
+    _check_types(config)
     for name, rule, allowed in _RULES:
         value = config
         for part in name.split("."):
@@ -155,8 +369,7 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
         _require_paths(config)
         if config.wandb is not None and importlib.util.find_spec("wandb") is None:
             raise ConfigError(
-                f"wandb: {config.wandb!r} asks for a package that is not installed: pip install "
-                "wandb"
+                f"wandb: {config.wandb!r} needs a package that is not installed: pip install wandb"
             )
     if config.batch_size % config.microbatches:
         raise ConfigError(
@@ -165,7 +378,7 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
     if not config.fused:
         _refuse_memory_options(config)
     schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
-    make_optimizer(config.optimizer, schedule, dict(config.optimizer_kwargs))
+    make_optimizer(config.optimizer, schedule, config.optimizer_kwargs)
     for name, value in config.optimizer_kwargs.items():
         try:
             json.dumps(value)
@@ -176,11 +389,38 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
             ) from None
 
 
+def _check_types(config: Config) -> None:
+    for name, value, kind in _leaves(config):
+        allowed = tuple(typing.get_origin(k) or k for k in _alternatives(kind))
+        # An int is a valid float, but True is not a valid int.
+        accepted = (*allowed, int) if float in allowed else allowed
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
+            raise ConfigError(f"{name}: {value!r} is not {describe(kind)}")
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (name, value, type) of every leaf; an attribute outside the schema is an error."""
+    kinds = typing.get_type_hints(type(node))
+    for name, value in vars(node).items():
+        if name not in kinds:
+            raise unknown_field(name, kinds, parent=prefix.rstrip("."))
+        if dataclasses.is_dataclass(kinds[name]):
+            if not isinstance(value, kinds[name]):
+                raise ConfigError(f"{prefix}{name}: {value!r} is not {describe(kinds[name])}")
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value, kinds[name]
+
+
 def field_type(name: str) -> Any:
-    """Returns the type of a field such as "model.path"; raises ConfigError for an unknown one."""
+    """Returns the type of a field such as "model.path".
+
+    Raises:
+      ConfigError: There is no such field.
+    """
     kind: Any = Config
     for depth, part in enumerate(name.split(".")):
-        if kind is ConfigDict:
+        if typing.get_origin(kind) is dict:
             raise ConfigError(f"{name}: set the whole dictionary: \"{{'{part}': VALUE}}\"")
         fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if part not in fields:
@@ -190,7 +430,7 @@ def field_type(name: str) -> Any:
 
 
 def unknown_field(name: str, fields: Iterable[str], parent: str = "") -> ConfigError:
-    """The error for the field `name`, which is not among the `fields` of `parent`."""
+    """Returns the error for the field `name`, which is not among the `fields` of `parent`."""
     where = f"{parent}.{name}" if parent else name
     if not fields:
         return ConfigError(f"{where}: {parent} is a single value, it has no fields")
@@ -199,28 +439,24 @@ def unknown_field(name: str, fields: Iterable[str], parent: str = "") -> ConfigE
 
 
 def describe(kind: Any) -> str:
-    """Says in words which values a field of type `kind` takes."""
+    """Says in words which values a field of this type has."""
     words = {
         str: "text",
         int: "a whole number",
         float: "a number",
         bool: "true or false",
-        ConfigDict: "a dictionary",
+        dict: "a dictionary",
+        tuple: "a list of numbers",
         types.NoneType: "None",
     }
+    kinds = _alternatives(kind)
+    return " or ".join(words.get(typing.get_origin(k) or k) or f"a {k.__name__}" for k in kinds)
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Returns the types of a union, without their parameters' types for a dictionary."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return " or ".join(words.get(k, f"a {k.__name__}") for k in kinds)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The config as nested plain dictionaries, for JSON."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dict(value) if isinstance(value, ConfigDict) else value
-
-    return plain(config)
+    return tuple(dict if typing.get_origin(k) is dict else k for k in kinds)
 
 
 def _require_paths(config: Config) -> None:
@@ -231,36 +467,19 @@ def _require_paths(config: Config) -> None:
         )
     if config.data.path is None:
         raise ConfigError(
-            "data.path: missing; set --config.data.path to the text: a file, a folder or a glob"
+            "data.path: missing; set --config.data.path to the dataset: a file, a folder or a glob"
         )
 
 
 def _refuse_memory_options(config: Config) -> None:
-    if config.remat != "full":
-        raise ConfigError(
-            f"remat: {config.remat!r} is an option of the fused step; with fused=False it must be "
-            "full"
-        )
-    for name, value in vars(config.offload).items():
-        if value:
+    options = {"remat": (config.remat, "full")}
+    options |= {f"offload.{name}": (value, False) for name, value in vars(config.offload).items()}
+    for name, (value, default) in options.items():
+        if value != default:
             raise ConfigError(
-                f"offload.{name}: True is an option of the fused step; with fused=False it must be "
-                "False"
+                f"{name}: {value!r} is an option of the fused step; with fused=False it must be "
+                f"{default}"
             )
-
-
-def _walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (name, value, type) of every leaf; an attribute outside the schema is an error."""
-    kinds = typing.get_type_hints(type(node))
-    for name, value in vars(node).items():
-        if name not in kinds:
-            raise unknown_field(name, kinds, parent=prefix.rstrip("."))
-        if dataclasses.is_dataclass(kinds[name]):
-            if not isinstance(value, kinds[name]):
-                raise ConfigError(f"{prefix}{name}: {value!r} is not {describe(kinds[name])}")
-            yield from _walk(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value, kinds[name]
 
 
 def _positive(value: float) -> bool:
@@ -271,8 +490,8 @@ def _not_negative(value: float) -> bool:
     return 0 <= value < math.inf
 
 
-def _is_text(value: str) -> bool:
-    return value.encode(errors="replace").decode() == value  # of a shell's other bytes it is not
+def _is_unicode(value: str) -> bool:
+    return value.encode(errors="replace").decode() == value  # a shell may pass other bytes
 
 
 _POSITIVE = "a positive number"
@@ -280,11 +499,6 @@ _NOT_NEGATIVE = "0 or more"
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("model.init", INITS.__contains__, "one of " + ", ".join(INITS)),
     ("param_dtype", DTYPES.__contains__, "one of " + ", ".join(DTYPES)),
-    *(
-        (f"model.architecture.{f.name}", _positive, _POSITIVE)
-        for f in dataclasses.fields(Architecture)
-        if f.type is not bool
-    ),
     ("data.eval_fraction", lambda x: 0 < x < 1, "a fraction between 0 and 1, both excluded"),
     ("learning_rate", _positive, _POSITIVE),
     (
@@ -297,7 +511,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("clip_norm", _positive, _POSITIVE),
     ("skip_nonfinite", _not_negative, _NOT_NEGATIVE),
     ("rounding", ROUNDINGS.__contains__, "one of " + ", ".join(ROUNDINGS)),
-    ("remat", REMATS.__contains__, "one of " + ", ".join(REMATS)),
+    ("remat", REMAT_POLICIES.__contains__, "one of " + ", ".join(REMAT_POLICIES)),
     ("attention", ATTENTIONS.__contains__, "one of " + ", ".join(ATTENTIONS)),
     ("sequence_length", _positive, _POSITIVE),
     ("steps", _positive, _POSITIVE),
@@ -305,7 +519,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("eval_every", _not_negative, _NOT_NEGATIVE),
     ("eval_batches", _positive, _POSITIVE),
     ("log_every", _positive, _POSITIVE),
-    ("prompt", _is_text, "text in UTF-8"),
+    ("prompt", _is_unicode, "text in UTF-8"),
     ("prompt_tokens", _positive, _POSITIVE),
     ("wandb", bool, "the name of a project"),
     ("workdir", bool, "a folder"),

@@ -1,8 +1,10 @@
-"""The devices of a run: its processes, their mesh, and the part of a batch that each reads."""
+"""The devices of a run: its processes, their mesh, and the rows of a batch that each one reads."""
 
 import contextlib
+import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,46 +14,67 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lomo_jax import sharding
 from lomo_jax.errors import ConfigError, LostProcessError
-from lomo_jax.training.config import Config
+from lomo_jax.training.config import MeshConfig
 
-_SILENCE = 60  # seconds without a sign of life after which a process is taken for dead
+_HEARTBEAT_TIMEOUT = 60  # seconds without a heartbeat after which a process counts as dead
+
+
+def use_cpu_without_gpu(dev: Path = Path("/dev")) -> None:
+    """Selects the CPU where the CUDA wheels are installed, as for plans, and there is no GPU.
+
+    Otherwise JAX prints the traceback of its search for the GPU. It must be called before JAX first
+    uses a device. JAX_PLATFORMS takes precedence.
+
+    Args:
+      dev: The folder of device nodes.
+    """
+    has_wheels = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
+    has_gpu = any(dev.glob("nvidia*")) or (dev / "dxg").exists()  # dxg: WSL
+    if has_wheels and not has_gpu and not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the processes of a run together; does nothing where there is only one.
+    """Connects the processes of a run; does nothing if there is only one.
 
     Args:
-      coordinator: HOST:PORT where process 0 can be reached. None: as the environment says, that of
-        SLURM, Open MPI or Kubernetes.
-      num_processes: how many there are.
-      process_id: which of them this one is, from 0.
+      coordinator: HOST:PORT where process 0 listens. None: as the environment of SLURM, Open MPI
+        or Kubernetes says.
+      num_processes: Number of processes.
+      process_id: Index of this one, from 0.
 
     Raises:
-      ConfigError: the three are not given together, or the others cannot be reached.
+      ConfigError: Some of the three are missing, or the other processes cannot be reached.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes}
     given["--process_id"] = process_id
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise ConfigError(
-            f"{missing[0]}: missing; a run of several processes takes {', '.join(given)} in each, "
+            f"{missing[0]}: missing; a run of several processes needs {', '.join(given)} in each, "
             "or none of them under srun, mpirun or in an indexed Job of Kubernetes"
         )
     if missing and not _is_launched():
         return
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=_SILENCE
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"--coordinator: the processes did not come together: {str(error).splitlines()[0]}"
+            f"--coordinator: the processes could not connect: {str(error).splitlines()[0]}"
         ) from error
 
 
+def _is_launched() -> bool:
+    """Whether srun, mpirun or an indexed Job of Kubernetes started several processes."""
+    sizes = (os.environ.get(name) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return any(int(size or 1) > 1 for size in sizes) or "JOB_COMPLETION_INDEX" in os.environ
+
+
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Turns the failure of an operation of all processes into `LostProcessError`."""
+def lost_process_errors() -> Iterator[None]:
+    """Turns the failure of a collective operation into `LostProcessError`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -59,60 +82,68 @@ def together() -> Iterator[None]:
             raise
         why = str(error).splitlines()[0].split(" [type.")[0]
         raise LostProcessError(
-            f"process {jax.process_index()} of {jax.process_count()} has lost another one: look in "
-            f"what the others printed for the error, then start all of them again ({why})"
+            f"process {jax.process_index()} of {jax.process_count()} has lost another one: read "
+            f"the error that the others printed, then start all of them again ({why})"
         ) from error
 
 
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come here, to `what`."""
+def wait_for_all(name: str) -> None:
+    """Returns when every process has reached this barrier."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
-def _is_launched() -> bool:
-    """Whether srun, mpirun or Kubernetes, as an indexed Job, started several processes."""
-    sizes = (os.environ.get(name) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    return any(int(size or 1) > 1 for size in sizes) or "JOB_COMPLETION_INDEX" in os.environ
+def agree(condition: bool) -> bool:
+    """Whether a condition holds in all processes; all of them must call this."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.array(condition)).all())
 
 
-def make_mesh(config: Config) -> Mesh:
+def first_says(condition: bool) -> bool:
+    """Whether a condition holds in the first process; all of them must call this."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.broadcast_one_to_all(np.array(condition)))
+
+
+def make_mesh(sizes: MeshConfig, batch_size: int, microbatches: int) -> Mesh:
     """Returns the mesh of all devices of all processes.
 
     Raises:
-      ConfigError: There are too few or too many devices for `config.mesh`, or the batch cannot be
-        divided among them.
+      ConfigError: There are too few or too many devices for the sizes, or the batch cannot be
+        sharded over them.
     """
     try:
-        mesh = sharding.make_mesh(**vars(config.mesh))
+        mesh = sharding.make_mesh(**vars(sizes))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if jax.process_count() > 1 and mesh.size < jax.device_count():
         raise ConfigError(
             f"mesh: it has {mesh.size} devices and the processes {jax.device_count()}; set one "
-            "size to -1, for those that are left"
+            "size to -1 to use them all"
         )
-    check_batch(config, mesh)
+    check_batch(mesh, batch_size, microbatches)
     return mesh
 
 
-def check_batch(config: Config, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError if a microbatch cannot be divided among the devices."""
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, microbatches: int) -> None:
+    """Raises ConfigError if a microbatch cannot be sharded evenly over the devices."""
     sizes = {name: mesh.shape[name] for name in sharding.BATCH}
     parts = int(np.prod(list(sizes.values())))
-    rows = config.batch_size // config.microbatches
+    rows = batch_size // microbatches
     if rows % parts:
-        each = f" in microbatches={config.microbatches}" if config.microbatches > 1 else ""
+        of = f"batch_size / microbatches = {rows}" if microbatches > 1 else f"{batch_size}"
         axes = " * ".join(f"mesh.{name}={size}" for name, size in sizes.items())
-        fits = -(-rows // parts) * parts * config.microbatches
+        fits = -(-rows // parts) * parts * microbatches
         raise ConfigError(
-            f"batch_size: {config.batch_size}{each} is not divided by the {parts} devices of "
-            f"{axes}; set --config.batch_size={fits}, or a larger mesh.tensor: it divides no batch"
+            f"batch_size: {of} must be a multiple of {axes} = {parts} devices; use "
+            f"--config.batch_size={fits}, or raise mesh.tensor"
         )
 
 
 def describe(mesh: Mesh) -> str:
-    """Says in a line which devices there are."""
+    """Describes the devices in a line."""
     kind, processes = mesh.devices.flat[0].device_kind, jax.process_count()
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     of = f" of {processes} processes" if processes > 1 else ""
@@ -120,44 +151,40 @@ def describe(mesh: Mesh) -> str:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Says how a batch is divided: by its rows."""
+    """Returns the sharding of a batch [B, T]: over its rows."""
     return NamedSharding(mesh, PartitionSpec(sharding.BATCH, None))
 
 
-def rows_here(config: Config, mesh: Mesh) -> list[int]:
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Returns the rows of a batch that the devices of this process hold."""
-    shape = (config.batch_size, config.sequence_length)
-    indices: Any = batch_sharding(mesh).addressable_devices_indices_map(shape).values()
-    every = range(config.batch_size)
+    indices: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1)).values()
+    every = range(batch_size)
     return sorted({row for rows, _ in indices for row in every[rows]})
 
 
-def sender(config: Config, mesh: Mesh, rows: Sequence[int]) -> Callable[[Mapping[str, Any]], Any]:
-    """Returns what sends the rows of a batch that this process has read to its devices.
+def batch_sender(
+    mesh: Mesh, batch_size: int, sequence_length: int
+) -> Callable[[Mapping[str, Any]], Any]:
+    """Returns a function that sends the rows of a batch to the devices.
 
-    Args:
-      config: Of the run.
-      mesh: Of all devices.
-      rows: Of `rows_here`.
-
-    Returns:
-      A function from arrays of these rows, by name, to global arrays of the whole batch.
+    It maps arrays [local rows, T], by name, to global arrays [B, T]. The local rows are those of
+    `local_rows`.
     """
-    shape, divided = (config.batch_size, config.sequence_length), batch_sharding(mesh)
-    here = {row: place for place, row in enumerate(rows)}
-    indices: Any = divided.addressable_devices_indices_map(shape)
+    shape, sharded = (batch_size, sequence_length), batch_sharding(mesh)
+    local = {row: index for index, row in enumerate(local_rows(mesh, batch_size))}
+    indices: Any = sharded.addressable_devices_indices_map(shape)
     places = {
-        device: [here[row] for row in range(config.batch_size)[index[0]]]
+        device: [local[row] for row in range(batch_size)[index[0]]]
         for device, index in indices.items()
     }
 
     def send(batch: Mapping[str, Any]) -> Any:
-        # All at once, as each transfer takes time of the host's. Not make_array_from_callback: its
-        # transfers are implicit, which a transfer guard refuses.
+        # One call for all arrays: each transfer takes time of the host. Not
+        # make_array_from_callback: a transfer guard refuses its implicit transfers.
         parts = {name: [x[part] for part in places.values()] for name, x in batch.items()}
         sent: Any = jax.device_put(parts, {name: list(places) for name in batch})
         return {
-            name: jax.make_array_from_single_device_arrays(shape, divided, sent[name])
+            name: jax.make_array_from_single_device_arrays(shape, sharded, sent[name])
             for name in batch
         }
 

@@ -1,25 +1,29 @@
-"""The held-out loss, and a sample of what the model writes."""
+"""Evaluation: the held-out loss, and a sample of the model's text."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from transformers import PreTrainedTokenizerBase
 
 from lomo_jax import models
 from lomo_jax.data import Batch
 from lomo_jax.fused.microbatches import split
 from lomo_jax.training.model import Model
 
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
+
 
 class Evaluation(NamedTuple):
     """Means over the held-out tokens."""
 
-    loss: float  # nats a token
-    accuracy: float  # share of the tokens that the model found likeliest
+    loss: float  # nats per token
+    accuracy: float  # fraction of the tokens that the model ranks first
 
 
 def make_evaluate(
@@ -27,13 +31,19 @@ def make_evaluate(
     batches: Sequence[Batch],
     send: Callable[[Batch], Any],
     microbatches: int = 1,
-    is_over: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Callable[[nnx.State], Evaluation | None]:
-    """Returns a function from parameters to their evaluation on all of `batches`.
+    """Returns a function that evaluates parameters.
 
-    It sends a batch to the devices when it is its turn, and asks `is_over` then: if so it gives up,
-    with None. A batch goes through the model in as many parts as in a step, which may be as many as
-    there is room for.
+    Args:
+      model: The model.
+      batches: Held-out batches in host memory.
+      send: Sends a batch to the devices.
+      microbatches: Parts in which a batch runs through the model; there may be no room for more.
+      should_stop: Asked before each batch; if it says so the evaluation is abandoned.
+
+    Returns:
+      A function from parameters to their `Evaluation`, or None if it was abandoned.
     """
 
     @jax.jit
@@ -47,14 +57,14 @@ def make_evaluate(
         return jax.lax.map(of_part, split(batch, microbatches)).sum(0)
 
     def evaluate(params: nnx.State) -> Evaluation | None:
-        under_way: list[jax.Array] = []
+        running: list[jax.Array] = []
         for batch in batches:
-            if is_over():
+            if should_stop():
                 return None
-            under_way.append(sums(params, send(batch)))
-            # The next batch computes while this one is waited for, and no more are under way.
-            jax.block_until_ready(under_way[-2:-1])
-        loss, accuracy, weight = np.sum(jax.device_get(under_way), axis=0)
+            running.append(sums(params, send(batch)))
+            # At most two batches at a time: the next one runs while the host waits for this one.
+            jax.block_until_ready(running[-2:-1])
+        loss, accuracy, weight = np.sum(jax.device_get(running), axis=0)
         return Evaluation(float(loss / weight), float(accuracy / weight))
 
     return evaluate
@@ -67,11 +77,11 @@ def continue_prompt(
     prompt: str,
     max_new_tokens: int,
 ) -> str:
-    """Returns the likeliest continuation of `prompt`, as far as the end of its text."""
+    """Returns the greedy continuation of `prompt`, up to the end-of-text token."""
     tokens = tokenizer(prompt)["input_ids"]
     end = tokenizer.eos_token_id
-    if tokens[-1] == end:  # some tokenizers end every text, which would leave nothing to continue
+    if tokens[-1] == end:  # some tokenizers append it, which would leave nothing to continue
         tokens = tokens[:-1]
-    written = models.generate(model.graphdef, params, np.array([tokens]), max_new_tokens)
-    new = written[0, len(tokens) :].tolist()
+    generated = models.generate(model.graphdef, params, np.array([tokens]), max_new_tokens)
+    new = generated[0, len(tokens) :].tolist()
     return str(tokenizer.decode(new[: new.index(end)] if end in new else new))

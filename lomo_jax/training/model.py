@@ -1,78 +1,85 @@
-"""The model that a run trains."""
+"""The model that a run trains, its weights at the start and its tokenizer."""
+
+from __future__ import annotations
 
 import itertools
 import os
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lomo_jax import models, run_files, sharding
 from lomo_jax.data import package_path
 from lomo_jax.errors import ConfigError
 from lomo_jax.losses import Metrics, next_token_loss
 from lomo_jax.training import workdir
-from lomo_jax.training.config import Config
+from lomo_jax.training.config import ModelConfig
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
 
 _PACKAGE = "package://"
 
 
 class Model(NamedTuple):
-    """A model apart from its weights, which change."""
+    """A model without its weights."""
 
     config: models.LlamaConfig
     graphdef: nnx.GraphDef[models.Llama]
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
-        """Returns the mean next-token loss of a `data.Batch`, and what it counted."""
+        """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight."""
         model = nnx.merge(self.graphdef, params)
         x_BxTxD = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
         return next_token_loss(x_BxTxD, model.head(), batch["targets"], batch["weights"])
 
 
 def abstract(
-    config: Config,
-    capability: tuple[int, int] | None,
+    source: ModelConfig,
+    param_dtype: str,
+    sequence_length: int,
+    attention: str = "auto",
+    *,
+    capability: tuple[int, int] | None = None,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> tuple[Model, nnx.State]:
-    """Builds the model, and reads or computes no weights.
+    """Builds the model without reading or computing weights.
 
     Args:
-      config: A validated config. Without a checkpoint the model is of `config.model.architecture`.
+      source: Where the model comes from. Without a checkpoint it has `source.architecture`.
+      param_dtype: Of the weights.
+      sequence_length: Tokens in a row of a batch.
+      attention: "auto", "xla" or "cudnn".
       capability: The compute capability of the NVIDIA GPU to run on, None for another device.
-      mesh: Of the devices to run on; None for the default device.
+      mesh: The devices to run on; None for the default device.
 
     Returns:
-      The model, and its weights as `jax.ShapeDtypeStruct`, divided among the devices.
+      The model, and its weights as `jax.ShapeDtypeStruct`, sharded over the devices.
 
     Raises:
       ConfigError: The model is too short for `sequence_length`, or the model or the GPU does not
-        go with `attention`, `param_dtype` or `mesh`.
-      FileNotFoundError: The checkpoint does not exist.
-      ValueError: The checkpoint's shape is damaged or not supported.
+        support `attention`, `param_dtype` or `mesh`.
+      UserError: The checkpoint does not exist, is damaged or is not supported.
     """
-    source = config.model
     if source.init == "checkpoint" and source.path is not None:
         shape = models.load_config(_hf_path(source.path))
     else:
-        shape = models.LlamaConfig(**vars(source.architecture))
-    if config.sequence_length > shape.max_length:
+        shape = source.architecture
+    if sequence_length > shape.max_length:
         raise ConfigError(
-            f"sequence_length: {config.sequence_length} is longer than the model allows, "
+            f"sequence_length: {sequence_length} is longer than the model allows, "
             f"{shape.max_length} tokens; lower it"
         )
-    attention = _attention(config, shape.head_dim, capability)
-    if config.param_dtype == "bfloat16" and capability is not None and capability < (8, 0):
+    attention = _attention(attention, param_dtype, shape.head_dim, sequence_length, capability)
+    if param_dtype == "bfloat16" and capability is not None and capability < (8, 0):
         raise ConfigError(
-            "param_dtype: 'bfloat16' takes a GPU from Ampere on; set --config.param_dtype=float16 "
-            "--config.dynamic_loss_scale=true"
+            "param_dtype: 'bfloat16' needs an Ampere GPU or newer; set "
+            "--config.param_dtype=float16 --config.dynamic_loss_scale=true"
         )
-    graphdef, params = models.abstract(shape, jnp.dtype(config.param_dtype), attention)
+    graphdef, params = models.abstract(shape, jnp.dtype(param_dtype), attention)
     if mesh is not None:
         try:
             params = sharding.with_shardings(params, models.shardings(shape, params, mesh))
@@ -81,31 +88,35 @@ def abstract(
     return Model(shape, graphdef), params
 
 
-def load_params(config: Config, model: Model, mesh: Mesh | None = None) -> nnx.State:
-    """Reads the checkpoint, or draws random weights.
+def load_params(
+    source: ModelConfig,
+    model: Model,
+    param_dtype: str,
+    *,
+    seed: int = 0,
+    on_host: bool = False,
+    mesh: Mesh | None = None,
+) -> nnx.State:
+    """Reads the weights of the checkpoint, or draws random ones.
 
     Args:
-      config: A validated config.
+      source: Where the weights come from.
       model: Of `abstract`.
-      mesh: Of the devices among which the weights are divided; None for the default device.
-
-    Returns:
-      The weights in `config.param_dtype`; in host memory with `config.offload.params`, where they
-      go without passing through the device's as a whole.
+      param_dtype: Of the weights.
+      seed: Of random weights.
+      on_host: Whether they go to host memory, without passing through device memory as a whole.
+      mesh: The devices over which they are sharded; None for the default device.
 
     Raises:
-      FileNotFoundError: The checkpoint or one of its files does not exist.
-      ValueError: The checkpoint is damaged or not supported.
+      UserError: The checkpoint or one of its files does not exist, is damaged or is not supported.
     """
-    dtype, on_host = jnp.dtype(config.param_dtype), config.offload.params
-    if config.model.init == "random":
-        return models.init_layer_by_layer(
-            model.config, config.seed, dtype, on_host=on_host, mesh=mesh
-        )
-    assert config.model.path is not None, "validate() asks for it"
-    run = workdir.locate(config.model.path)
+    dtype = jnp.dtype(param_dtype)
+    if source.init == "random":
+        return models.init_layer_by_layer(model.config, seed, dtype, on_host=on_host, mesh=mesh)
+    assert source.path is not None, "validate() requires it"
+    run = workdir.locate(source.path)
     if run is None:
-        return models.load(resolve(config.model.path), dtype, on_host=on_host, mesh=mesh)[1]
+        return models.load(resolve(source.path), dtype, on_host=on_host, mesh=mesh)[1]
     from lomo_jax.training import checkpoint  # slow to import, and a plan needs no weights
 
     shapes = models.abstract(model.config, dtype)[1]
@@ -114,75 +125,100 @@ def load_params(config: Config, model: Model, mesh: Mesh | None = None) -> nnx.S
     return checkpoint.read_params(*run, on_host_like(shapes) if on_host else shapes)[0]
 
 
-def load_tokenizer(config: Config, model: Model) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer that stands beside the checkpoint; without a path, a token is a byte.
+def load_tokenizer(path: str | None, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer of a model; without a path, a token is a byte.
+
+    Args:
+      path: As `ModelConfig.path`.
+      vocab_size: Of the model.
 
     Raises:
-      ConfigError: The model is smaller than the tokenizer's vocabulary.
-      FileNotFoundError, ValueError: The files are not there or damaged.
+      ConfigError: The vocabulary of the tokenizer is larger than the model's.
+      UserError: The files do not exist or are damaged.
     """
-    path = None if config.model.path is None else _hf_path(config.model.path)
-    tokenizer = _byte_tokenizer() if path is None else models.tokenizer(path)
-    if len(tokenizer) > model.config.vocab_size:
+    tokenizer = _byte_tokenizer() if path is None else models.tokenizer(_hf_path(path))
+    if len(tokenizer) > vocab_size:
         raise ConfigError(
-            f"model: the tokenizer has {len(tokenizer)} tokens, but the model only "
-            f"{model.config.vocab_size}; use the tokenizer that the model was trained with"
+            f"model: the tokenizer has {len(tokenizer)} tokens, but the model only {vocab_size}; "
+            "use the tokenizer that the model was trained with"
         )
     return tokenizer
 
 
+def check_prompt(
+    prompt: str, prompt_tokens: int, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> None:
+    """Raises ConfigError if prompt and sample together are longer than the model allows."""
+    tokens = len(tokenizer(prompt)["input_ids"]) if prompt else 0
+    if tokens and tokens + prompt_tokens > max_length:
+        raise ConfigError(
+            f"prompt: its {tokens} tokens and prompt_tokens={prompt_tokens} are more than the "
+            f"model allows, {max_length}; shorten it"
+        )
+
+
 def compute_capability() -> tuple[int, int] | None:
-    """Returns that of the NVIDIA GPU that JAX runs on; None on any other device."""
+    """Returns the compute capability of the NVIDIA GPU that JAX runs on; None on other devices."""
     capability = getattr(jax.devices()[0], "compute_capability", "")
-    # Of an AMD GPU it is a name, such as gfx942.
+    # On an AMD GPU it is a name, such as gfx942.
     major, _, minor = str(capability).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def resolve(path: str) -> str:
-    """Returns the path on disk; package://NAME/PATH lies in the installed package NAME."""
+    """Returns the path on disk; package://NAME/PATH is in the installed package NAME."""
     if not path.startswith(_PACKAGE):
         return os.path.expanduser(path)
     return package_path(*path.removeprefix(_PACKAGE).split("/"))
 
 
 def on_host_like(shapes: Any) -> Any:
-    """Returns shapes with shardings, of the same arrays in host memory."""
+    """Returns the same shapes with shardings in host memory."""
     kinds = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), shapes)
     return sharding.with_shardings(shapes, kinds)
 
 
 def _hf_path(path: str) -> str:
-    """Returns where config.json and tokenizer lie: of a run's checkpoint, in its workdir."""
+    """Returns the folder of config.json and tokenizer; for a checkpoint, its run's."""
     run = workdir.locate(path)
     return resolve(path) if run is None else str(run[0] / run_files.MODEL)
 
 
-def _attention(config: Config, head_dim: int, capability: tuple[int, int] | None) -> str:
-    """Returns the implementation to use, "cudnn" wherever `config.attention` and cuDNN allow it."""
-    # What cuDNN's flash attention asks for. cuDNN itself is there: JAX finds no NVIDIA GPU and
-    # compiles for none without it.
+def _attention(
+    attention: str,
+    param_dtype: str,
+    head_dim: int,
+    sequence_length: int,
+    capability: tuple[int, int] | None,
+) -> str:
+    """Returns the implementation to use; for "auto" cuDNN's wherever cuDNN supports it."""
+    # Requirements of cuDNN's flash attention. cuDNN itself is always installed: without it JAX
+    # neither finds an NVIDIA GPU nor compiles for one.
     obstacles = {
         "there is no NVIDIA GPU": capability is None,
         "the GPU is older than Ampere": capability is not None and capability < (8, 0),
-        f"param_dtype={config.param_dtype}": config.param_dtype not in ("bfloat16", "float16"),
+        f"param_dtype={param_dtype}": param_dtype not in ("bfloat16", "float16"),
         f"the model has head_dim={head_dim}": head_dim > 128 or head_dim % 8 != 0,
-        f"sequence_length={config.sequence_length} is odd": config.sequence_length % 2 != 0,
+        f"sequence_length={sequence_length} is odd": sequence_length % 2 != 0,
     }
     why_not = next(itertools.compress(obstacles, obstacles.values()), None)
-    if config.attention == "cudnn" and why_not is not None:
+    if attention == "cudnn" and why_not is not None:
         raise ConfigError(
-            f"attention: 'cudnn' cannot be, {why_not}; it takes a GPU from Ampere on, bfloat16 or "
-            "float16, head_dim a multiple of 8 up to 128 and an even sequence_length; leave it at "
-            "auto"
+            f"attention: 'cudnn' is not possible, {why_not}; it needs an Ampere GPU or newer, "
+            "bfloat16 or float16, head_dim a multiple of 8 up to 128 and an even sequence_length; "
+            "set auto"
         )
-    if config.attention == "auto":
+    if attention == "auto":
         return "xla" if why_not is not None else "cudnn"
-    return config.attention
+    return attention
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer that needs no training: a token is a byte, or the end of the text."""
+def _byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Returns a tokenizer that needs no training: a token is a byte, or the end of a document."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
     end = "<|endoftext|>"
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = {token: index for index, token in enumerate([end, *bytes_])}

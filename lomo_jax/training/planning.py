@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator
@@ -12,7 +10,8 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 
 from lomo_jax import sharding
 from lomo_jax.errors import ConfigError, OutOfMemoryError, UserError
@@ -22,7 +21,7 @@ from lomo_jax.plan import make_mesh as make_plan_mesh
 from lomo_jax.plan.memory import PARTS, Buffer, argument_buffers, temporary_buffers
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.config import Config, MeshConfig
-from lomo_jax.training.devices import check_batch, make_mesh, sender
+from lomo_jax.training.devices import batch_sender, check_batch, make_mesh
 from lomo_jax.training.model import Model
 from lomo_jax.training.step import batch_shapes, layer_inputs, make_step
 
@@ -74,10 +73,11 @@ def compile_run(
     sizes = mesh_shape(config.mesh, devices)
     # Problems of the run are reported before a missing compiler.
     mesh = sharding.abstract_mesh(sizes)
-    check_batch(config, mesh)
-    model, params = model_lib.abstract(config, gpu.compute_capability, mesh)
-    step, inputs = make_step(config, model), layer_inputs(config, model, mesh)
-    batch = batch_shapes(config, mesh)
+    check_batch(mesh, config.batch_size, config.microbatches)
+    model, params = _abstract_model(config, gpu, mesh)
+    step = make_step(config, model)
+    batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
+    inputs = layer_inputs(batch, model, config.param_dtype)
     plan_mesh = make_plan_mesh(gpu, *sizes)
     executable, state = compile_step(step, params, batch, plan_mesh, compiler_options)
     plan = read_memory(
@@ -88,10 +88,10 @@ def compile_run(
         device_gib=gpu.memory_gib,
         usable_gib=gpu.usable_gib,
         layer_inputs=inputs,
-        offload=step.offloads,
+        offload=step.offload,
         devices=plan_mesh.size,
     )
-    return CompiledRun(plan, executable, params, state, step.offloads, inputs)
+    return CompiledRun(plan, executable, params, state, step.offload, inputs)
 
 
 def mesh_shape(mesh: MeshConfig, devices: int | None) -> tuple[int, int, int]:
@@ -131,14 +131,15 @@ def plan_step(
     state: Any,
 ) -> MemoryPlan:
     """Returns the plan of a step that is compiled for the devices of this process."""
+    batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
     return read_memory(
         compiled,
         params,
         state,
         gpu=jax.local_devices()[0].device_kind,
         usable_gib=_usable_gib(),
-        layer_inputs=layer_inputs(config, model, mesh),
-        offload=Offload(**vars(config.offload)),
+        layer_inputs=layer_inputs(batch, model, config.param_dtype),
+        offload=config.offload,
         devices=mesh.size,
     )
 
@@ -180,15 +181,6 @@ def memory_savings(config: Config, devices: int, *, state_gib: float = 0.0) -> I
         yield {"batch_size": config.batch_size // 2}
     if config.sequence_length % 2 == 0:
         yield {"sequence_length": config.sequence_length // 2}
-
-
-def with_changes(config: Config, changes: Changes) -> Config:
-    """Returns a copy of a config with changes applied."""
-    changed = copy.deepcopy(config)
-    for name, value in changes.items():
-        *parents, field = name.split(".")
-        setattr(functools.reduce(getattr, parents, changed), field, value)
-    return changed
 
 
 def as_flags(changes: Changes) -> str:
@@ -253,23 +245,38 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
             f"--measure: this machine has no {gpu.device_kind}, JAX runs on {device.device_kind}; "
             "leave --measure out to plan only"
         )
-    mesh = make_mesh(config)
+    mesh = make_mesh(config.mesh, config.batch_size, config.microbatches)
     with jax.set_mesh(mesh):
-        model, _ = model_lib.abstract(config, gpu.compute_capability, mesh)
+        model, _ = _abstract_model(config, gpu, mesh)
         source = dataclasses.replace(config.model, init="random")
-        params = model_lib.load_params(dataclasses.replace(config, model=source), model, mesh)
-        step, shapes = make_step(config, model), batch_shapes(config, mesh)
+        params = model_lib.load_params(
+            source, model, config.param_dtype, on_host=config.offload.params, mesh=mesh
+        )
+        step = make_step(config, model)
+        shapes = batch_shapes(config.batch_size, config.sequence_length, mesh)
         tokens = np.random.default_rng(0).integers(
             model.config.vocab_size, size=shapes["tokens"].shape, dtype=np.int32
         )
         batch = {name: np.ones(x.shape, x.dtype) for name, x in shapes.items()}
-        batch = sender(config, mesh, range(config.batch_size))(batch | {"tokens": tokens})
+        send = batch_sender(mesh, config.batch_size, config.sequence_length)
+        batch = send(batch | {"tokens": tokens})
         state = jax.jit(lambda params: step.init(params, shapes))(params)
         run = jax.jit(step, donate_argnums=(0, 1))
         for _ in range(steps):
             params, state, out = run(params, state, batch)
             out.loss.block_until_ready()
     return (device.memory_stats() or {})["peak_bytes_in_use"] / 2**30
+
+
+def _abstract_model(config: Config, gpu: GPU, mesh: Mesh | AbstractMesh) -> tuple[Model, nnx.State]:
+    return model_lib.abstract(
+        config.model,
+        config.param_dtype,
+        config.sequence_length,
+        config.attention,
+        capability=gpu.compute_capability,
+        mesh=mesh,
+    )
 
 
 def _usable_gib() -> float | None:

@@ -1,127 +1,186 @@
-"""Where a run starts.
+"""Resuming a run: which checkpoint, whether it is of the same run, and reading it.
 
-There are three places, tried in this order:
+A run starts from the first of these that there is:
 
-1. the last whole checkpoint in `workdir`, unless `resume` is "never";
+1. the last intact checkpoint in `workdir`, unless `resume` is "never";
 2. the weights at `model.path`: a Hugging Face directory, a .gguf file, or another run's checkpoint;
 3. random weights, if `model.init` is "random".
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
+import lomo_jax
 from lomo_jax.errors import CheckpointError, ConfigError
 from lomo_jax.training import workdir as workdir_lib
-from lomo_jax.training.checkpoint import Checkpoints, Facts
-from lomo_jax.training.config import Config, to_dict
+from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints
+from lomo_jax.training.log import Display
 
-# With another value of these a run would not be the same: its weights, state or position in the
-# text would mean something else. The text itself is compared by its fingerprint.
-_OF_THE_RUN = (
+# With another value of these it is another run: its weights, its state or its position in the
+# dataset would have another meaning. The dataset itself is compared by its fingerprint.
+IDENTITY_FIELDS = (
     *("model", "optimizer", "optimizer_kwargs", "param_dtype", "seed"),
     *("batch_size", "sequence_length", "data.eval_fraction"),
 )
-# Where things lie, and how often a person is told: nothing that comes of it.
-_UNTOLD = ("workdir", "resume", "data.path", "data.text_key", "wandb")
+# Changes of these are not logged: they do not affect the result.
+SILENT_FIELDS = ("workdir", "resume", "data.path", "data.text_key", "wandb")
 
 
-def candidates(
-    config: Config, checkpoints: Checkpoints, warn: Callable[[str], None]
-) -> Iterator[Facts]:
-    """Yields the checkpoints to go on from, the last one first.
-
-    A damaged one is told to `warn` and passed over.
-
-    Raises:
-      ConfigError: There is none and has to be, or the config is of another run.
-      CheckpointError: There are some, and the caller could use none.
-    """
-    steps = [] if config.resume == "never" else checkpoints.steps()
-    if not steps and config.resume == "must":
-        raise ConfigError(
-            f"resume: 'must', but {config.workdir!r} has no checkpoint; set --config.workdir to "
-            "that of the run, or --config.resume=auto to start one"
-        )
-    for step in steps:
-        try:
-            facts = checkpoints.facts(step)
-        except CheckpointError as error:
-            warn(f"{error}; trying the one before")
-            continue
-        check_same_run(facts.config, config)
-        if step > config.steps:
-            raise ConfigError(
-                f"steps: {config.steps}, but the checkpoint in {config.workdir!r} is of step "
-                f"{step}; raise it, or export that step with python -m lomo_jax.export"
-            )
-        yield facts
-    if steps:
-        raise CheckpointError(
-            f"{config.workdir!r} has no checkpoint that can be read, of steps "
-            f"{', '.join(map(str, steps))}; start anew with --config.resume=never, which moves "
-            "them aside, or in another --config.workdir"
-        )
-
-
-def check_same_run(saved: dict[str, Any], config: Config) -> None:
-    """Raises ConfigError, with both values, if a checkpoint is of another model, optimizer or data.
+def find_checkpoint(
+    checkpoints: Checkpoints, config: dict[str, Any], display: Display, before: int | None = None
+) -> CheckpointMetadata | None:
+    """Returns the metadata of the last readable checkpoint; None for a new run.
 
     Args:
-      saved: The config of the checkpoint.
-      config: That of the run.
+      checkpoints: Of the workdir.
+      config: Of the run, of `config.to_dict`.
+      display: Warns about damaged checkpoints.
+      before: Only consider checkpoints of earlier steps than this.
+
+    Raises:
+      ConfigError: There is none and `resume` is "must", or it is of another run.
+      CheckpointError: There are checkpoints, and all are damaged.
     """
-    for name, (before, now) in _differences(saved, config).items():
-        if any(name == own or name.startswith(f"{own}.") for own in _OF_THE_RUN):
+    steps = [] if config["resume"] == "never" else checkpoints.steps()
+    if not steps:
+        if config["resume"] == "must":
             raise ConfigError(
-                f"{name}: {now!r}, but the checkpoint in {config.workdir!r} is of a run with "
-                f"{before!r}; set it back, or another --config.workdir for another run"
+                f"resume: 'must', but {config['workdir']!r} has no checkpoint; set "
+                "--config.workdir to that of the run, or --config.resume=auto to start one"
             )
-
-
-def check_same_text(facts: Facts, config: Config, fingerprint: str) -> None:
-    """Raises ConfigError if the text is not what the checkpoint was trained on."""
-    if fingerprint == facts.text:
-        return
-    before, now = facts.config["data"], to_dict(config)["data"]
-    name = next((f"data.{key}" for key in before if before[key] != now.get(key)), None)
-    if name is None:
-        what = f"data.path: the text at {now['path']!r} has changed since the checkpoint"
-    else:
-        key = name.removeprefix("data.")
-        what = f"{name}: {now[key]!r} is other text than {before[key]!r}, that of the checkpoint"
-    raise ConfigError(
-        f"{what} in {config.workdir!r}: the place of the run in it is lost; bring it back, or "
-        "start another run, in another --config.workdir, with "
-        f"--config.model.path={config.workdir} --config.model.init=checkpoint"
+        return None
+    for step in steps:
+        if before is not None and step >= before:
+            continue
+        try:
+            metadata = checkpoints.metadata(step)
+        except CheckpointError as error:
+            display.warn(f"{error}; trying the previous one")
+            continue
+        check_same_run(metadata.config, config)
+        if step > config["steps"]:
+            raise ConfigError(
+                f"steps: {config['steps']}, but the checkpoint in {config['workdir']!r} is of step "
+                f"{step}; raise it, or export that step with lomo-jax export"
+            )
+        return metadata
+    raise CheckpointError(
+        f"{config['workdir']!r} has no readable checkpoint among the steps "
+        f"{', '.join(map(str, steps))}; start anew with --config.resume=never, which moves "
+        "them aside, or in another --config.workdir"
     )
 
 
-def changes(facts: Facts, config: Config) -> list[str]:
-    """Says what else is set to other values than in the checkpoint, one line each."""
+def restore(
+    checkpoints: Checkpoints,
+    metadata: CheckpointMetadata,
+    config: dict[str, Any],
+    params: nnx.State,
+    state: lomo_jax.StepState,
+    display: Display,
+) -> tuple[CheckpointMetadata, nnx.State, lomo_jax.StepState]:
+    """Reads a checkpoint, or the last intact one before it, and logs what changed since.
+
+    Args:
+      checkpoints: Of the workdir.
+      metadata: Of `find_checkpoint`.
+      config: Of the run, of `config.to_dict`.
+      params: The parameters as `jax.ShapeDtypeStruct` with their shardings.
+      state: The state of the step, likewise.
+      display: Shows the lines.
+
+    Returns:
+      The metadata of the checkpoint that was read, the parameters, and the state, in which parts
+      that must be initialised are None.
+
+    Raises:
+      CheckpointError: All checkpoints are damaged.
+    """
+    while True:
+        try:
+            restored, restored_state = checkpoints.restore(metadata, params, state)
+            break
+        except CheckpointError as error:
+            display.warn(f"{error}; trying the previous one")
+            previous = find_checkpoint(checkpoints, config, display, metadata.progress.step)
+            assert previous is not None, "there are checkpoints"
+            metadata = previous
+    if metadata.config["dynamic_loss_scale"] != config["dynamic_loss_scale"]:
+        restored_state = restored_state._replace(loss_scale=None)  # skip_nonfinite's is always 1
+    progress = metadata.progress
+    if metadata.config["eval_batches"] != config["eval_batches"]:
+        progress.best = progress.best_step = None  # losses on other batches cannot be compared
+    damaged = [step for step in checkpoints.steps() if step > progress.step]
+    if damaged:
+        checkpoints.set_aside(damaged)
+    for change in changes(metadata, config):
+        display.line("changed", change)
+    display.line("resumed", f"after step {progress.step} of {config['steps']}")
+    return metadata, restored, restored_state
+
+
+def check_same_run(saved: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises ConfigError, with both values, if one of `IDENTITY_FIELDS` differs.
+
+    Args:
+      saved: The config in the checkpoint.
+      config: Of the run.
+    """
+    for name, (before, now) in _differences(saved, config).items():
+        if any(name == own or name.startswith(f"{own}.") for own in IDENTITY_FIELDS):
+            raise ConfigError(
+                f"{name}: {now!r}, but the checkpoint in {config['workdir']!r} is of a run with "
+                f"{before!r}; set it back, or use another --config.workdir"
+            )
+
+
+def check_same_dataset(
+    metadata: CheckpointMetadata, config: dict[str, Any], fingerprint: str
+) -> None:
+    """Raises ConfigError if the dataset is not the one of the checkpoint."""
+    if fingerprint == metadata.dataset:
+        return
+    before, now = metadata.config["data"], config["data"]
+    name = next((key for key in before if before[key] != now.get(key)), None)
+    if name is None:
+        what = f"data.path: the dataset at {now['path']!r} has changed since the checkpoint"
+    else:
+        what = (
+            f"data.{name}: {now[name]!r} is another dataset than {before[name]!r} of the checkpoint"
+        )
+    workdir = config["workdir"]
+    raise ConfigError(
+        f"{what} in {workdir!r}, and the position of the run in it is lost; restore the dataset, "
+        f"or start another run in another --config.workdir with --config.model.path={workdir} "
+        "--config.model.init=checkpoint"
+    )
+
+
+def changes(metadata: CheckpointMetadata, config: dict[str, Any]) -> list[str]:
+    """Returns a line for each other field that has changed since the checkpoint."""
     return [
-        f"{name}: {before!r} until step {facts.progress.step}, now {now!r}"
-        for name, (before, now) in _differences(facts.config, config).items()
-        if name not in _UNTOLD
+        f"{name}: {before!r} until step {metadata.progress.step}, now {now!r}"
+        for name, (before, now) in _differences(metadata.config, config).items()
+        if name not in SILENT_FIELDS
     ]
 
 
-def check_start(config: Config, workdir: Path) -> None:
+def check_start(model_path: str | None, workdir: Path) -> None:
     """Raises ConfigError if a new run would move aside the weights that it starts from."""
-    path = config.model.path
-    if path is not None and workdir_lib.is_inside(path, workdir):
+    if model_path is not None and workdir_lib.is_inside(model_path, workdir):
         raise ConfigError(
-            f"model.path: {path!r} lies in the workdir of this run, which starts anew and moves "
-            "aside what is there; set another --config.workdir"
+            f"model.path: {model_path!r} is in the workdir of this run, which starts anew and "
+            "moves the earlier files aside; set another --config.workdir"
         )
 
 
-def _differences(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Returns (saved, now) of each field that both have and that differs, by name."""
-    as_saved = json.loads(json.dumps(to_dict(config)))  # which turns a tuple into a list
-    before, now = _flat(saved), _flat(as_saved)
+def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns (saved, now) by name for each field that both have and that differs."""
+    before, now = _flat(saved), _flat(json.loads(json.dumps(config)))  # tuples become lists
     return {
         name: (before[name], now[name])
         for name in before
@@ -130,7 +189,7 @@ def _differences(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, 
 
 
 def _absolute(name: str, value: Any) -> Any:
-    """Returns a path in the one way to write it, and every other value as it is."""
+    """Returns a path as an absolute one, and any other value as it is."""
     return os.path.abspath(os.path.expanduser(value)) if name.endswith("path") and value else value
 
 

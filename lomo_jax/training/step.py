@@ -1,24 +1,37 @@
-"""The step that a run repeats: the same for `train.py` and for `python -m lomo_jax.plan`."""
+"""The step that a run repeats: the options of its config, its shapes, its compiled programs."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 import lomo_jax
+from lomo_jax import sharding
+from lomo_jax.errors import ConfigError
 from lomo_jax.training import devices
 from lomo_jax.training.config import Config
 from lomo_jax.training.model import Model
 from lomo_jax.training.optimizer import make_optimizer, make_schedule
 
 
+class CompiledStep(NamedTuple):
+    """The step of a run, compiled."""
+
+    # (params, state, batch) -> (params, state, StepOutput, loss scale or None), updating params and
+    # state in place
+    update: jax.stages.Compiled
+    init: jax.stages.Compiled  # params -> state
+    state: lomo_jax.StepState  # of jax.ShapeDtypeStruct, with shardings
+
+
 def make_step(config: Config, model: Model) -> lomo_jax.Step:
     """Returns the step of a run, not compiled."""
-    schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
-    tx = make_optimizer(config.optimizer, schedule, dict(config.optimizer_kwargs))
 
     def loss(params: nnx.State, batch: Any) -> tuple[lomo_jax.WeightedLoss, Any]:
         mean, metrics = model.loss(params, batch)
@@ -27,39 +40,134 @@ def make_step(config: Config, model: Model) -> lomo_jax.Step:
     make = lomo_jax.fused_step if config.fused else lomo_jax.reference_step
     return make(
         loss,
-        tx,
+        make_optimizer(config.optimizer, schedule_of(config), config.optimizer_kwargs),
         has_aux=True,
         clip_norm=config.clip_norm,
         microbatches=config.microbatches,
-        loss_scale=_loss_scale(config),
+        loss_scale=_loss_scale(config.dynamic_loss_scale, config.skip_nonfinite),
         rounding=config.rounding,
         remat=config.remat,
-        offload=lomo_jax.Offload(**vars(config.offload)),
+        offload=config.offload,
     )
 
 
-def _loss_scale(config: Config) -> lomo_jax.DynamicLossScale | None:
-    if config.dynamic_loss_scale:
+def schedule_of(config: Config) -> optax.Schedule:
+    """Returns the learning-rate schedule of a run."""
+    return make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
+
+
+def learning_rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
+    """Returns the learning rate of each step, float32 [steps].
+
+    All at once: calling the schedule in the loop would put work on the device.
+    """
+    return np.asarray(jax.vmap(schedule)(jnp.arange(steps)))
+
+
+def _loss_scale(dynamic: bool, skip_nonfinite: int) -> lomo_jax.DynamicLossScale | None:
+    if dynamic:
         return lomo_jax.DynamicLossScale()
-    if config.skip_nonfinite:
-        # A scale of 1 that neither falls nor grows: what is left of it is that steps are skipped.
-        return lomo_jax.DynamicLossScale(initial=1.0, minimum=1.0, growth_interval=2**31 - 1)
+    if skip_nonfinite:
+        # A scale of 1 that never changes: it skips updates that are not finite, and no more.
+        never = 2**31 - 1  # the largest step count that int32 holds
+        return lomo_jax.DynamicLossScale(initial=1.0, minimum=1.0, growth_interval=never)
     return None
 
 
-def batch_shapes(config: Config, mesh: Mesh | AbstractMesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a `data.Batch`, divided among the devices."""
-    shape = (config.batch_size, config.sequence_length)
-    divided = devices.batch_sharding(mesh)
+def batch_shapes(
+    batch_size: int, sequence_length: int, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a `data.Batch`, sharded over the devices."""
+    shape, sharded = (batch_size, sequence_length), devices.batch_sharding(mesh)
     int32, float32 = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=divided) for dtype in (jnp.int32, jnp.float32)
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharded) for dtype in (jnp.int32, jnp.float32)
     )
     names = ("tokens", "positions", "segments", "targets")
     return dict.fromkeys(names, int32) | {"weights": float32}
 
 
-def layer_inputs(config: Config, model: Model, mesh: Mesh | AbstractMesh) -> int:
-    """Returns the bytes of the layer inputs that a device keeps for the backward pass."""
-    shape = devices.batch_sharding(mesh).shard_shape((config.batch_size, config.sequence_length))
+def layer_inputs(batch: Mapping[str, jax.ShapeDtypeStruct], model: Model, param_dtype: str) -> int:
+    """Returns the bytes of layer inputs that each device saves for the backward pass.
+
+    Args:
+      batch: Of `batch_shapes`.
+      model: The model.
+      param_dtype: Of its weights, and so of its activations.
+    """
+    tokens = batch["tokens"]
+    assert tokens.sharding is not None
+    shape = tokens.sharding.shard_shape(tokens.shape)
     width = model.config.num_layers * model.config.width
-    return math.prod(shape) * width * jnp.dtype(config.param_dtype).itemsize
+    return math.prod(shape) * width * jnp.dtype(param_dtype).itemsize
+
+
+def compile_step(
+    step: lomo_jax.Step,
+    params: nnx.State,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    optimizer: str,
+) -> CompiledStep:
+    """Compiles a step.
+
+    Args:
+      step: Of `make_step`.
+      params: The parameters as `jax.ShapeDtypeStruct`, with their shardings and memory kinds.
+      batch: Of `batch_shapes`.
+      optimizer: Its name, for errors.
+
+    Raises:
+      ConfigError: The optimizer cannot be used with `fused_step` or cannot be saved.
+    """
+
+    def update(params, state, batch):
+        params, new_state, out = step(params, state, batch)
+        return params, new_state, out, state.loss_scale and state.loss_scale.scale
+
+    try:
+        lowered = jax.jit(lambda params: step.init(params, batch)).lower(params)
+    except TypeError as error:  # it needs more than gradients, or mixes the layers
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"optimizer: {optimizer!r} cannot be used here: {why}") from error
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in jax.tree.leaves(lowered.out_info)):
+        raise ConfigError(
+            f"optimizer: {optimizer!r} keeps a random key in its state, which a checkpoint cannot "
+            "hold; choose another"
+        )
+    init = lowered.compile()
+    state = sharding.with_shardings(lowered.out_info, init.output_shardings)
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    return CompiledStep(compiled, init, state)
+
+
+def init_missing(
+    state: lomo_jax.StepState,
+    step: lomo_jax.Step,
+    compiled: CompiledStep,
+    params: nnx.State,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+) -> lomo_jax.StepState:
+    """Initialises the parts of a restored state that the config switched on since: loss scale, key.
+
+    Args:
+      state: Of a checkpoint, with None for what it does not have.
+      step: The step.
+      compiled: The same, compiled.
+      params: The parameters of the checkpoint.
+      batch: Of `batch_shapes`.
+    """
+    shapes = compiled.state
+    missing = [name for name in shapes._fields if getattr(state, name) is None]
+    missing = [name for name in missing if getattr(shapes, name) is not None]
+    if not missing:
+        return state
+    first = jax.jit(lambda params: step.init(params, batch)._replace(optimizer={}))(params)
+    return state._replace(
+        **{
+            name: jax.tree.map(
+                lambda x, like: jax.device_put(x, like.sharding),
+                getattr(first, name),
+                getattr(shapes, name),
+            )
+            for name in missing
+        }
+    )

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, and what an earlier run has left there."""
+"""The folder of a run: its lock, and the files that an earlier run left there."""
 
 import contextlib
 import fcntl
@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lomo_jax.errors import ConfigError
+import jax
+
+from lomo_jax.errors import ConfigError, os_errors_are_the_users
 from lomo_jax.run_files import (
     CHECKPOINTS,
     CONFIG,
@@ -23,13 +25,13 @@ from lomo_jax.run_files import (
     WANDB,
 )
 
-_OF_A_RUN = (CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REPORT, RUN)
+_RUN_FILES = (CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REPORT, RUN)
 _LOCK = ".lock"
-_LEAVING = ".earlier"  # what is being moved aside
+_MOVING = ".earlier"  # files on their way to `earlier-1`
 
 
 def make(workdir: str) -> Path:
-    """Makes the folder.
+    """Creates the folder.
 
     Raises:
       ConfigError: It cannot be written.
@@ -48,14 +50,20 @@ def make(workdir: str) -> Path:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Keeps other processes out of the folder while this one lives, and tidies it up.
+    """Locks the folder against other runs, and completes a move that was interrupted.
 
-    The lock belongs to the open file: the kernel drops it with the process, however that ends.
+    The first process holds the lock for all. It belongs to the open file: the kernel releases it
+    when the process ends, however that happens. Written by hand to name the holder in the error.
 
     Raises:
-      ConfigError: Another run has the folder.
+      ConfigError: Another run holds the lock.
     """
-    with (workdir / _LOCK).open("a+") as file:
+    if jax.process_index() > 0:
+        yield
+        return
+    with os_errors_are_the_users():
+        file = (workdir / _LOCK).open("a+")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,63 +75,59 @@ def lock(workdir: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise ConfigError(
-                f"workdir: {str(workdir)!r} is on a file system that cannot lock a file: "
-                f"{error.strerror}; set --config.workdir to another one"
+                f"workdir: {str(workdir)!r} is on a file system that cannot lock files: "
+                f"{error.strerror}; set another --config.workdir"
             ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        if (workdir / _LEAVING).exists():
-            set_aside(workdir)  # a process was killed while it did
+        if (workdir / _MOVING).exists():
+            set_aside(workdir)  # an earlier process was killed in the middle of it
         yield
 
 
 def check_is_of_a_run(workdir: Path) -> None:
-    """Raises ConfigError if a run would write over files that no run has left there."""
-    found = [name for name in _OF_A_RUN if not _is_nothing(workdir / name)]
+    """Raises ConfigError if a run would overwrite files that are not of a run."""
+    found = [name for name in _RUN_FILES if not _is_empty(workdir / name)]
     if set(found).isdisjoint((RUN, CHECKPOINTS)) and set(found) - {EXPORT}:
         raise ConfigError(
-            f"workdir: {str(workdir)!r} is not that of a run, and has {', '.join(found)}, which a "
-            "run would write over; set another --config.workdir"
+            f"workdir: {str(workdir)!r} is not that of a run, and a run would overwrite "
+            f"{', '.join(found)} there; set another --config.workdir"
         )
 
 
 def set_aside(workdir: Path) -> Path | None:
-    """Moves the files of an earlier run into a folder of their own, `earlier-1` and so on.
+    """Moves the files of an earlier run to a new folder, `earlier-1` and so on.
 
-    One that has come to neither a checkpoint nor an export stays: the new run goes on from its
-    beginning.
+    A run with neither a checkpoint nor an export stays: the new run continues it from the start.
 
     Returns:
-      That folder; None if nothing was moved.
+      The new folder; None if nothing was moved.
     """
-    leaving = workdir / _LEAVING
-    is_new = all(_is_nothing(workdir / name) for name in (CHECKPOINTS, EXPORT))
-    if is_new and not leaving.exists():
+    moving = workdir / _MOVING
+    is_new = all(_is_empty(workdir / name) for name in (CHECKPOINTS, EXPORT))
+    if is_new and not moving.exists():
         return None
-    # Nothing but the last renaming makes an `earlier-1` of it: it is never there in part.
-    leaving.mkdir(exist_ok=True)
-    for name in _OF_A_RUN:
-        if not _is_nothing(workdir / name):
-            (workdir / name).rename(leaving / name)
+    # The last renaming makes it `earlier-1`, so that one is always complete.
+    moving.mkdir(exist_ok=True)
+    for name in _RUN_FILES:
+        if not _is_empty(workdir / name):
+            (workdir / name).rename(moving / name)
     numbered = (workdir / f"earlier-{number}" for number in itertools.count(1))
     aside = next(folder for folder in numbered if not folder.exists())
-    leaving.rename(aside)
+    moving.rename(aside)
     return aside
 
 
 def is_inside(path: str, workdir: Path) -> bool:
-    """Whether a path is, or lies in, what `set_aside` would move."""
+    """Whether a path is something that `set_aside` would move, or is inside of it."""
     workdir, place = workdir.resolve(), Path(path).expanduser().resolve()
-    moved = [workdir / name for name in _OF_A_RUN]
+    moved = [workdir / name for name in _RUN_FILES]
     return place == workdir or any(folder in (place, *place.parents) for folder in moved)
 
 
 def locate(path: str) -> tuple[Path, int | None] | None:
-    """Returns workdir and step if a path is the workdir of a run or one of its checkpoints.
-
-    The step of a workdir is None.
-    """
+    """Returns (workdir, step) if a path is the workdir of a run (step None) or a checkpoint."""
     place = Path(path).expanduser()
     if (place / CHECKPOINTS).is_dir() and (place / MODEL).is_dir():
         return place, None
@@ -132,5 +136,5 @@ def locate(path: str) -> tuple[Path, int | None] | None:
     return None
 
 
-def _is_nothing(path: Path) -> bool:
+def _is_empty(path: Path) -> bool:
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))

@@ -51,7 +51,12 @@ X = jax.random.normal(jax.random.key(1), (B, D))
             DEVICE,
             r"the optimizer's state of down is in device memory, but .*jax.device_put\(state, ",
         ),
-        (lomo_jax.Offload(), DEVICE, HOST, r"state of down is in host memory, but .*\(state=True\)"),
+        (
+            lomo_jax.Offload(),
+            DEVICE,
+            HOST,
+            r"state of down is in host memory, but .*\(state=True\)",
+        ),
     ],
 )
 @pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])

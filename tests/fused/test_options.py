@@ -141,5 +141,7 @@ def test_state_of_other_options():
     state = plain.init(params, batch)
     for name in ("dynamic", "stochastic", "trainable"):
         step = lomo_jax.fused_step(loss_fn, lomo_jax.lomo(0.1), has_aux=True, **OPTIONS[name])
-        with pytest.raises(ValueError, match=r"the state is not the state of this .* make it with step.init"):
+        with pytest.raises(
+            ValueError, match=r"the state is not the state of this .* make it with step.init"
+        ):
             step(params, state, batch)

@@ -161,10 +161,16 @@ def test_a_frozen_stack_may_be_used_in_any_way(assert_steps_agree):
 @pytest.mark.parametrize(
     ("trainable", "message"),
     [
-        (lambda name: False, "none of the 6 parameters .*'count'.* is both floating-point and trainable"),
+        (
+            lambda name: False,
+            "none of the 6 parameters .*'count'.* is both floating-point and trainable",
+        ),
         (lambda name: name == "count", "none of the 6 parameters .* floating-point and trainable"),
         (lambda name: None, "must be True or False for each parameter, got None for count"),
-        ({"in": True}, "trainable has the structure .*, which is neither that of params nor a prefix"),
+        (
+            {"in": True},
+            "trainable has the structure .*, which is neither that of params nor a prefix",
+        ),
         (["in"], "trainable has the structure .*, which is neither that of params nor a prefix"),
     ],
 )

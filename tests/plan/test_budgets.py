@@ -11,26 +11,27 @@ from pathlib import Path
 import jax
 import pytest
 
+from lomo_jax import Offload
 from lomo_jax.plan import Program, gpus
 from lomo_jax.plan.memory import shard_shape
-from lomo_jax.training import MeshConfig, OffloadConfig
-from lomo_jax.training.flags import parse
+from lomo_jax.training import MeshConfig
+from lomo_jax.training.config import parse
 from lomo_jax.training.planning import compile_run
 
 pytestmark = pytest.mark.plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-INPUTS = OffloadConfig(activations=True)
-ALL = OffloadConfig(params=True, activations=True)
+INPUTS = Offload(activations=True)
+ALL = Offload(params=True, activations=True)
 LIBRARIES = {"xla_gpu_enable_triton_gemm": False}
 BUDGETS = {  # config, batch size, sequence length, offload, GiB at most
-    "llama7b 8 x 512": ("llama7b", 8, 512, OffloadConfig(), 14.3),  # LOMO: 14.58
-    "llama7b 1 x 1024": ("llama7b", 1, 1024, OffloadConfig(), 13.5),  # LOMO: 13.61
+    "llama7b 8 x 512": ("llama7b", 8, 512, Offload(), 14.3),  # LOMO: 14.58
+    "llama7b 1 x 1024": ("llama7b", 1, 1024, Offload(), 13.5),  # LOMO: 13.61
     "llama7b 8 x 512, inputs": ("llama7b", 8, 512, INPUTS, 13.4),
     "llama7b 8 x 512, all": ("llama7b", 8, 512, ALL, 1.6),  # MegaTrain: 4 to 9
-    "llama3_8b 2 x 2048": ("llama3_8b", 2, 2048, OffloadConfig(), 17.2),  # torchtune: 18.9
+    "llama3_8b 2 x 2048": ("llama3_8b", 2, 2048, Offload(), 17.2),  # torchtune: 18.9
     "llama65b 1 x 1024, all": ("llama65b", 1, 1024, ALL, 6.0),
-    "llama65b 8 x 1024 on 8": ("llama65b_8gpus", 8, 1024, OffloadConfig(), 18.5),  # LOMO: 19.18
+    "llama65b 8 x 1024 on 8": ("llama65b_8gpus", 8, 1024, Offload(), 18.5),  # LOMO: 19.18
 }
 DEVICES = {"llama65b 8 x 1024 on 8": 8}
 
@@ -99,7 +100,7 @@ def test_one_layer_is_gathered_and_its_gradient_reduced_and_scattered(mesh):
     assert len(shards) >= len(matrices)
 
 
-@pytest.mark.parametrize("offload", [OffloadConfig(), ALL], ids=["device", "host"])
+@pytest.mark.parametrize("offload", [Offload(), ALL], ids=["device", "host"])
 def test_temporaries_do_not_grow_with_depth(offload):
     plans = [compiled("llama7b", 8, 512, offload, layers=n).plan for n in (16, 32)]
     few, many = (p.temporaries_gib for p in plans)

@@ -9,8 +9,7 @@ from workdirs import CONFIG, FACTS, evaluation, resumed, sample, step, write
 
 from lomo_jax import report
 from lomo_jax.report import words
-from lomo_jax.report.configs import as_file
-from lomo_jax.training import Config, flags
+from lomo_jax.training import Config
 from lomo_jax.training.config import to_dict
 
 _RECORDS = [
@@ -250,18 +249,6 @@ def test_the_same_runs_give_the_same_page_and_a_long_one_is_small(page):
     assert len(text.encode()) < 1_000_000
     again, _ = page((records, {}), (records, {}))
     assert again == text
-
-
-def test_the_file_to_run_again_makes_the_same_config(tmp_path):
-    config = Config(clip_norm=None, prompt="a 'b'\n", steps=7, optimizer="adamw")
-    config.optimizer_kwargs["b1"] = 0.5
-    config.model.path = str(tmp_path)
-    config.data.path = str(tmp_path)
-    config.mesh.data = 2
-    file = tmp_path / "again.py"
-    file.write_text(as_file(to_dict(config)))
-    again = flags.parse(["train.py", "--config", str(file), f"--config.workdir={config.workdir}"])
-    assert to_dict(again) == to_dict(config)
 
 
 def test_to_run_it_again_takes_another_folder(page):

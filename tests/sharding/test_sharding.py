@@ -167,7 +167,9 @@ def test_microbatches_smaller_than_the_devices(mesh):
         batch = jax.device_put(np.ones((8, 4), np.float32), P(sharding.BATCH))
         params = jax.device_put(np.ones((2, 4, 4), np.float32), P())
         step = lomo_jax.fused_step(scanned, lomo_jax.lomo(0.1), microbatches=4)
-        with pytest.raises(ValueError, match=r"of 8: each of microbatches=4 has 2 rows, .* the 4 devices"):
+        with pytest.raises(
+            ValueError, match=r"of 8: each of microbatches=4 has 2 rows, .* the 4 devices"
+        ):
             step.init(params, batch)
 
 

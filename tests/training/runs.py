@@ -1,4 +1,4 @@
-"""Runs of a tiny model, to be stopped, killed, damaged and resumed."""
+"""Runs of a tiny model, for tests that stop, kill, damage and resume them."""
 
 import contextlib
 import json
@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from lomo_jax.training import Architecture, Config, DataConfig, MeshConfig, ModelConfig
+from lomo_jax.models import LlamaConfig
+from lomo_jax.training import Config, DataConfig, MeshConfig, ModelConfig, to_dict
 
 ROOT = Path(__file__).parents[2]
 _WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "red", "house", "sea"]
@@ -32,10 +33,10 @@ def make_config(text: str | Path, workdir: Path, **changes: Any) -> Config:
     """Returns the config of twelve steps of a model of 35,000 parameters on one device."""
     shape = {
         **{"vocab_size": 257, "width": 32, "mlp_width": 64, "num_layers": 2, "num_heads": 4},
-        **{"num_kv_heads": 2, "head_dim": 8, "max_length": 64},
+        **{"num_kv_heads": 2, "head_dim": 8, "max_length": 64, "norm_eps": 1e-6},
     }
     fields: dict[str, Any] = {
-        "model": ModelConfig(init="random", architecture=Architecture(**shape)),
+        "model": ModelConfig(init="random", architecture=LlamaConfig(**shape)),
         "data": DataConfig(str(text), eval_fraction=0.1),
         "learning_rate": 3e-2,
         "batch_size": 4,
@@ -108,22 +109,17 @@ def signal_when(condition: Callable[[], Any], number: signal.Signals) -> Iterato
     assert sent.is_set(), "the moment for the signal never came"
 
 
-CONFIG = """
-from pathlib import Path
-from lomo_jax.training import *
-
-def get_config():
-    return {config!r}
-"""
+def write_config(config: Config, path: Path) -> Path:
+    """Writes a config file for the command line."""
+    path.write_text(json.dumps(to_dict(config)))
+    return path
 
 
 def start(config: Config, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
     """Starts `train.py` with this config."""
     folder = Path(config.workdir).parent
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{Path(config.workdir).name}.py"
-    text = CONFIG.format(config=config)
-    path.write_text("from ml_collections import ConfigDict\n" + text)
+    path = write_config(config, folder / f"{Path(config.workdir).name}.json")
     with output_of(config).open("w") as file:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), "--config", str(path), *flags],

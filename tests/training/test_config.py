@@ -1,5 +1,6 @@
-"""Configs and command lines: what is read, and the one line that each mistake gets."""
+"""Configs and command lines: parsing, validation, and the one line that each mistake gets."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -7,21 +8,20 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from ml_collections import ConfigDict
 
+from lomo_jax import Offload
 from lomo_jax.errors import ConfigError
-from lomo_jax.training import Config, DataConfig, ModelConfig
-from lomo_jax.training.config import OffloadConfig, to_dict, validate
-from lomo_jax.training.flags import parse
+from lomo_jax.models import RopeScaling
+from lomo_jax.training import LLAMA_7B, Config, DataConfig, ModelConfig
+from lomo_jax.training.config import parse, read_config, shipped_configs, to_dict, validate
 
 _FILE = """
-from ml_collections import ConfigDict
 from lomo_jax.training import Config, DataConfig, ModelConfig
 
 def get_config():
     config = Config(
         model=ModelConfig(path="model"), data=DataConfig(path="text"), optimizer="adamw",
-        optimizer_kwargs=ConfigDict({"b1": 0.8}), steps=50,
+        optimizer_kwargs={"b1": 0.8}, steps=50,
     )
     BODY
     return config
@@ -64,7 +64,7 @@ def test_overrides_reach_nested_fields(config_file):
         model=ModelConfig(path="model", init="random", architecture=config.model.architecture),
         data=DataConfig(path="text"),
         optimizer="adamw",
-        optimizer_kwargs=ConfigDict({"b1": 0.7, "nesterov": True}),
+        optimizer_kwargs={"b1": 0.7, "nesterov": True},
         learning_rate=2.0,
         steps=50,
         eval_batches=3,
@@ -73,6 +73,119 @@ def test_overrides_reach_nested_fields(config_file):
     )
     assert config.model.architecture.num_layers == 2
     assert isinstance(config.learning_rate, float)
+
+
+_OPTIONAL = {
+    "model.path": "x",
+    "data.path": "x",
+    "clip_norm": 1.0,
+    "eval_batches": 3,
+    "wandb": "x",
+    "model.architecture.rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192),
+    "model.architecture.bos_id": 1,
+    "model.architecture.eos_id": (1, 2),
+}
+
+
+def _leaves(node, prefix=""):
+    for name, value in vars(node).items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, RopeScaling):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def test_optional_fields_are_all_listed():
+    default = dict(_leaves(Config()))
+    assert {name for name, value in default.items() if value is None} == set(_OPTIONAL)
+
+
+@pytest.mark.parametrize("name", _OPTIONAL)
+@pytest.mark.parametrize("form", ["--config.{}=None", "--config.{} None"])
+def test_every_optional_field_can_be_set_to_none(tmp_path, name, form):
+    config = Config(
+        model=ModelConfig(
+            path="x",
+            architecture=dataclasses.replace(
+                LLAMA_7B,
+                **{
+                    key.rpartition(".")[2]: value
+                    for key, value in _OPTIONAL.items()
+                    if key.startswith("model.architecture.")
+                },
+            ),
+        ),
+        data=DataConfig(path="x"),
+        clip_norm=1.0,
+        eval_batches=3,
+        wandb="x",
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    flags = ["train.py", "--config", str(path), *form.format(name).split()]
+    found = dict(_leaves(parse(flags, for_plan=True)))
+    assert found == _OPTIONAL | dict(_leaves(config)) | {name: None}
+
+
+def test_none_is_a_word_where_a_field_is_not_optional(config_file):
+    config = parse(["train.py", "--config", config_file(), "--config.workdir=None"])
+    assert config.workdir == "None"
+    with pytest.raises(ConfigError, match=r"^steps: 'None' is not a whole number$"):
+        parse(["train.py", "--config", config_file(), "--config.steps=None"])
+
+
+def test_sizes_that_only_fit_together_can_be_set_together(config_file):
+    sizes = {"num_heads": 6, "num_kv_heads": 3}  # 6 is no multiple of the 32 of LLaMA-7B
+    flags = [f"--config.model.architecture.{name}={value}" for name, value in sizes.items()]
+    config = parse(["train.py", "--config", config_file(), *flags])
+    assert config.model.architecture == dataclasses.replace(LLAMA_7B, **sizes)
+    with pytest.raises(ConfigError, match=r"^model\.architecture: num_heads=6 must be a multiple"):
+        parse(["train.py", "--config", config_file(), flags[0]])
+
+
+def test_the_config_of_a_run_is_a_config(tmp_path):
+    config = _valid(
+        model=ModelConfig(
+            path="model",
+            architecture=dataclasses.replace(
+                LLAMA_7B, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), eos_id=(1, 2)
+            ),
+        ),
+        optimizer="adamw",
+        optimizer_kwargs={"b1": 0.5},
+        offload=Offload(state=True),
+        prompt="a 'b'\n",
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    assert read_config(str(path)) == config
+    path.write_text(json.dumps(to_dict(config) | {"stepz": 3}))
+    with pytest.raises(ConfigError, match=r"^stepz: no such field; did you mean 'steps'\?$"):
+        read_config(str(path))
+
+
+def test_a_config_that_ships_with_the_package_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_config("llama7b") == read_config(str(shipped_configs() / "llama7b.py"))
+    with pytest.raises(ConfigError, match=r"^--config: 'llama7' does not exist; did you mean 'll"):
+        read_config("llama7")
+    (tmp_path / "llama7b").write_text("")  # a file of that name comes first
+    with pytest.raises(ConfigError, match=r"^--config llama7b: a config file ends in"):
+        read_config("llama7b")
+
+
+def test_a_config_may_import_its_neighbours(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "base.py").write_text(f"WORKDIR = {folder!r}")
+        (tmp_path / folder / "own.py").write_text(
+            "import base\nfrom lomo_jax.training import Config\n\n"
+            "def get_config():\n    return Config(workdir=base.WORKDIR)\n"
+        )
+    before = list(sys.path)
+    for folder in ("one", "two"):  # of the same names
+        assert read_config(str(tmp_path / folder / "own.py")).workdir == folder
+    assert sys.path == before
 
 
 def test_print_config_prints_json_and_exits(config_file, capsys):
@@ -99,7 +212,7 @@ def test_print_config_prints_json_and_exits(config_file, capsys):
         ("--config.optimizer_kwargs=3", "optimizer_kwargs: '3' is not a dictionary"),
         ("--config.model=3", "model: '3' is not a ModelConfig"),
         ("--steps=3", "Unknown command line flag 'steps'"),
-        ("steps=3", "steps=3: not a flag; a field is set with --config.NAME=VALUE"),
+        ("steps=3", "steps=3: not a flag; set a field with --config.NAME=VALUE"),
     ],
 )
 def test_a_wrong_flag_gets_one_line(config_file, flags, message):
@@ -113,9 +226,11 @@ def test_a_wrong_flag_gets_one_line(config_file, flags, message):
         ("config.warmpu = 3", "warmpu: no such field; did you mean 'warmup'?"),
         ("config.data.pth = 3", "data.pth: no such field; did you mean 'path'?"),
         ("Config(lerning_rate=3)", "Config.lerning_rate: no such field; did you mean 'learn"),
-        ("raise FileNotFoundError('install it')", "install it"),
-        ("raise ValueError('install it')", "install it"),
-        ("config = 3", "get_config() returned 3"),
+        ("raise FileNotFoundError('install it')", "config.py:9: FileNotFoundError: install it"),
+        ("raise ValueError('install it')", "config.py:9: ValueError: install it"),
+        ("raise ConfigError", "config.py:9: NameError: name 'ConfigError' is not defined"),
+        ("a b", "config.py:9: SyntaxError: invalid syntax"),
+        ("config = 3", "get_config() returned 3, not a Config"),
     ],
 )
 def test_a_wrong_config_file_gets_one_line(config_file, body, message):
@@ -152,11 +267,11 @@ def test_a_missing_config_file_gets_one_line(argv):
         ),
         ({"remat": "some"}, "remat: 'some' is not allowed; it must be one of full, "),
         ({"attention": "flash"}, "attention: 'flash' is not allowed; it must be one of auto, xla,"),
-        ({"offload": True}, "offload: True is not a OffloadConfig"),
-        ({"offload": OffloadConfig(params=1)}, "offload.params: 1 is not true or false"),
+        ({"offload": True}, "offload: True is not a Offload"),
+        ({"offload": Offload(params=1)}, "offload.params: 1 is not true or false"),
         ({"fused": False, "remat": "none"}, "remat: 'none' is an option of the fused step; with "),
         (
-            {"fused": False, "offload": OffloadConfig(state=True)},
+            {"fused": False, "offload": Offload(state=True)},
             "offload.state: True is an option of the fused step; with fused=False it must be False",
         ),
         ({"param_dtype": "bf16"}, "param_dtype: 'bf16' is not allowed; it must be one of float32,"),
@@ -165,11 +280,11 @@ def test_a_missing_config_file_gets_one_line(argv):
         ({"warmup": 1000.0}, "warmup: 1000 is 1000 of 1000 steps, it must be shorter"),
         ({"optimizer": "adamv"}, "optimizer: 'adamv' is not adalomo, lomo or an optimizer of"),
         (
-            {"optimizer_kwargs": ConfigDict({"weight_decy": 1.0})},
+            {"optimizer_kwargs": {"weight_decy": 1.0}},
             "optimizer_kwargs: adalomo takes no 'weight_decy'; did you mean 'weight_decay'?",
         ),
         (
-            {"optimizer": "adamw", "optimizer_kwargs": ConfigDict({"mu_dtype": jnp.bfloat16})},
+            {"optimizer": "adamw", "optimizer_kwargs": {"mu_dtype": jnp.bfloat16}},
             "optimizer_kwargs: mu_dtype=<class 'jax.numpy.bfloat16'> cannot be saved with a ",
         ),
         (
@@ -177,7 +292,7 @@ def test_a_missing_config_file_gets_one_line(argv):
             r"prompt: 'caf\udce9' is not allowed; it must be text in UTF-8",
         ),
         (
-            {"optimizer_kwargs": ConfigDict({"weight_decay": -1.0})},
+            {"optimizer_kwargs": {"weight_decay": -1.0}},
             "optimizer_kwargs: adalomo refuses {'weight_decay': -1.0}: weight_decay",
         ),
     ],
@@ -189,7 +304,7 @@ def test_a_wrong_value_gets_one_line(changes, message):
 
 def test_a_project_of_weights_and_biases_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    message = "^wandb: 'mine' asks for a package that is not installed: pip install wandb$"
+    message = "^wandb: 'mine' needs a package that is not installed: pip install wandb$"
     with pytest.raises(ConfigError, match=message):
         validate(_valid(wandb="mine"))
 

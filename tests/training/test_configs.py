@@ -1,15 +1,10 @@
-"""The models of `configs/`."""
-
-import importlib.util
-from pathlib import Path
+"""The configs that ship with the package."""
 
 import jax
 import pytest
 
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.config import validate
-
-_CONFIGS = Path(__file__).parents[2] / "configs"
+from lomo_jax.training.config import read_config, validate
 
 
 @pytest.mark.parametrize(
@@ -23,13 +18,10 @@ _CONFIGS = Path(__file__).parents[2] / "configs"
     ],
 )
 def test_without_a_checkpoint_a_config_is_the_model_of_its_name(name, parameters):
-    spec = importlib.util.spec_from_file_location(name, _CONFIGS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = read_config(name)
     validate(config, for_plan=True)
-    _, params = model_lib.abstract(config, (8, 6))
+    _, params = model_lib.abstract(
+        config.model, config.param_dtype, config.sequence_length, capability=(8, 6)
+    )
     # Touvron et al., arXiv 2302.13971, table 2, and Llama Team, arXiv 2407.21783, table 3.
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters

@@ -21,7 +21,7 @@ from flax import nnx
 import lomo_jax
 from lomo_jax.errors import CheckpointError
 from lomo_jax.training import Config, loop
-from lomo_jax.training.checkpoint import Checkpoints, Facts, Progress
+from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -69,8 +69,8 @@ def _flip_a_bit(checkpoint: Path) -> None:
     file.write_bytes(content)
 
 
-def _empty_the_facts(checkpoint: Path) -> None:
-    (checkpoint / "facts" / "metadata").write_text("")
+def _empty_the_metadata(checkpoint: Path) -> None:
+    (checkpoint / "metadata" / "metadata").write_text("")
 
 
 def _remove_an_item(checkpoint: Path) -> None:
@@ -96,7 +96,7 @@ def _garble_what_orbax_notes(checkpoint: Path) -> None:
     [
         _truncate,
         _flip_a_bit,
-        _empty_the_facts,
+        _empty_the_metadata,
         _remove_an_item,
         _garble_what_orbax_notes,
         _leave_half_of_a_new_one,
@@ -129,7 +129,7 @@ def test_when_all_are_damaged_the_run_stops_and_touches_nothing(text, stopped, t
         _truncate(workdir / "checkpoints" / str(step))
     before = _contents(workdir)
     listed = ", ".join(str(step) for step in reversed(_steps(workdir)))
-    with pytest.raises(CheckpointError, match=f"no checkpoint that can be read, of steps {listed}"):
+    with pytest.raises(CheckpointError, match=f"no readable checkpoint among the steps {listed}"):
         loop.train(_config(text, workdir))
     assert _contents(workdir) == before
 
@@ -152,7 +152,7 @@ def test_the_last_ones_and_the_best_are_kept(text, tmp_path):
 def test_the_best_is_kept_while_a_better_one_cannot_be_written(tmp_path):
     warnings = []
     with Checkpoints(tmp_path / "checkpoints", keep=1, warn=warnings.append) as checkpoints:
-        checkpoints.begin()
+        checkpoints.start_anew()
         _save(checkpoints, step=1, best=1)
         _save(checkpoints, step=2, best=1)
         assert checkpoints.steps() == [2, 1]
@@ -166,7 +166,7 @@ def test_the_best_is_kept_while_a_better_one_cannot_be_written(tmp_path):
         assert checkpoints.steps() == [4, 1]
     # And when the run is started again.
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
-        checkpoints.restore(checkpoints.facts(4), *_arrays(4))
+        checkpoints.restore(checkpoints.metadata(4), *_arrays(4))
         _save(checkpoints, step=5, best=3)
         assert checkpoints.steps() == [5, 1]
         _save(checkpoints, step=6, best=6)
@@ -176,7 +176,7 @@ def test_the_best_is_kept_while_a_better_one_cannot_be_written(tmp_path):
 def test_what_could_not_be_written_is_gone_when_the_folder_is_closed(tmp_path):
     """Else Python tells of it whenever it is collected: an error may hold the closed folder."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.begin()
+        checkpoints.start_anew()
         _save(checkpoints, step=1, best=1)
         with _files_of_at_most(1000):
             _save(checkpoints, step=2, best=2)
@@ -185,11 +185,11 @@ def test_what_could_not_be_written_is_gone_when_the_folder_is_closed(tmp_path):
 
 def test_what_could_not_be_read_is_gone_when_the_folder_is_closed(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.begin()
+        checkpoints.start_anew()
         _save(checkpoints, step=1, best=1)
         _truncate(tmp_path / "checkpoints" / "1")
         with pytest.raises(CheckpointError) as error:
-            checkpoints.restore(checkpoints.facts(1), *_arrays(1))
+            checkpoints.restore(checkpoints.metadata(1), *_arrays(1))
     assert not _of_orbax(), (checkpoints, error)
 
 
@@ -207,8 +207,8 @@ def _arrays(step: int) -> tuple[nnx.State, lomo_jax.StepState]:
 
 def _save(checkpoints: Checkpoints, step: int, best: int) -> None:
     progress = Progress(step=step, best=1 / step, best_step=best)
-    facts = Facts(progress, {"param_dtype": "float32"}, "text", {})
-    assert checkpoints.save(*_arrays(step), facts)
+    metadata = CheckpointMetadata(progress, {"param_dtype": "float32"}, "text", {})
+    assert checkpoints.save(*_arrays(step), metadata)
     checkpoints.wait()
 
 
@@ -240,11 +240,11 @@ def _run_on_a_small_disk(
 
     Sends SIGTERM when the run has printed `stop_at`.
     """
-    disk, copy, path = folder / "disk", folder / "copy", folder / "config.py"
+    disk, copy = folder / "disk", folder / "copy"
     output = folder / "output.txt"
     disk.mkdir()
     copy.mkdir()
-    path.write_text(runs.CONFIG.format(config=config))
+    path = runs.write_config(config, folder / "config.json")
     command = f"{sys.executable} {runs.ROOT / 'train.py'} --config {path}"
     stop = "" if stop_at is None else _STOP.format(at=stop_at, output=output)
     script = _ON_A_SMALL_DISK.format(
@@ -292,8 +292,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(text, whole, tmp_path):
 def test_files_that_may_not_grow_end_no_run_before_its_export(text, tmp_path):
     """What a quota does, for those who may not mount a disk."""
     config = _config(text, tmp_path / "run")
-    path = tmp_path / "config.py"
-    path.write_text(runs.CONFIG.format(config=config))
+    path = runs.write_config(config, tmp_path / "config.json")
     command = f"ulimit -f 50; exec {sys.executable} {runs.ROOT / 'train.py'} --config {path}"
     result = subprocess.run(
         ["bash", "-c", command],  # whose unit is a KiB

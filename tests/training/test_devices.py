@@ -1,51 +1,50 @@
 """Which devices a run takes, and which rows of a batch go to which."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from lomo_jax.errors import ConfigError
-from lomo_jax.training import Config, MeshConfig, devices
+from lomo_jax.training import MeshConfig, devices
 
 
-def config(batch_size=8, microbatches=1, **mesh):
-    return Config(
-        batch_size=batch_size,
-        sequence_length=3,
-        microbatches=microbatches,
-        mesh=MeshConfig(**mesh),
-    )
+def _mesh(batch_size=8, microbatches=1, **sizes):
+    return devices.make_mesh(MeshConfig(**sizes), batch_size, microbatches)
 
 
 def test_all_devices_are_taken():
-    assert dict(devices.make_mesh(config()).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert devices.describe(devices.make_mesh(config(tensor=2))).endswith(
-        "data 1, fsdp 4, tensor 2"
-    )
+    assert dict(_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert devices.describe(_mesh(tensor=2)).endswith("data 1, fsdp 4, tensor 2")
 
 
 @pytest.mark.parametrize(
-    ("run", "message"),
+    ("arguments", "message"),
     [
-        (config(fsdp=16), "fsdp=16 tensor=1 takes 16 devices and there are 8"),
-        (config(12), r"^batch_size: 12 is not divided by the 8 devices .*config.batch_size=16,"),
-        (config(16, 4), r"^batch_size: 16 in microbatches=4 is not .*config.batch_size=32, "),
-        (config(12, data=2, fsdp=4), r"of mesh.data=2 \* mesh.fsdp=4; set"),
+        ({"fsdp": 16}, "fsdp=16 tensor=1 takes 16 devices and there are 8"),
+        ({"batch_size": 12}, r"^batch_size: 12 must be .* = 8 devices; use --config.batch_size=16"),
+        (
+            {"batch_size": 16, "microbatches": 4},
+            r"^batch_size: batch_size / microbatches = 4 must be .*--config.batch_size=32, ",
+        ),
+        (
+            {"batch_size": 12, "data": 2, "fsdp": 4},
+            r"a multiple of mesh.data=2 \* mesh.fsdp=4 = 8 devices; use",
+        ),
     ],
 )
-def test_what_does_not_divide(run, message):
+def test_sizes_that_do_not_fit(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        devices.make_mesh(run)
+        _mesh(**arguments)
 
 
-def test_rows_go_where_they_belong():
-    run = config(16, data=2, fsdp=2, tensor=2)
-    mesh = devices.make_mesh(run)
-    rows = devices.rows_here(run, mesh)
-    assert rows == list(range(16))  # this process has all devices
+def test_each_row_goes_to_its_device():
+    mesh = _mesh(16, data=2, fsdp=2, tensor=2)
+    assert devices.local_rows(mesh, 16) == list(range(16))  # this process has all devices
     tokens = np.arange(48).reshape(16, 3)
-    sent = devices.sender(run, mesh, rows)({"tokens": tokens})["tokens"]
+    sent = devices.batch_sender(mesh, 16, 3)({"tokens": tokens})["tokens"]
     np.testing.assert_array_equal(sent, tokens)
     assert sent.sharding.spec == P(("data", "fsdp"), None)
     assert {shard.data.shape for shard in sent.addressable_shards} == {(4, 3)}
@@ -58,7 +57,7 @@ def test_rows_go_where_they_belong():
         ((None, 2, 0), "^--coordinator: missing"),
     ],
 )
-def test_a_process_that_is_told_too_little(arguments, message):
+def test_missing_flags_of_a_process(arguments, message):
     with pytest.raises(ConfigError, match=message):
         devices.start(*arguments)
 
@@ -70,8 +69,35 @@ def test_one_process_starts_nothing(monkeypatch):
     assert not jax.distributed.is_initialized()
 
 
-def test_open_mpi_says_who_is_there(monkeypatch):
-    """JAX reads the rest of it: without a launcher's address it says what is missing."""
+def test_processes_of_open_mpi_are_detected(monkeypatch):
+    """JAX then misses the address of the launcher."""
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"^--coordinator: the processes did not come together"):
+    with pytest.raises(ConfigError, match=r"^--coordinator: the processes could not connect"):
         devices.start(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("wheels", "nodes", "environment", "expected"),
+    [
+        (["jax_cuda13_plugin"], [], {}, "cpu"),
+        (["jax_cuda12_plugin"], [], {}, "cpu"),
+        (["jax_cuda13_plugin"], ["nvidia0", "nvidiactl"], {}, ""),
+        (["jax_cuda13_plugin"], ["dxg"], {}, ""),
+        (["jax_cuda13_plugin"], [], {"JAX_PLATFORMS": "cuda"}, ""),
+        ([], [], {}, ""),
+    ],
+)
+def test_without_a_gpu_the_cuda_wheels_are_not_asked(
+    wheels, nodes, environment, expected, tmp_path, monkeypatch
+):
+    """Otherwise every start prints a traceback about cuPTI."""
+    chosen = {"jax_platforms": ""}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in wheels)
+    monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for node in nodes:
+        (tmp_path / node).touch()
+    devices.use_cpu_without_gpu(tmp_path)
+    assert chosen == {"jax_platforms": expected}

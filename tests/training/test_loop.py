@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: what they write, compute, and refuse."""
+"""Whole runs of a tiny model: results, metrics, output, and runs that cannot start."""
 
 import contextlib
 import dataclasses
@@ -15,14 +15,13 @@ import pytest
 import runs
 from flax import nnx
 
+import lomo_jax
 from lomo_jax import data, models
-from lomo_jax.errors import NonFiniteError
+from lomo_jax.errors import NonFiniteError, UserError
 from lomo_jax.training import (
-    Architecture,
     Config,
     DataConfig,
     ModelConfig,
-    OffloadConfig,
     loop,
 )
 from lomo_jax.training import model as model_lib
@@ -36,12 +35,12 @@ def _config(text: str, folder: Path, **changes) -> Config:
 
 
 def _batches(config: Config):
-    model, _ = model_lib.abstract(config, None)
-    params = model_lib.load_params(config, model)
+    model, _ = model_lib.abstract(config.model, config.param_dtype, config.sequence_length)
+    params = model_lib.load_params(config.model, model, config.param_dtype, seed=config.seed)
     assert config.data.path is not None
     train, held_out, _ = data.text_dataset(
         config.data.path,
-        model_lib.load_tokenizer(config, model),
+        model_lib.load_tokenizer(None, model.config.vocab_size),
         sequence_length=config.sequence_length,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -153,7 +152,7 @@ def test_microbatches_are_the_same_run(text, tmp_path):
 @pytest.mark.slow
 def test_offloading_is_the_same_run(text, tmp_path):
     for on in (False, True):
-        offload = OffloadConfig(params=on, activations=on, state=on)
+        offload = lomo_jax.Offload(params=on, activations=on, state=on)
         workdir = tmp_path / str(on)
         loop.train(_config(text, workdir, offload=offload, steps=3, prompt="the", prompt_tokens=3))
     for key in ("loss", "eval_loss", "accuracy"):
@@ -164,7 +163,7 @@ def test_offloading_is_the_same_run(text, tmp_path):
         text,
         tmp_path / "again",
         model=ModelConfig(str(tmp_path / "True" / "export")),
-        offload=OffloadConfig(params=True),
+        offload=lomo_jax.Offload(params=True),
         steps=1,
     )
     loop.train(config)
@@ -182,7 +181,7 @@ def test_float16_with_a_loss_scale_and_stochastic_rounding(text, tmp_path):
     assert losses[12] < losses[0]
 
 
-def test_the_memory_of_the_step_is_told(finished):
+def test_the_memory_of_the_step_is_shown(finished):
     (line,) = (line for line in finished.output.splitlines() if line.startswith("memory"))
     number = r"\d+\.\d"
     parts = "weights N, optimizer state N, layer inputs N, temporaries N"
@@ -190,10 +189,10 @@ def test_the_memory_of_the_step_is_told(finished):
     assert re.fullmatch(pattern, line)
 
 
-def test_off_a_terminal_the_run_is_told_in_plain_lines(finished):
+def test_without_a_terminal_the_output_is_plain_lines(finished):
     lines = finished.output.splitlines()
     assert [line[:9].rstrip() for line in lines if line[:9].strip()] == [
-        *("model", "text", "step", "memory", "held out", "sample"),
+        *("model", "dataset", "step", "memory", "held out", "sample"),
         *("step 1", "step 4", "held out", "sample", "step 8", "held out", "sample"),
         *("step 12", "held out", "sample", "exported"),
     ]
@@ -256,7 +255,8 @@ def test_a_run_that_skips_too_many_steps_stops(text, tmp_path):
         (
             {
                 "model": ModelConfig(
-                    init="random", architecture=Architecture(vocab_size=200, num_layers=1)
+                    init="random",
+                    architecture=models.LlamaConfig(200, 8, 8, 1, 1, 1, 8, max_length=64),
                 )
             },
             "the tokenizer has 257 tokens, but the model only 200",
@@ -264,6 +264,6 @@ def test_a_run_that_skips_too_many_steps_stops(text, tmp_path):
     ],
 )
 def test_a_run_that_cannot_start_says_why_in_one_line(text, tmp_path, changes, message):
-    with pytest.raises((ValueError, OSError), match=f"^[^\n]*{message}[^\n]*$"):
+    with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
         loop.train(_config(text, tmp_path, **changes))
     assert not (tmp_path / "metrics.jsonl").exists()

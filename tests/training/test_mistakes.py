@@ -1,10 +1,9 @@
-"""Mistakes, and the one line that `train.py` answers with.
+"""Mistakes, and the one line that the command prints for each.
 
 `{tmp}` is the folder of the test. It holds text.txt, a run in `run` that ended after two steps, and
 a copy of its export in `model`.
 """
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -14,14 +13,9 @@ import pytest
 import runs
 
 from lomo_jax.training import loop, workdir
+from lomo_jax.training.__main__ import main
 
-_SPEC = importlib.util.spec_from_file_location("train", runs.ROOT / "train.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-train = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(train)
-
-# The flags beside those of a run that would go well; the error.
+# Flags added to those of a valid run; the error.
 CONFIGS = {
     "--config.modle.init=random": "modle: no such field; did you mean 'model'?",
     "--config.steps=many": "steps: 'many' is not a whole number",
@@ -46,8 +40,8 @@ CONFIGS = {
         "sequence_length: 65 is longer than the model allows, 64 tokens; lower it"
     ),
     "--config.mesh.fsdp=3": (
-        "batch_size: 4 is not divided by the 3 devices of mesh.data=1 * mesh.fsdp=3; set "
-        "--config.batch_size=6, or a larger mesh.tensor: it divides no batch"
+        "batch_size: 4 must be a multiple of mesh.data=1 * mesh.fsdp=3 = 3 devices; use "
+        "--config.batch_size=6, or raise mesh.tensor"
     ),
     "--config.resume=must": (
         "resume: 'must', but '{tmp}/new' has no checkpoint; set --config.workdir to that of the "
@@ -92,7 +86,7 @@ def _nothing(tmp: Path) -> None:
 
 _TEXT, _MODEL = "--config.data.path={tmp}/", "--config.model.init=checkpoint --config.model.path="
 _RUN = "--config.workdir={tmp}/run --config.steps=20"
-# What was done to the files; flags; the error.
+# Change of the files; flags; the error.
 INPUTS = {
     "no text": (
         *(_nothing, _TEXT + "none.txt"),
@@ -145,35 +139,35 @@ INPUTS = {
     ),
     "a workdir with other things in it": (
         *(_write("config.json", "{{}}"), "--config.workdir={tmp}"),
-        "workdir: '{tmp}' is not that of a run, and has model, config.json, which a run would "
-        "write over; set another --config.workdir",
+        "workdir: '{tmp}' is not that of a run, and a run would overwrite model, config.json "
+        "there; set another --config.workdir",
     ),
     "text that has changed since": (
         *(_write("text.jsonl", "".join(f'{{"text": "document {n}"}}\n' for n in range(99))), _RUN),
-        "data.path: '{tmp}/text.jsonl' is other text than '{made}/text.jsonl', that of the "
-        "checkpoint in '{tmp}/run': the place of the run in it is lost; bring it back, or start "
-        "another run, in another --config.workdir, with --config.model.path={tmp}/run "
-        "--config.model.init=checkpoint",
+        "data.path: '{tmp}/text.jsonl' is another dataset than '{made}/text.jsonl' of the "
+        "checkpoint in '{tmp}/run', and the position of the run in it is lost; restore the "
+        "dataset, or start another run in another --config.workdir with "
+        "--config.model.path={tmp}/run --config.model.init=checkpoint",
     ),
     "a checkpoint of another optimizer": (
         *(_nothing, f"{_RUN} --config.optimizer=lomo"),
         "optimizer: 'lomo', but the checkpoint in '{tmp}/run' is of a run with 'adalomo'; set it "
-        "back, or another --config.workdir for another run",
+        "back, or use another --config.workdir",
     ),
     "a checkpoint of another model": (
         *(_nothing, f"{_RUN} --config.model.architecture.width=16"),
         "model.architecture.width: 16, but the checkpoint in '{tmp}/run' is of a run with 32; set "
-        "it back, or another --config.workdir for another run",
+        "it back, or use another --config.workdir",
     ),
     "a checkpoint of a later step": (
         *(_nothing, "--config.workdir={tmp}/run --config.steps=1"),
         "steps: 1, but the checkpoint in '{tmp}/run' is of step 2; raise it, or export that step "
-        "with python -m lomo_jax.export",
+        "with lomo-jax export",
     ),
     "its own export": (
         *(_nothing, f"--config.resume=never --config.workdir={{tmp}}/run {_MODEL}{{tmp}}/run"),
-        "model.path: '{tmp}/run' lies in the workdir of this run, which starts anew and moves "
-        "aside what is there; set another --config.workdir",
+        "model.path: '{tmp}/run' is in the workdir of this run, which starts anew and moves the "
+        "earlier files aside; set another --config.workdir",
     ),
 }
 
@@ -194,14 +188,14 @@ def answer(made, tmp_path, capsys):
     """Runs the command with flags, and returns what it printed as an error."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     config = runs.make_config(tmp_path / "text.jsonl", tmp_path / "new")
-    (tmp_path / "config.py").write_text(runs.CONFIG.format(config=config))
+    runs.write_config(config, tmp_path / "made.json")
 
     def run(flags: str) -> str:
         flags = flags.replace("{tmp}", str(tmp_path))
-        argv = ["train.py", f"--config={tmp_path}/config.py", *flags.split(" --")]
+        argv = ["train.py", f"--config={tmp_path}/made.json", *flags.split(" --")]
         argv[3:] = [f"--{flag}" for flag in argv[3:]]
         with jax.numpy_dtype_promotion("standard"):
-            assert train.main(argv) == 1
+            assert main(argv) == 1
         error = capsys.readouterr().err
         return error.replace(str(tmp_path), "{tmp}").replace(str(made), "{made}")
 

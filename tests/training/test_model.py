@@ -8,15 +8,14 @@ import pytest
 
 from lomo_jax import models
 from lomo_jax.errors import ConfigError
-from lomo_jax.training import Architecture, Config, ModelConfig
+from lomo_jax.training import ModelConfig
 from lomo_jax.training import model as model_lib
 
-_TINY = Architecture(257, 8, 8, 1, 1, 1, 8)
+_TINY = models.LlamaConfig(257, 8, 8, 1, 1, 1, 8)
 
 
 def test_without_a_path_a_token_is_a_byte():
-    config = Config(model=ModelConfig(init="random", architecture=_TINY))
-    tokenizer = model_lib.load_tokenizer(config, model_lib.abstract(config, None)[0])
+    tokenizer = model_lib.load_tokenizer(None, vocab_size=257)
     text = "To be,\r\n  or\tnot — “to be”? 🤔<s>"
     tokens = tokenizer(text)["input_ids"]
     assert len(tokens) == len(text.encode())
@@ -42,8 +41,8 @@ def test_a_package_without_that_file():
 
 
 def test_without_a_checkpoint_the_shape_is_that_of_the_config():
-    model, params = model_lib.abstract(Config(model=ModelConfig(architecture=_TINY)), None)
-    assert model.config == models.LlamaConfig(**vars(_TINY))
+    model, params = model_lib.abstract(ModelConfig(architecture=_TINY), "bfloat16", 512)
+    assert model.config == _TINY
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
 
 
@@ -51,14 +50,21 @@ def test_with_a_checkpoint_the_shape_is_read_and_no_weights(tmp_path):
     shape = models.LlamaConfig(40, 8, 8, 2, 1, 1, 8)
     models.save(tmp_path / "export", shape, models.init(shape, 0)[1])
     (tmp_path / "export" / "model.safetensors").unlink()
-    config = Config(model=ModelConfig(str(tmp_path / "export"), architecture=_TINY))
-    assert model_lib.abstract(config, None)[0].config == shape
+    source = ModelConfig(str(tmp_path / "export"), architecture=_TINY)
+    assert model_lib.abstract(source, "float32", 512)[0].config == shape
 
 
-def _attention(capability, **changes) -> str:
-    architecture = Architecture(257, 8, 8, 1, 1, 1, changes.pop("head_dim", 8), max_length=32)
-    fields = {"model": ModelConfig(architecture=architecture), "sequence_length": 32}
-    model, _ = model_lib.abstract(Config(**fields | changes), capability)
+def _attention(
+    capability, *, param_dtype="bfloat16", head_dim=8, sequence_length=32, attention="auto"
+) -> str:
+    shape = models.LlamaConfig(257, 8, 8, 1, 1, 1, head_dim, max_length=32)
+    model, _ = model_lib.abstract(
+        ModelConfig(architecture=shape),
+        param_dtype,
+        sequence_length,
+        attention,
+        capability=capability,
+    )
     return "cudnn" if "'cudnn'" in repr(model.graphdef) else "xla"
 
 
@@ -82,12 +88,16 @@ def test_cudnn_is_used_where_it_can_be(capability, changes, why_not):
         assert _attention(capability, attention="cudnn", **changes) == "cudnn"
     else:
         assert _attention(capability, **changes) == "xla"
-        with pytest.raises(ConfigError, match=f"^attention: 'cudnn' cannot be, {why_not}; .*$"):
+        with pytest.raises(
+            ConfigError, match=f"^attention: 'cudnn' is not possible, {why_not}; .*$"
+        ):
             _attention(capability, attention="cudnn", **changes)
 
 
 def test_bfloat16_takes_ampere():
-    with pytest.raises(ConfigError, match=r"^param_dtype: 'bfloat16' takes a GPU from Ampere on; "):
+    with pytest.raises(
+        ConfigError, match=r"^param_dtype: 'bfloat16' needs an Ampere GPU or newer; "
+    ):
         _attention((7, 5))
 
 

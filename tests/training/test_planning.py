@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lomo_jax import Offload
 from lomo_jax.errors import ConfigError, OutOfMemoryError
 from lomo_jax.plan import MemoryPlan
 from lomo_jax.sharding import abstract_mesh
-from lomo_jax.training import Config, MeshConfig, OffloadConfig
-from lomo_jax.training.config import validate
+from lomo_jax.training import Config, MeshConfig
+from lomo_jax.training.config import set_fields, validate
 from lomo_jax.training.devices import check_batch
 from lomo_jax.training.planning import (
     MemoryGuard,
@@ -18,7 +19,6 @@ from lomo_jax.training.planning import (
     describe,
     memory_savings,
     mesh_shape,
-    with_changes,
 )
 
 PLAN = MemoryPlan(12.0, 0.5, 1.0, 1.2, 0.0, 14.7, 12.0, 11.0, False, "GPU", 1)
@@ -65,7 +65,7 @@ def test_each_field_is_named_once():
 
 
 def test_when_every_option_is_used_the_line_says_so():
-    used = OffloadConfig(params=True, activations=True, state=True)
+    used = Offload(params=True, activations=True, state=True)
     message = _out_of_memory(Config(offload=used, batch_size=8, sequence_length=63))
     assert message.endswith("; use a smaller model or a device with more memory")
 
@@ -89,7 +89,7 @@ def test_other_errors_pass(error):
         ),
         (
             Config(
-                offload=OffloadConfig(params=True, activations=True, state=True),
+                offload=Offload(params=True, activations=True, state=True),
                 batch_size=1,
                 sequence_length=64,
             ),
@@ -117,7 +117,7 @@ def test_every_saving_is_a_config_that_runs(devices, microbatches):
     assert {"microbatches", "batch_size"} <= {name for changes in found for name in changes}
     mesh = abstract_mesh((1, devices, 1))
     for changes in found:
-        changed = with_changes(config, changes)
+        changed = set_fields(config, changes)
         assert changed != config
         validate(changed, for_plan=True)
         check_batch(changed, mesh)

@@ -10,9 +10,10 @@ import jax
 import pytest
 import runs
 
+import lomo_jax
 from lomo_jax import models
 from lomo_jax.errors import CheckpointError, ConfigError
-from lomo_jax.training import DataConfig, ModelConfig, OffloadConfig, loop
+from lomo_jax.training import DataConfig, ModelConfig, loop
 from lomo_jax.training.checkpoint import Checkpoints, read_params
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
@@ -149,15 +150,15 @@ def test_a_run_that_is_killed_while_it_moves_another_aside_loses_none_of_it(
 
 def test_a_checkpoint_that_the_run_removes_while_it_is_read(again, made, tmp_path, monkeypatch):
     """As one does that goes on; the one that there is then is read."""
-    folder, facts = tmp_path / "run" / "checkpoints", Checkpoints.facts
+    folder, metadata = tmp_path / "run" / "checkpoints", Checkpoints.metadata
     _, params = models.load(made / "export")
 
-    def facts_of_the_last(checkpoints, step):
-        found = facts(checkpoints, step)
+    def metadata_of_the_last(checkpoints, step):
+        found = metadata(checkpoints, step)
         shutil.rmtree(folder / "6", ignore_errors=True)
         return found
 
-    monkeypatch.setattr(Checkpoints, "facts", facts_of_the_last)
+    monkeypatch.setattr(Checkpoints, "metadata", metadata_of_the_last)
     _, found = read_params(tmp_path / "run", None, params)
     assert found.progress.step == 3
     with pytest.raises(CheckpointError, match="has no checkpoint of step 6: there is 3"):
@@ -182,7 +183,7 @@ def test_a_checkpoint_in_another_dtype(text, made, tmp_path):
 @pytest.mark.slow
 def test_into_host_memory_and_back(again, made, text, tmp_path):
     """A run that is offloaded on its way ends like one that is not."""
-    offload = OffloadConfig(params=True, state=True)
+    offload = lomo_jax.Offload(params=True, state=True)
     loop.train(again(steps=9, offload=offload))
     loop.train(again(steps=12))
     shutil.copytree(made, tmp_path / "plain")
@@ -203,7 +204,7 @@ def test_what_is_written_beside_the_metrics(made):
     run = json.loads((made / "run.json").read_text())
     size = sum(leaf.size for leaf in runs.weights(made).values())
     assert (run["parameters"], run["device"], run["devices"]) == (size, "cpu", 1)
-    assert run["plan"]["total_gib"] > run["plan"]["weights_gib"] > 0
+    assert run["memory"]["total_gib"] > run["memory"]["weights_gib"] > 0
     log = (made / "log.txt").read_text()
     for words in (f"{size:,} parameters", "step 6", "held out", "exported"):
         assert words in log

@@ -1,8 +1,13 @@
-"""Runs that are asked to stop, and go on."""
+"""Runs that are stopped by a signal and resumed."""
 
+import dataclasses
 import functools
 import gc
+import os
+import pty
+import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,19 +26,20 @@ pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
-    """The workdir of a run that nobody stopped."""
+    """The workdir of a run that was not stopped."""
     workdir = tmp_path_factory.mktemp("whole")
     loop.train(runs.make_config(text, workdir))
     return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(text, whole, tmp_path, capsys, number):
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_resumes(text, whole, tmp_path, capsys, number):
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    handlers = [signal.getsignal(s) for s in numbers]
     config = runs.make_config(text, tmp_path, checkpoint_every=0)
     with runs.signal_when(lambda: runs.last_step(tmp_path) >= 3, number):
         loop.train(config)
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(s) for s in numbers] == handlers
     stopped = runs.last_step(tmp_path)
     assert 3 <= stopped < 12
     assert f"stopped   after step {stopped}, saved" in capsys.readouterr().out
@@ -56,13 +62,13 @@ def test_a_signal_while_a_checkpoint_is_written(text, whole, tmp_path):
 def test_a_signal_before_the_first_step_leaves_nothing_to_resume(text, whole, tmp_path, capsys):
     with runs.signal_when((tmp_path / ".lock").exists, signal.SIGTERM):
         loop.train(runs.make_config(text, tmp_path))
-    assert "stopped   before it made a step" in capsys.readouterr().out
+    assert "stopped   before the first step" in capsys.readouterr().out
     loop.train(runs.make_config(text, tmp_path))
     runs.assert_same_run(tmp_path, whole)
 
 
 def _stop_in_evaluation(monkeypatch, workdir, step):
-    """Sends SIGTERM when the evaluation after a step begins."""
+    """Sends SIGTERM when the evaluation after a step starts."""
 
     def make_evaluate(*args):
         make = evaluate_lib.make_evaluate(*args)
@@ -77,7 +83,7 @@ def _stop_in_evaluation(monkeypatch, workdir, step):
     monkeypatch.setattr(loop, "make_evaluate", make_evaluate)
 
 
-def test_a_signal_during_an_evaluation_puts_it_off(text, whole, tmp_path, monkeypatch):
+def test_a_signal_during_an_evaluation_postpones_it(text, whole, tmp_path, monkeypatch):
     _stop_in_evaluation(monkeypatch, tmp_path, 5)
     loop.train(runs.make_config(text, tmp_path))
     assert list(runs.column(tmp_path, "eval_loss")) == [0]
@@ -86,7 +92,7 @@ def test_a_signal_during_an_evaluation_puts_it_off(text, whole, tmp_path, monkey
     runs.assert_same_run(tmp_path, whole)
 
 
-def test_the_best_one_is_kept_though_its_evaluation_was_put_off(text, tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_kept_if_its_evaluation_was_postponed(text, tmp_path, monkeypatch):
     # Step 6 is the best of 3, 6, 9, 12; see test_damage.py.
     fields = {"optimizer": "lion", "learning_rate": 0.3, "schedule": "constant"}
     fields |= {"eval_every": 3, "checkpoint_every": 2}
@@ -100,7 +106,7 @@ def test_the_best_one_is_kept_though_its_evaluation_was_put_off(text, tmp_path, 
 def test_a_signal_during_the_first_evaluation(text, whole, tmp_path, monkeypatch, capsys):
     _stop_in_evaluation(monkeypatch, tmp_path, 0)
     loop.train(runs.make_config(text, tmp_path))
-    assert "stopped   before it made a step" in capsys.readouterr().out
+    assert "stopped   before the first step" in capsys.readouterr().out
     monkeypatch.undo()
     loop.train(runs.make_config(text, tmp_path))
     assert [r["step"] for r in runs.records(tmp_path) if "resumed" in r] == [0]
@@ -117,7 +123,7 @@ def test_a_signal_during_the_last_evaluation(text, whole, tmp_path, monkeypatch,
     for _ in range(2):
         loop.train(runs.make_config(text, tmp_path))
         runs.assert_same_run(tmp_path, whole)
-    # The second time it is known.
+    # The second time there is no new evaluation.
     assert sum("eval_loss" in record for record in runs.records(tmp_path)) == 4
     assert export.main(["export", str(tmp_path), str(tmp_path / "best"), "--step=best"]) == 0
     assert "after step 12 |" in (tmp_path / "best" / "README.md").read_text()
@@ -127,13 +133,13 @@ def test_a_second_interrupt_does_not_wait_for_the_checkpoint(text, tmp_path, mon
     begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
     finalize = ocp.CompositeCheckpointHandler.finalize
 
-    def of_a_slow_disk(*args):
+    def finalize_slowly(*args):
         begun.set()
         go_on.wait(20)
         finalize(*args)
         ended.set()
 
-    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", of_a_slow_disk)
+    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "finalize", finalize_slowly)
     config = runs.make_config(text, tmp_path, checkpoint_every=0, eval_every=0)
     with (
         runs.signal_when(lambda: runs.last_step(tmp_path) >= 3, signal.SIGINT),
@@ -146,44 +152,71 @@ def test_a_second_interrupt_does_not_wait_for_the_checkpoint(text, tmp_path, mon
     assert ended.wait(20)
 
 
-def test_a_signal_whose_exception_is_lost_is_remembered(text, tmp_path, monkeypatch, capsys):
-    prepare = loop.prepare
+def test_a_signal_during_garbage_collection_is_remembered(text, tmp_path, monkeypatch, capsys):
+    """Python drops exceptions that are raised there: the handler of a first signal raises none."""
+    set_up = loop._set_up
 
-    def prepare_and_collect(*args):
+    def set_up_and_collect(*args):
         def interrupt(_phase, _info):
             gc.callbacks.remove(interrupt)
             signal.raise_signal(signal.SIGINT)
 
         gc.callbacks.append(interrupt)
         gc.collect()
-        return prepare(*args)
+        return set_up(*args)
 
-    monkeypatch.setattr(loop, "prepare", prepare_and_collect)
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)  # it is told, in vain
+    monkeypatch.setattr(loop, "_set_up", set_up_and_collect)
     loop.train(runs.make_config(text, tmp_path))
-    assert "stopped   before it made a step" in capsys.readouterr().out
+    assert "stopped   before the first step" in capsys.readouterr().out
     assert runs.last_step(tmp_path) == 0
 
 
-def test_once_interrupted_twice_a_run_stays_so():
+def test_only_a_second_interrupt_raises():
     with Stop() as stop:
-        stop.begin()
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop.requested
         signal.raise_signal(signal.SIGINT)
-        assert stop.is_wanted
+        assert stop.requested
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.is_urgent
+
+
+def test_a_run_continues_when_its_terminal_is_lost(text, tmp_path):
+    """As when an ssh connection breaks: the kernel sends SIGHUP, and stdout cannot be written."""
+    config = runs.make_config(text, tmp_path / "run", steps=60, eval_every=0, checkpoint_every=0)
+    path = runs.write_config(config, tmp_path / "run.json")
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        # The terminal becomes the controlling one of a new session.
+        ["setsid", "--ctty", sys.executable, runs.ROOT / "train.py", "--config", path],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "TERM": "xterm-256color"},
+    )
+    os.close(terminal)
+    shown = b""
+    while runs.last_step(tmp_path / "run") < 3:  # reads, or the terminal's buffer would fill up
+        assert process.poll() is None, shown
+        if select.select([main], [], [], 0.05)[0]:
+            shown += os.read(main, 1 << 16)
+    os.close(main)
+    assert process.wait(60) == 0, shown
+    assert runs.last_step(tmp_path / "run") == 60
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert " exported " in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_run_goes_on_on_another_mesh(text, tmp_path, mesh, assert_close):
-    """Losses and weights equal to 1e-6 those on one device."""
+def test_a_run_resumes_on_another_mesh(text, tmp_path, mesh, assert_close):
+    """Losses and weights equal those on one device to 1e-6."""
     for name, first, then in (("one", {"fsdp": 1}, {"fsdp": 1}), ("two", mesh, {"fsdp": 2})):
         workdir = tmp_path / name
         shape = runs.make_config(text, workdir).model
-        shape.architecture.vocab_size = 258  # to be divided by `tensor`
+        shape.architecture = dataclasses.replace(shape.architecture, vocab_size=258)  # even
         options = {"batch_size": 8, "model": shape}
         began = functools.partial(lambda workdir: runs.last_step(workdir) >= 3, workdir)
         with runs.signal_when(began, signal.SIGTERM):
@@ -198,9 +231,9 @@ def test_a_run_goes_on_on_another_mesh(text, tmp_path, mesh, assert_close):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["model", "text", "step"])
+@pytest.mark.parametrize("line", ["model", "dataset", "step"])
 def test_the_commands_status_before_the_first_step(text, tmp_path, line):
-    """Wherever in JAX the signal finds it."""
+    """Whatever JAX is doing when the signal comes."""
     config = runs.make_config(text, tmp_path / "run", eval_every=0)
     process = runs.start(config)
     while f"{line:<9} " not in runs.output_of(config).read_text():
@@ -208,7 +241,7 @@ def test_the_commands_status_before_the_first_step(text, tmp_path, line):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
-    assert runs.output_of(config).read_text().endswith("stopped   before it made a step\n")
+    assert runs.output_of(config).read_text().endswith("stopped   before the first step\n")
     assert runs.last_step(tmp_path / "run") == 0
 
 

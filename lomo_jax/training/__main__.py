@@ -1,0 +1,92 @@
+"""Fine-tunes all parameters of a LLaMA-family model with LOMO, AdaLomo or any optax optimizer.
+
+    python train.py --config configs/llama7b.py --config.learning_rate=5e-4
+    lomo-jax train --config quickstart
+
+--config takes a file, the config.json of a run, or the name of a config that ships with lomo_jax.
+A config file says what the run does; its docstring gives the command, the hardware and the expected
+result. --config.NAME=VALUE changes a field; --print_config shows them all and exits. The run writes
+metrics, a log, checkpoints and at the end the model in Hugging Face form to --config.workdir. An
+error is one line; `python -X dev train.py ...` shows where it was raised.
+
+Ctrl-C, SIGTERM or SIGUSR1 stop the run after the current step, with a checkpoint and status 0; a
+second Ctrl-C stops it at once. The same command resumes it from the last checkpoint, however it
+ended; --config.resume=never starts anew. A run continues when its terminal is lost.
+
+A run uses all GPUs of the machine; --config.mesh says how. On several machines start the command on
+each: srun, mpirun and indexed Jobs of Kubernetes connect them; otherwise use --coordinator,
+--num_processes and --process_id.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from absl import flags as absl_flags
+
+from lomo_jax.errors import UnexpectedError, UserError
+from lomo_jax.plan.gpus import MEMORY_FRACTION
+from lomo_jax.training.config import parse
+
+_PROCESSES = {
+    "coordinator": (absl_flags.DEFINE_string, "HOST:PORT of process 0"),
+    "num_processes": (absl_flags.DEFINE_integer, "number of processes, on all machines"),
+    "process_id": (absl_flags.DEFINE_integer, "index of this process, from 0"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv`, program name first; returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+    try:
+        _train(argv)
+        return 0
+    except KeyboardInterrupt:
+        status, message = 130, "error: stopped at once, without saving"
+    except (UserError, UnexpectedError) as error:
+        if sys.flags.dev_mode:
+            raise
+        status, message = 1, f"error: {error}"
+    except Exception:  # there is no log yet
+        if not _has_peers():
+            raise
+        status, message = 1, traceback.format_exc()
+    with contextlib.suppress(OSError):  # a lost terminal
+        print(message, file=sys.stderr, flush=True)
+    if status == 130 or _has_peers():
+        # Python's exit handlers would wait: after Ctrl-C for a checkpoint that is being written,
+        # and with several processes for the others, which wait for this one.
+        os._exit(status)
+    return status
+
+
+def _train(argv: Sequence[str]) -> None:
+    values = absl_flags.FlagValues()
+    processes = {
+        name: define(name, None, meaning, flag_values=values)
+        for name, (define, meaning) in _PROCESSES.items()
+    }
+    config = parse(argv, values, usage=__doc__)
+    # JAX reads it when it first uses a device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
+    # We use the tokenizers of transformers, which warns that there is no PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from lomo_jax.training import devices  # slow to import: a typo is reported before
+    from lomo_jax.training.loop import train
+
+    devices.use_cpu_without_gpu()
+    devices.start(**{name: flag.value for name, flag in processes.items()})
+    train(config)
+
+
+def _has_peers() -> bool:
+    """Whether other processes of the run are connected."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,166 @@
+"""Checkpoints: restoring, checksums, failures of orbax. Damage is in test_damage.py."""
+
+import asyncio
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lomo_jax
+from lomo_jax.training.checkpoint import (
+    CheckpointMetadata,
+    Checkpoints,
+    Progress,
+    _of_array,
+    checksums,
+    reason,
+    settle,
+)
+
+_PARAMS = nnx.State({"w": nnx.Param(jnp.arange(6.0).reshape(2, 3))})
+# Values that no initial state has.
+_STATE = lomo_jax.StepState(
+    optimizer={"count": jnp.int32(7), "row": jnp.array([0.5, 0.25])},
+    loss_scale=lomo_jax.LossScaleState(jnp.float32(512.0), jnp.int32(33)),
+    rounding=jnp.array([11, 22], jnp.uint32),
+)
+_PROGRESS = Progress(
+    step=3,
+    data={"next_index": 12, "nested": {"rows": [1, 2]}},
+    evaluated=2,
+    best=1.25,
+    best_step=2,
+    skipped=5,
+    skipped_in_a_row=4,
+)
+
+
+def _shapes(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        _STATE,
+        _STATE._replace(loss_scale=None),
+        _STATE._replace(rounding=None),
+        _STATE._replace(loss_scale=None, rounding=None),
+    ],
+)
+def test_a_restore_returns_everything_that_was_saved(tmp_path, state, assert_close):
+    config = {"param_dtype": "float32", "steps": 9}
+    saved = CheckpointMetadata(_PROGRESS, config, "fingerprint", {})
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.start_anew()
+        assert checkpoints.save(_PARAMS, state, saved)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        metadata = checkpoints.metadata(3)
+        # The step of this run has a loss scale and a key, whether the checkpoint has them or not.
+        params, restored = checkpoints.restore(metadata, _shapes(_PARAMS), _shapes(_STATE))
+    assert metadata == saved
+    assert metadata.progress == _PROGRESS
+    assert_close(params, _PARAMS, tolerance=0)
+    for name in state._fields:
+        expected, found = getattr(state, name), getattr(restored, name)
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            assert_close(found, expected, tolerance=0)
+
+
+SHAPES = [(), (6,), (4, 6), (3, 4, 6)]
+DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "bool"]
+
+
+def _array(shape, dtype):
+    numbers = np.random.default_rng(0).normal(size=shape) * 10
+    return numbers.astype(jnp.dtype(dtype))
+
+
+def _sum_of_bits(x: np.ndarray) -> int:
+    words = np.frombuffer(x.tobytes(), f"uint{8 * x.dtype.itemsize}")
+    return int(words.sum(dtype=np.uint64) % 2**32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_bits(dtype):
+    arrays = [_array(shape, dtype) for shape in SHAPES]
+    expected = ([_sum_of_bits(x) for x in arrays], True)
+    assert checksums([jnp.asarray(x) for x in arrays]) == expected
+    host = [jax.device_put(x, jax.memory.Space.Host) for x in map(jnp.asarray, arrays)]
+    assert checksums(host) == expected
+
+
+@pytest.mark.parametrize("spec", [P(), P(None, "x"), P("x", None, None), P(None, "x", "y")])
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_divided_arrays_have_the_sums_of_whole_ones(spec, kind):
+    mesh = jax.make_mesh((2, 3), ("x", "y"), (kind, kind), devices=jax.devices()[:6])
+    x = _array((4, 4, 6), "bfloat16")
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(x, NamedSharding(mesh, spec))
+        assert checksums({"w": divided}) == ([_sum_of_bits(x)], True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite(dtype, shape, value):
+    x = np.zeros(shape, dtype)
+    x[(-1,) * x.ndim] = value
+    assert not checksums([jnp.asarray(x)]).finite
+    assert checksums([jnp.full(shape, jnp.finfo(dtype).max, dtype)]).finite
+
+
+def test_numbers_of_two_words():
+    with jax.enable_x64(True):
+        x = jnp.asarray([[1.5, -2e300], [3.0, 0.1]])
+        assert checksums([x]).finite
+        assert not checksums([x.at[1, 0].set(jnp.nan)]).finite
+        assert checksums([x]).sums != checksums([x.at[0, 1].set(2e300)]).sums
+
+
+def test_a_bit_that_flips_changes_its_sum():
+    x = _array((3, 4, 6), "bfloat16")
+    flipped = x.view(np.uint16).copy()
+    flipped[1, 2, 3] ^= 4
+    before, after = (checksums([jnp.asarray(a)]) for a in (x, flipped.view(x.dtype)))
+    assert before.sums != after.sums
+
+
+def test_on_a_cpu_a_checkpoint_is_summed_with_little_memory():
+    """An export reads a model on a machine that may have room for it once."""
+    x = jax.ShapeDtypeStruct((32, 1024, 1024), jnp.bfloat16)
+    memory = _of_array.lower(x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.2 * x.size * x.dtype.itemsize
+
+
+def test_tasks_of_a_closed_event_loop_are_awaited():
+    loop, done = asyncio.new_event_loop(), threading.Event()
+    loop.run_in_executor(None, lambda: (time.sleep(0.5), done.set()))
+    loop.close()
+    settle()
+    assert done.is_set()
+
+
+def test_threads_of_an_open_event_loop_are_not_awaited_forever():
+    loop, go = asyncio.new_event_loop(), threading.Event()
+    loop.run_in_executor(None, go.wait)
+    settle(seconds=0.1)
+    assert not go.is_set()
+    go.set()
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+
+def test_the_reason_is_one_plain_line():
+    error = ValueError("OUT_OF_RANGE: Error writing x: No space left on device [os_error_code=28]")
+    assert reason(error) == "the disk is full"
+    assert reason(ValueError("one\n  two. See full log")) == "one two."
+    assert reason(KeyError()) == "KeyError"
+    assert reason(ValueError("x" * 300)) == "x" * 200 + "..."
