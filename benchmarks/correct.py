@@ -73,7 +73,7 @@ def train(make: Callable[..., lomo_jax.Step], rule: str, dtype: str, **options: 
     """Returns losses and parameters after `STEPS` steps, NumPy arrays."""
     graphdef, params = models.init(CONFIG, 0, jnp.dtype(dtype))
     step = make(functools.partial(loss, graphdef), _RULES[rule], **options)
-    if step.offloads.params:
+    if step.offload.params:
         params = jax.device_put(params, jax.memory.Space.Host)
     data = batches(1)
     state = step.init(params, data[0])

@@ -45,7 +45,7 @@ def compile_row(row: Row, size: Size, gpu: GPU) -> jax.stages.Compiled:
         batch = jax.ShapeDtypeStruct(
             tokens.shape, tokens.dtype, sharding=NamedSharding(mesh, P(sharding.BATCH))
         )
-        params = sharding.struct(step.shapes, divided)
+        params = sharding.with_shardings(step.shapes, divided)
         compiled, _ = plan.compile_step(step.fused, params, batch, mesh)
     else:
         on_gpu = SingleDeviceSharding(mesh.devices.item())

@@ -11,7 +11,7 @@ import sys
 
 import jax
 
-from lomo_jax.fused.remat import POLICIES
+from lomo_jax.fused import REMAT_POLICIES
 from lomo_jax.plan import gpus
 from lomo_jax.plan.runs import compile_run
 from lomo_jax.training import Architecture, Config, ModelConfig
@@ -35,7 +35,7 @@ def main(batch_size: str = "8", length: str = "512") -> None:
     print(f"jax {jax.__version__}, LLaMA-7B, {batch_size} x {length}, A100, planned")
     print("| remat | device memory, GiB | FLOPs |")
     print("|---|---|---|")
-    for remat in POLICIES:
+    for remat in REMAT_POLICIES:
         config = Config(
             model=ModelConfig(
                 init="random", architecture=Architecture(max_length=max(2048, int(length)))

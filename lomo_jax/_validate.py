@@ -13,8 +13,8 @@ def number(
 ) -> None:
     """Raises ValueError unless `value` is a real number in [low, high), or in (low, high).
 
-    A scalar JAX array passes unseen, since it may be traced: `optax.inject_hyperparams` makes one
-    of every number.
+    A scalar JAX array is not checked, since it may be traced: `optax.inject_hyperparams` turns
+    every number into one.
     """
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         x = float(value)
@@ -27,13 +27,13 @@ def number(
 
 
 def optional_number(name: str, value: object, **limits) -> None:
-    """`number`, with None allowed."""
+    """Calls `number` unless `value` is None."""
     if value is not None:
         number(name, value, **limits)
 
 
 def schedule(name: str, value: Any) -> optax.Schedule:
-    """Returns `value`, a number >= 0 or a schedule, as a schedule."""
+    """Returns a schedule; a number must be at least 0 and becomes a constant schedule."""
     if callable(value):
         return cast(optax.Schedule, value)
     number(name, value, low=0.0)
@@ -41,14 +41,14 @@ def schedule(name: str, value: Any) -> optax.Schedule:
 
 
 def params(value: optax.Params | None) -> optax.Params:
-    """Raises ValueError for None."""
+    """Returns the parameters; raises ValueError for None."""
     if value is None:
         raise ValueError("params are needed: call update(updates, state, params)")
     return value
 
 
 def integer(name: str, value: object, *, low: int) -> None:
-    """Raises ValueError unless `value` is an integer, `low` or more."""
+    """Raises ValueError unless `value` is an integer and at least `low`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
         raise ValueError(f"{name} must be a whole number, {low} or more, got {value!r}")
 

@@ -10,19 +10,18 @@ from lomo_jax import _validate
 
 
 class Factors(NamedTuple):
-    """Second moment of a matrix [..., M, N], as the means of its rows and columns."""
+    """Second moment of a matrix [..., M, N], factored into the means of its rows and columns."""
 
-    row: jax.Array  # float32 [..., M], average over steps of mean(g^2, -1)
-    col: jax.Array  # float32 [..., N], average over steps of mean(g^2, -2)
+    row: jax.Array  # float32 [..., M], moving average of mean(g^2, -1)
+    col: jax.Array  # float32 [..., N], moving average of mean(g^2, -2)
 
 
 class AdaLomoState(NamedTuple):
     """State of `adalomo`."""
 
-    count: jax.typing.ArrayLike  # int32 [], updates made so far: the schedule's argument
-    moments: (
-        optax.Params
-    )  # per parameter: `Factors` of a matrix, float32 array of a vector or scalar
+    count: jax.typing.ArrayLike  # int32 [], number of updates so far, the argument of the schedule
+    # For each parameter: `Factors` for a matrix, a float32 array for a vector or a scalar.
+    moments: optax.Params
 
 
 def adalomo(
@@ -38,7 +37,7 @@ def adalomo(
 ) -> optax.GradientTransformation:
     r"""The update rule of AdaLomo, as the authors' code computes it.
 
-    With :math:`g` the gradient (clipped by value), :math:`t = 1, 2, \dots` and
+    With :math:`g` the gradient (clipped by value), :math:`t = 1, 2, \dots` the step and
     :math:`\beta_t = 1 - t^{-0.8}`, for a matrix:
 
     .. math::
@@ -49,33 +48,42 @@ def adalomo(
         \alpha &= \eta \max(\epsilon_2, \mathrm{rms}(\theta)) \\
         \theta &\leftarrow \theta (1 - \alpha \lambda) - \alpha \hat u
 
-    A vector or scalar keeps the moving average :math:`v` of :math:`g^2 + \epsilon` itself, and
-    :math:`u = g / \sqrt v` (the paper prints :math:`g / v`; its code has the root). A parameter of
-    more than two axes is a stack of matrices over its leading axes, each with its own factors,
-    :math:`\mathrm{rms}(u)` and :math:`\mathrm{rms}(\theta)`.
+    The second moment of a vector or a scalar is not factored: with :math:`v` the moving average of
+    :math:`g^2 + \epsilon`, :math:`u = g / \sqrt v` (the paper omits the root, its code has it). A
+    parameter with more than two axes is a stack of matrices over its leading axes, each with its
+    own factors, :math:`\mathrm{rms}(u)` and :math:`\mathrm{rms}(\theta)`.
 
-    Everything is computed in float32 whatever the dtype of the gradients: updates are float32, so
-    that the sum with the parameter is rounded once, to the parameter's dtype.
+    Updates are computed and returned in float32, whatever the dtype of the gradients, so that their
+    sum with the parameter is rounded once, to the parameter's dtype.
 
     Args:
-      learning_rate: :math:`\eta`, relative to the size of each parameter: a float or a schedule
-        from the number of updates made to a float.
+      learning_rate: :math:`\eta`, relative to the root mean square of each parameter: a float, or
+        a schedule of the number of updates so far.
       eps: :math:`\epsilon`, added to the squared gradient.
-      decay_rate: exponent of :math:`\beta_t = 1 - t^{-decay\_rate}`.
+      decay_rate: the exponent in :math:`\beta_t = 1 - t^{-decay\_rate}`.
       clip_threshold: :math:`d`, the largest root mean square of an update before the learning rate.
-      weight_decay: :math:`\lambda`, decoupled: multiplied by :math:`\alpha`.
-      clip_value: each element of the gradient is clipped to [-clip_value, clip_value]; None for no
+      weight_decay: :math:`\lambda`, decoupled, multiplied by :math:`\alpha`.
+      clip_value: clips each element of the gradient to [-clip_value, clip_value]; None for no
         clipping.
-      min_param_scale: :math:`\epsilon_2`, the smallest root mean square that a parameter is taken
-        to have.
+      min_param_scale: :math:`\epsilon_2`, replaces a smaller root mean square of a parameter.
       beta: a constant :math:`\beta_t`, as in the paper's Algorithm 1 (without bias correction);
-        None for `decay_rate`.
+        None: :math:`\beta_t` from `decay_rate`.
 
     Returns:
-      An `optax.GradientTransformation` whose `update` needs `params`.
+      An `optax.GradientTransformation` whose ``update`` needs `params`.
 
     Raises:
-      ValueError: an argument is outside its range.
+      ValueError: an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lomo_jax
+      >>> tx = lomo_jax.adalomo(0.1)
+      >>> params, grads = {"w": jnp.ones((2, 3))}, {"w": jnp.full((2, 3), 1e-4)}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> updates["w"][0].round(4).tolist()  # the gradient's size does not matter, its sign does
+      [-0.10000000149011612, -0.10000000149011612, -0.10000000149011612]
+      >>> state.moments["w"].row.shape, state.moments["w"].col.shape
+      ((2,), (3,))
 
     References:
       Lv et al., `AdaLomo: Low-memory Optimization with Adaptive Learning Rate
@@ -94,7 +102,7 @@ def adalomo(
         def moment(p):
             if p.ndim < 2:
                 return jnp.zeros_like(p, jnp.float32)
-            # Like a sum in shape, and in how it is divided among devices.
+            # With the shape and the sharding of a sum.
             row, col = jax.eval_shape(lambda p: (p.sum(-1), p.sum(-2)), p)
             return Factors(jnp.zeros_like(row, jnp.float32), jnp.zeros_like(col, jnp.float32))
 
@@ -134,10 +142,10 @@ def adalomo(
 
         steps = jax.tree.map(descend, updates, state.moments, params)
 
-        def pick(field):
-            return jax.tree.map(lambda s: s[field], steps, is_leaf=lambda s: isinstance(s, _Step))
+        def field(k):
+            return jax.tree.map(lambda s: s[k], steps, is_leaf=lambda s: isinstance(s, _Step))
 
-        return pick(0), AdaLomoState(count=count, moments=pick(1))
+        return field(0), AdaLomoState(count=count, moments=field(1))
 
     return optax.GradientTransformation(init, update)
 
@@ -148,17 +156,17 @@ class _Step(NamedTuple):
 
 
 def _rms(x: jax.Array) -> jax.Array:
-    """Root mean square of each matrix of [..., M, N] as [..., 1, 1]; of a vector as [1]."""
+    """Returns the root mean square of each matrix [..., M, N], [..., 1, 1]; of a vector, [1]."""
     axes = tuple(range(x.ndim))[-2:]
     return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
 
 
 def _row_means(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Means over the last axis of two arrays that are computed from one.
+    """Returns the means over the last axis of two arrays that are computed from the gradient.
 
-    As the parts of a complex number they are one sum, and the one array is read once: what an
-    update costs on a GPU is reading the gradient. Where devices share the array, XLA makes more of
-    a layer at a time then (LLaMA-65B on eight: 18.2 instead of 17.2 GiB), and each reads a part.
+    On a GPU an update costs the time to read the gradient. As parts of a complex number the two
+    means are one sum, and XLA reads the gradient once. Not on several devices: there it plans more
+    memory (LLaMA-65B on eight GPUs: 18.2 instead of 17.2 GiB), and each device reads a shard only.
     """
     if jax.typeof(x).sharding.shard_shape(x.shape) != x.shape:
         return x.mean(-1), y.mean(-1)

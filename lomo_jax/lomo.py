@@ -1,4 +1,4 @@
-"""LOMO: stochastic gradient descent with nothing to remember, as an optax transformation."""
+"""LOMO: stochastic gradient descent without optimizer state, as an optax transformation."""
 
 import numbers
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from lomo_jax import _validate
 class LomoState(NamedTuple):
     """State of `lomo`."""
 
-    count: jax.typing.ArrayLike  # int32 [], updates made so far: the schedule's argument
+    count: jax.typing.ArrayLike  # int32 [], number of updates so far, the argument of the schedule
 
 
 def lomo(
@@ -22,25 +22,33 @@ def lomo(
     weight_decay: float = 0.0,
     clip_value: float | None = None,
 ) -> optax.GradientTransformation:
-    r"""The update rule of LOMO, which keeps no statistics of the gradient.
+    r"""The update rule of LOMO: stochastic gradient descent.
 
     .. math::
         \theta \leftarrow \theta (1 - \eta \lambda) - \eta\, \mathrm{clip}(g)
 
-    Computed in float32 whatever the dtype of the gradients: updates are float32, so that the sum
-    with the parameter is rounded once, to the parameter's dtype.
+    Updates are computed and returned in float32, whatever the dtype of the gradients, so that their
+    sum with the parameter is rounded once, to the parameter's dtype.
 
     Args:
-      learning_rate: :math:`\eta`, a float or a schedule from the number of updates made to a float.
-      weight_decay: :math:`\lambda`, decoupled: multiplied by the learning rate.
-      clip_value: each element of the gradient is clipped to [-clip_value, clip_value]; None for no
+      learning_rate: :math:`\eta`, a float, or a schedule of the number of updates so far.
+      weight_decay: :math:`\lambda`, decoupled, multiplied by the learning rate.
+      clip_value: clips each element of the gradient to [-clip_value, clip_value]; None for no
         clipping.
 
     Returns:
-      An `optax.GradientTransformation`. `update` needs `params` if `weight_decay` is not 0.
+      An `optax.GradientTransformation`. ``update`` needs `params` if `weight_decay` is not 0.
 
     Raises:
-      ValueError: an argument is outside its range.
+      ValueError: an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, lomo_jax
+      >>> tx = lomo_jax.lomo(0.5)
+      >>> params, grads = {"w": jnp.ones(2)}, {"w": jnp.array([1.0, -2.0])}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> updates["w"].tolist()
+      [-0.5, 1.0]
 
     References:
       Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources

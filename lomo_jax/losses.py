@@ -1,8 +1,8 @@
 """Next-token loss that never holds all the logits.
 
 Dimension key: B batch, T sequence, N = B*T tokens, D width, V vocabulary, C columns of one chunk
-of the vocabulary, K chunks. On several devices the functions below `next_token_loss` see a device's
-own part: its tokens, its rows and columns of the head, `R` of the D rows.
+of the vocabulary, K chunks. On several devices the functions below `next_token_loss` see one
+device's shards: its tokens, and its rows (R of D) and columns of the head.
 """
 
 import functools
@@ -17,10 +17,10 @@ from lomo_jax import sharding
 
 
 class Metrics(NamedTuple):
-    """What `next_token_loss` counts besides the loss."""
+    """Metrics that `next_token_loss` returns beside the loss."""
 
-    accuracy: jax.Array  # float32 scalar: weighted share of targets that are the likeliest token
-    weight: jax.Array  # float32 scalar: sum of the weights, by which batches are averaged
+    accuracy: jax.Array  # float32 [], weighted share of targets that are the likeliest token
+    weight: jax.Array  # float32 [], sum of the weights: weight batches by it to average them
 
 
 def next_token_loss(
@@ -31,27 +31,36 @@ def next_token_loss(
     *,
     chunk: int = 2048,
 ) -> tuple[jax.Array, Metrics]:
-    """Mean cross-entropy of `softmax(x @ head)` against the targets.
+    """Computes the mean cross-entropy of ``softmax(x @ head)`` against the targets.
 
-    The logits exist for at most `chunk` tokens of the vocabulary at a time and are computed again
-    in the backward pass: `4 * B * T * chunk` bytes, like an activation, not `4 * B * T * V`.
+    The logits exist for at most `chunk` tokens of the vocabulary at a time, and the backward pass
+    recomputes them: ``4 * B * T * chunk`` bytes instead of ``4 * B * T * V``.
 
-    Under a mesh of `lomo_jax.sharding.make_mesh` tokens are divided by `sharding.BATCH` and the
-    head by `P("fsdp", "tensor")`: a device computes the logits of its part of the vocabulary, and
-    has the whole rows of one chunk of it at a time.
+    Under a mesh of `lomo_jax.sharding.make_mesh` tokens are sharded over ``sharding.BATCH`` and the
+    head by ``P("fsdp", "tensor")``: a device computes the logits of its shard of the vocabulary,
+    and gathers one chunk of the head at a time.
 
     Args:
       x_BxTxD: the model's output after its final norm, any float dtype.
-      head_DxV: the output embedding, any float dtype. The products run in this dtype; they sum in
-        float32, as does everything else.
-      targets_BxT: int32, the token to predict at each place; any number where the weight is 0.
-      weights_BxT: float32, how much each place counts.
-      chunk: the most columns of the head multiplied at once.
+      head_DxV: the output embedding, any float dtype. Matrix products have operands of this dtype
+        and accumulate in float32; everything else is computed in float32.
+      targets_BxT: int32, the token to predict at each position; any number where the weight is 0.
+      weights_BxT: float32, the weight of each position.
+      chunk: the largest number of columns of the head that are multiplied at once.
 
     Returns:
-      The loss, a float32 scalar averaged over the weights (0 where they are all 0), and `Metrics`.
+      The weighted mean of the loss, float32 [] (0 if all weights are 0), and `Metrics`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lomo_jax.losses import next_token_loss
+      >>> x, head = jnp.ones((1, 3, 4)), jnp.zeros((4, 10))
+      >>> targets, weights = jnp.array([[1, 2, 3]]), jnp.ones((1, 3))
+      >>> loss, metrics = next_token_loss(x, head, targets, weights, chunk=5)
+      >>> round(float(loss), 4)  # log 10: all tokens are equally likely
+      2.3026
     """
-    x_NxD, targets_N, weights_N = sharding.divide_batch(
+    x_NxD, targets_N, weights_N = sharding.shard_batch(
         (x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), targets_BxT.reshape(-1), weights_BxT.reshape(-1))
     )
     loss_N, correct_N = _token_losses(chunk, x_NxD, head_DxV, targets_N)
@@ -63,10 +72,11 @@ def next_token_loss(
 _TOKENS, _HEAD = P(sharding.BATCH), P("fsdp", "tensor")
 
 
-# Why chunks of the vocabulary and not of tokens: a column of the head then gets its gradient from
-# one product, rounded once. Chunks of tokens add up the gradient of the whole head: 64 of them, in
-# bfloat16, leave 8 times the error of unchunked logits, and in float32 take twice the memory.
-# Why a custom_vjp: the scan's own derivative adds a whole head of mostly zeros for each chunk.
+# Chunks of the vocabulary rather than of tokens: the gradient of each column of the head comes from
+# one product and is rounded once. With chunks of tokens the gradient of the whole head is a sum:
+# 64 chunks in bfloat16 have 8 times the error of unchunked logits, and in float32 the sum takes
+# twice the memory. A custom_vjp, because the derivative of the scan adds a whole head of mostly
+# zeros for each chunk.
 def _primal(
     chunk: int, x_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -115,13 +125,13 @@ def _backward(
     ct_N, _ = cotangents
     specs = (P(*_TOKENS, None), _HEAD, _TOKENS, _TOKENS, _TOKENS, _HEAD)
     run = _on_each_device(_part_backward, chunk, specs, (P(*_TOKENS, None), _HEAD))
-    # Zeros made here, and not on each device, are ones that the fused step can have made late.
+    # Zeros that are made here, outside shard_map, are ones that `evaluate_late` finds.
     dx_NxD, dhead_DxV = run(*residuals, ct_N, jnp.zeros_like(residuals[1]))
     return dx_NxD, dhead_DxV, None
 
 
 def _part_backward(chunk, parallel, x_NxD, head_RxV, targets_N, logsumexp_N, ct_N, dhead_RxV):
-    # A mean over thousands of tokens makes ct tiny: divided out, it does not underflow in float16.
+    # The mean over thousands of tokens makes ct tiny: dividing by it avoids underflow in float16.
     scale = jnp.abs(ct_N).max()
     scale = jnp.where(scale > 0, scale, 1)
     dtype = head_RxV.dtype
@@ -133,7 +143,7 @@ def _part_backward(chunk, parallel, x_NxD, head_RxV, targets_N, logsumexp_N, ct_
         p_NxC = jnp.exp(logits_NxC - logsumexp_N[:, None])
         g_NxC = ((p_NxC - is_target_NxC) * (ct_N / scale)[:, None]).astype(dtype)
         dx_NxD += _dot(g_NxC, head_DxC.T)
-        # Added, not written: columns that the chunk shares with the one before have g = 0 here.
+        # Added, not written: the columns shared with the previous chunk have g = 0 here.
         dhead_RxC = jax.lax.dynamic_slice_in_dim(dhead_RxV, start, len(column_C), axis=1)
         dhead_RxC += _reduce((scale * _dot(x_NxD.astype(dtype).T, g_NxC)).astype(dtype), parallel)
         return dx_NxD, jax.lax.dynamic_update_slice_in_dim(dhead_RxV, dhead_RxC, start, axis=1)
@@ -166,10 +176,10 @@ def _num_chunks(chunk: int, head_RxV: jax.Array) -> int:
 def _chunk(
     chunk: int, parallel: bool, x_NxD: jax.Array, head_RxV: jax.Array, i: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns chunk i's start, its part of the head, its columns' numbers and its logits.
+    """Returns the start of chunk i, its columns of the head, their token ids, and its logits.
 
-    Where the vocabulary does not divide evenly, the last chunk starts early. The columns it shares
-    with the chunk before have logit -inf and the number V, which is no target.
+    If the vocabulary is not a multiple of the chunk's size, the last chunk starts early. The
+    columns that it shares with the previous chunk get logit -inf and the id V, which is no target.
     """
     vocab = total = head_RxV.shape[1]
     size = -(-vocab // _num_chunks(chunk, head_RxV))
@@ -191,7 +201,7 @@ def _chunk(
 
 
 def _reduce(dhead_DxC: jax.Array, parallel: bool) -> jax.Array:
-    """Sums a gradient over all tokens; a device gets its own rows of it."""
+    """Sums a gradient over all tokens; each device gets its own rows."""
     if not parallel:
         return dhead_DxC
     dhead_RxC = jax.lax.psum_scatter(dhead_DxC, "fsdp", tiled=True)

@@ -1,9 +1,9 @@
-"""Where the parts of a model and of a batch live among several devices.
+"""Meshes, and how parameters and batches are sharded over them.
 
-A mesh has three axes. `data` and `fsdp` divide the batch; `fsdp` also divides the weights, which a
-layer gathers when it is its turn; `tensor` divides the products inside a layer. The axes are of the
-type Explicit: how an array is divided is a part of its type, `float32[8@fsdp,16@tensor]`, and JAX
-says so where an operation leaves it open.
+A mesh has three axes. The batch is sharded over `data` and `fsdp`. The weights are sharded over
+`fsdp` too, and each layer gathers its own before it computes. `tensor` shards the computation
+inside a layer. The axes have the type Explicit: an array's sharding is a part of its type,
+``float32[8@fsdp,16@tensor]``, and JAX raises an error where an operation leaves it open.
 """
 
 import math
@@ -14,13 +14,14 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
-from lomo_jax.fused import explicit, parameters
+from lomo_jax.fused import arrays
+from lomo_jax.fused.arrays import Params, PyTree, partition_spec
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # what divides the first axis of a batch
+BATCH = ("data", "fsdp")  # shard the first axis of a batch
 
-# How parameters are divided: the first regular expression that is found in a parameter's name,
-# such as "layers/attention/q/kernel", tells.
+# (regular expression, spec): the first expression found in a parameter's name, such as
+# "layers/attention/q/kernel", gives its spec.
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
@@ -31,16 +32,24 @@ def make_mesh(
     *,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Returns a mesh of the axes `data`, `fsdp` and `tensor`, to be set with `jax.set_mesh`.
+    """Returns a mesh with the axes `data`, `fsdp` and `tensor`; set it with `jax.set_mesh`.
 
     Args:
-      data: devices along the axis, 1 or more; -1, for one axis at most, for those that are left.
+      data: the size of the axis. One of the three may be -1, for all remaining devices.
       fsdp: likewise.
       tensor: likewise.
-      devices: to choose from, in order; all that there are by default.
+      devices: the devices to use, in order; by default all.
 
     Raises:
-      ValueError: there are fewer devices than that, or -1 cannot be filled.
+      ValueError: the sizes need more devices than there are, or do not divide their number.
+
+    Example:
+      >>> import jax, lomo_jax.sharding
+      >>> mesh = lomo_jax.sharding.make_mesh(data=1, fsdp=-1)
+      >>> mesh.axis_names
+      ('data', 'fsdp', 'tensor')
+      >>> mesh.size == len(jax.devices())
+      True
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(len(devices), data, fsdp, tensor)
@@ -49,75 +58,93 @@ def make_mesh(
 
 
 def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
-    """Returns a mesh like that of `make_mesh`, without devices: to plan with."""
+    """Returns a mesh like that of `make_mesh` without devices, to plan with."""
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def mesh_shape(devices: int, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
-    """Returns the sizes of the axes of `make_mesh`, -1 filled in.
+    """Returns the sizes of the axes of `make_mesh` on this number of devices.
+
+    Args:
+      devices: the number of devices.
+      data: see `make_mesh`.
+      fsdp: see `make_mesh`.
+      tensor: see `make_mesh`.
 
     Raises:
-      ValueError: there are fewer devices than that, or -1 cannot be filled.
+      ValueError: see `make_mesh`.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     asked = " ".join(f"{name}={size}" for name, size in sizes.items())
     if any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh: {asked}; a size is 1 or more, or -1 for the devices that are left")
+        raise ValueError(
+            f"mesh: {asked}; a size must be 1 or more, or -1 for all remaining devices"
+        )
     open_axes = [name for name, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise ValueError(f"mesh: {asked}; only one size can be -1")
-    given = math.prod(size for size in sizes.values() if size != -1)
-    if given > devices or (open_axes and devices % given):
-        takes = f"a multiple of {given}" if open_axes else f"{given}"
+    product = math.prod(size for size in sizes.values() if size != -1)
+    if product > devices or (open_axes and devices % product):
+        takes = f"a multiple of {product}" if open_axes else f"{product}"
         fits = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise ValueError(
             f"mesh: {asked} takes {takes} devices and there are {devices}; the product of the "
             f"sizes could be {fits}"
         )
-    sizes.update(dict.fromkeys(open_axes, devices // given))
+    sizes.update(dict.fromkeys(open_axes, devices // product))
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
-def shardings(rules: Rules, params: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Says how each parameter is divided.
+def shardings(rules: Rules, params: Params, mesh: Mesh | AbstractMesh) -> PyTree:
+    """Returns the sharding of each parameter.
 
     Args:
-      rules: in the order in which they are tried.
+      rules: pairs of a regular expression and a spec; the first one that matches counts.
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      mesh: of any axes that the rules know.
+      mesh: has the axes that the rules name.
 
     Returns:
       Pytree of `jax.sharding.NamedSharding`, as for `jax.device_put`.
 
     Raises:
-      ValueError: no rule fits a parameter, or one of its axes cannot be divided.
+      ValueError: no rule matches a parameter, or an axis cannot be sharded evenly.
+
+    Example:
+      >>> import jax.numpy as jnp, lomo_jax.sharding
+      >>> from jax.sharding import PartitionSpec as P
+      >>> params = {"layers": {"kernel": jnp.ones((2, 8, 8))}, "scale": jnp.ones(8)}
+      >>> rules = (("kernel$", P(None, "fsdp", "tensor")), ("", P()))
+      >>> mesh = lomo_jax.sharding.make_mesh(data=1, fsdp=1)
+      >>> found = lomo_jax.sharding.shardings(rules, params, mesh)
+      >>> found["layers"]["kernel"].spec
+      PartitionSpec(None, 'fsdp', 'tensor')
     """
-    names, (leaves, treedef) = parameters.names(params), jax.tree.flatten(params)
+    names, (leaves, treedef) = arrays.names(params), jax.tree.flatten(params)
     found = []
     for name, leaf in zip(names, leaves, strict=True):
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
         if spec is None:
             raise ValueError(
-                f"no partition rule fits the parameter {name}: add ('', P()) at the end"
+                f"no partition rule matches the parameter {name}: add ('', P()) at the end"
             )
-        check_divides(f"parameter {name}", leaf.shape, spec, mesh)
+        check_divisible(f"parameter {name}", leaf.shape, spec, mesh)
         found.append(NamedSharding(mesh, spec))
     return jax.tree.unflatten(treedef, found)
 
 
-def struct(tree: Any, shardings: Any) -> Any:
-    """Returns the shapes and dtypes of a pytree of arrays or shapes, divided as `shardings` say."""
+def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns a pytree of `jax.ShapeDtypeStruct`, with the shapes of `tree` and these shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
 
-def check_divides(
+def check_divisible(
     what: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh | AbstractMesh
 ) -> None:
-    """Raises ValueError if an axis of `shape` does not divide evenly among its devices."""
+    """Raises ValueError if an axis of `shape` cannot be sharded evenly over its devices."""
     if len(spec) > len(shape):
-        raise ValueError(f"{what} has shape {list(shape)}, too few axes for {spec}")
+        raise ValueError(f"{what} has shape {list(shape)}, fewer axes than {spec}")
     for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
         names = () if names is None else names if isinstance(names, tuple) else (names,)
         parts = math.prod(mesh.shape[name] for name in names)
@@ -125,46 +152,50 @@ def check_divides(
             by = " * ".join(f"{name}={mesh.shape[name]}" for name in names)
             fits = ", ".join(str(n) for n in range(1, parts + 1) if size % n == 0)
             raise ValueError(
-                f"{what} has shape {list(shape)}: {size}, its axis {axis}, is not divided by "
+                f"{what} has shape {list(shape)}: {size}, its axis {axis}, is not a multiple of "
                 f"{by}; {' * '.join(names)} could be {fits}"
             )
 
 
 def gather(x: jax.Array, axis: str = "fsdp") -> jax.Array:
-    """Returns the array no longer divided over `axis`, to compute with.
+    """Gathers an array over one mesh axis, to compute with it.
 
-    Its cotangent is divided as `x` is: it is reduced and scattered in one go.
+    Its cotangent is reduced and scattered, and so sharded like `x`.
+
+    Args:
+      x: an array that may be sharded over `axis`.
+      axis: an axis of the current mesh.
     """
-    spec = explicit.spec(x)
-    whole = PartitionSpec(*(_without(names, axis) for names in spec))
-    return x if whole == spec else reshard(x, whole)
+    spec = partition_spec(x)
+    gathered = PartitionSpec(*(_without(names, axis) for names in spec))
+    return x if gathered == spec else reshard(x, gathered)
 
 
-def divide_batch(tree: Any) -> Any:
-    """Divides the first axis of every array over `BATCH`, if there is a mesh of `AXES`."""
+def shard_batch(tree: PyTree) -> PyTree:
+    """Shards the first axis of every array over `BATCH`, under a mesh with the axes `AXES`."""
     if not is_explicit():
         return tree
-    return jax.tree.map(lambda x: reshard(x, PartitionSpec(BATCH, *explicit.spec(x)[1:])), tree)
+    return jax.tree.map(lambda x: reshard(x, PartitionSpec(BATCH, *partition_spec(x)[1:])), tree)
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """Puts the whole of an array on every device."""
+    """Replicates an array on every device."""
     return reshard(x, PartitionSpec()) if is_explicit() else x
 
 
-def batch_parts() -> int:
-    """The number of parts that the rows of a batch are divided into under the current mesh."""
+def batch_shards() -> int:
+    """Returns the number of shards of a batch's first axis under the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in BATCH) if is_explicit() else 1
 
 
-def last_axis_whole(x: jax.Array) -> PartitionSpec | None:
-    """The `out_sharding` of a product that sums over the last axis of `x`."""
-    return PartitionSpec(*explicit.spec(x)[:-1], None) if is_explicit() else None
+def unsharded_last_axis(x: jax.Array) -> PartitionSpec | None:
+    """Returns the `out_sharding` of a product that sums over the last axis of `x`."""
+    return PartitionSpec(*partition_spec(x)[:-1], None) if is_explicit() else None
 
 
 def is_explicit() -> bool:
-    """Whether a mesh of `AXES`, of the type Explicit, has been set with `jax.set_mesh`."""
+    """Returns whether `jax.set_mesh` has set a mesh with Explicit axes `AXES`."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return all(types.get(name) == AxisType.Explicit for name in AXES)

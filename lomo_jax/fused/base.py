@@ -1,6 +1,7 @@
-"""What the fused step and the reference have in common: arguments, state and results."""
+"""What the fused step and the reference share: options, state, output, checks."""
 
 import dataclasses
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,57 +11,64 @@ import jax.numpy as jnp
 import optax
 
 from lomo_jax import _validate
-from lomo_jax.fused import microbatches, parameters
-from lomo_jax.fused.cut import Cut, cut
-from lomo_jax.fused.loss_scale import HIGH, LOW, DynamicLossScale, LossScaleState
-from lomo_jax.fused.offload import Offload, beside, is_on_host, to_device, to_host
-from lomo_jax.fused.remat import POLICIES
+from lomo_jax.fused import arrays, microbatches
+from lomo_jax.fused.arrays import Params, PyTree, is_on_host, match_memory, to_device, to_host
+from lomo_jax.fused.options import (
+    MAX_LOSS_SCALE,
+    MIN_LOSS_SCALE,
+    REMAT_POLICIES,
+    ROUNDINGS,
+    DynamicLossScale,
+    LossScaleState,
+    Offload,
+)
+from lomo_jax.fused.trace import TracedLoss, trace
 from lomo_jax.fused.update import Updater, check_independent
-
-ROUNDINGS = ("nearest", "stochastic")
 
 
 class StepState(NamedTuple):
-    """What a step remembers. A pytree of arrays."""
+    """The state of a step: a pytree of arrays."""
 
-    # By the name of the parameter, such as "layers/attention/query", the state of tx for it; with a
-    # layer axis in front of every array if the parameter is stacked. A frozen one has none.
-    optimizer: dict[str, Any]
+    # The optimizer's state of each trainable parameter, by the parameter's name, such as
+    # "layers/attention/query". For a stacked parameter every array has a layer axis in front.
+    optimizer: dict[str, PyTree]
     loss_scale: LossScaleState | None  # None unless the loss scale is dynamic
     rounding: jax.Array | None  # uint32 [2], data of a random key; None unless it is stochastic
 
 
 class StepOutput(NamedTuple):
-    """What a step reports."""
+    """What a step returns beside parameters and state."""
 
-    loss: jax.Array  # [], dtype of the loss; of the parameters before the update
-    # What loss_fn returned beside the loss, of each microbatch: with K > 1 of them every leaf has
-    # an axis [K] in front. None without has_aux.
-    aux: Any
+    loss: jax.Array  # [], dtype of the loss, computed with the parameters before the update
+    # The second result of loss_fn. With K > 1 microbatches every leaf has an axis [K] in front.
+    # None without has_aux.
+    aux: PyTree
     grad_norm: jax.Array | None  # float32 [], before clipping; None unless clip_norm is set
-    finite: jax.Array  # bool [], whether the loss is finite, and all that is known of the gradient
+    # bool [], whether the loss is finite and, if clip_norm is set or the loss scale is dynamic, the
+    # gradient too.
+    finite: jax.Array
 
 
-class Plan(NamedTuple):
-    """What tracing the loss tells of a step."""
+class TracedStep(NamedTuple):
+    """A step for parameters and a batch of known shapes."""
 
-    cut: Cut
+    loss: TracedLoss
     names: list[str]  # of the leaves of the parameters
-    updaters: dict[int, Updater]  # of the trainable ones, by index
+    updaters: dict[int, Updater]  # of the trainable parameters, by index
 
-    def init(self, params: Any) -> dict[str, Any]:
+    def init_optimizer(self, params: Params) -> dict[str, PyTree]:
         """Returns the first state of the optimizer."""
         leaves = jax.tree.leaves(params)
         return {self.names[i]: updater.init(leaves[i]) for i, updater in self.updaters.items()}
 
 
 class Result(NamedTuple):
-    """What a step has made of its arguments."""
+    """What `Step._run` computes."""
 
     params: list[jax.Array]  # leaves
-    states: dict[int, Any]  # of the optimizer, by the index of the parameter
-    loss: jax.Array  # [], or of each of several microbatches [K]
-    aux: Any  # likewise, as loss_fn returns it
+    states: dict[int, PyTree]  # of the optimizer, by the index of the parameter
+    loss: jax.Array  # [], or [K] for K > 1 microbatches
+    aux: PyTree  # as loss_fn returns it, with an axis [K] in front if K > 1
     share: jax.Array  # [K], of each microbatch in the loss; float32, or float64 for such a loss
     norm: jax.Array | None  # of the gradient, float32 [], if it was measured
     finite: jax.Array  # bool []
@@ -68,27 +76,84 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """A training step `(params, state, batch) -> (params, state, StepOutput)`, to be jitted.
+    """A training step, ``(params, state, batch) -> (params, state, StepOutput)``, to be jitted.
 
-    Made by `fused_step` or `reference_step`, whose arguments are its fields.
+    Make one with `fused_step` or `reference_step`. Both take these arguments:
+
+    Args:
+      loss_fn: ``(params, batch) -> loss``, or ``(loss, aux)`` with `has_aux`. The loss is a
+        floating-point scalar or a `WeightedLoss`. `params` is a pytree of arrays; its leaves that
+        are not floating-point stay as they are. Layers may be wrapped in `jax.checkpoint` but need
+        not be, see `remat`.
+      tx: an optax transformation that updates each parameter from its own gradient, value and
+        state. It sees one parameter at a time, in trees with the paths of `params` and
+        `optax.MaskedNode` in place of the other leaves, so masks and labels by path work. Gradients
+        are float32 (float64 for float64 parameters); the state keeps the dtypes of ``tx.init``. A
+        transformation with a random key in its state, such as `optax.add_noise`, draws the same
+        numbers for every parameter and layer. Extra arguments of ``tx.update`` are not supported.
+      has_aux: whether `loss_fn` returns a second result.
+      clip_norm: scales the gradient down to this global norm, taken over all trainable parameters.
+        Infinity measures the norm without clipping. The step makes two backward passes over the
+        same saved layer inputs, the first to measure the norm, and takes about 1.7 times as long.
+        None: no clipping, and no norm in the output.
+      microbatches: K, splits the leading axis [B, ...] of every leaf of the batch into
+        [K, B/K, ...]. Microbatch k has the rows ``k, k + K, ...``, so the rows of a sharded batch
+        stay on their devices. Scalars go to every microbatch. Each layer runs all microbatches
+        before the next layer runs, and sums its gradient in float32. Activations need memory for
+        one microbatch, layer inputs for all. The loss is the mean over the microbatches, weighted
+        if it is a `WeightedLoss`.
+      loss_scale: multiplies the loss and divides the gradients, so that float16 can represent them:
+        a number, or a `DynamicLossScale`, which skips the update of steps that overflow. By default
+        that takes two backward passes, as `clip_norm` does.
+      rounding: how the sum of parameter and update, computed in float32, is rounded to bfloat16 or
+        float16. ``"nearest"``, or ``"stochastic"``: up or down at random, with the right mean, so
+        that updates smaller than half the spacing of the dtype are not lost. The random key is a
+        part of the state and starts from seed 0.
+      trainable: the parameters to train: a predicate on the name of a parameter, such as
+        "layers/attention/query" (``jax.tree_util.keystr(path, simple=True, separator="/")``), or a
+        pytree of bool that is a prefix of `params`. Frozen parameters have no gradient and no
+        state, and the backward pass stops at the first trainable parameter. None: all.
+      offload: an `Offload`, what to keep in host memory.
+      remat: what the forward pass saves of each layer; the backward pass recomputes the rest.
+        ``"full"``: the layer's input only. ``"attention"``: also the results of attention, which
+        are those of cuDNN's flash attention and values that
+        ``jax.ad_checkpoint.checkpoint_name(x, "attention")`` names. ``"none"``: all residuals of
+        `jax.vjp`. Or a policy of `jax.checkpoint_policies`. It replaces a `jax.checkpoint` around
+        the whole layer; one inside the layer stays. Saved values exist for all layers at once.
+
+    Raises:
+      ValueError: an option is out of range, or two options exclude each other. When the step is
+        traced: the layers of a stacked parameter cannot be updated one by one (it reaches the scan
+        through a cast or a transpose, is used outside the scan too, or is scanned inside an
+        operation that cannot be cut, such as `jax.lax.cond`); `tx` mixes parameters; the batch does
+        not split into microbatches; `trainable` selects no parameter; the state is that of another
+        step.
+      TypeError: the loss is not a floating-point scalar, or a parameter is not an array.
     """
 
     loss_fn: Callable[..., Any]
     tx: optax.GradientTransformation
+    _: dataclasses.KW_ONLY
     has_aux: bool = False
     clip_norm: float | None = None
     microbatches: int = 1
     loss_scale: float | DynamicLossScale | None = None
     rounding: str = "nearest"
-    trainable: Any = None
-    offload: Offload | None = None
-    remat: Any = "full"
+    trainable: Callable[[str], bool] | PyTree = None
+    offload: Offload = Offload()  # noqa: RUF009  # it is frozen
+    remat: str | Callable[..., Any] = "full"
+
+    def __init_subclass__(cls) -> None:
+        # The options are documented once, above; help() and the API reference show them with
+        # `fused_step` and `reference_step`.
+        options = inspect.cleandoc(Step.__doc__ or "").partition("Args:")
+        cls.__doc__ = inspect.cleandoc(cls.__doc__ or "") + "\n\n" + "".join(options[1:])
 
     def __post_init__(self):
-        clip_norm, scale = self.clip_norm, self.loss_scale
+        clip_norm, loss_scale = self.clip_norm, self.loss_scale
         if clip_norm is not None and not _is_positive(clip_norm):
             raise ValueError(
-                "clip_norm must be a number above 0, or infinity to measure the norm only, got "
+                "clip_norm must be a number above 0, or infinity to only measure the norm, got "
                 f"{clip_norm!r}"
             )
         if not hasattr(self.tx, "update"):
@@ -98,67 +163,70 @@ class Step:
         _validate.integer("microbatches", self.microbatches, low=1)
         _validate.choice("rounding", self.rounding, ROUNDINGS)
         if not callable(self.remat):
-            _validate.choice("remat", self.remat, POLICIES)
-        if not isinstance(self.offloads, Offload):
+            _validate.choice("remat", self.remat, REMAT_POLICIES)
+        if self.offload is None:
+            object.__setattr__(self, "offload", Offload())
+        if not isinstance(self.offload, Offload):
             raise TypeError(f"offload must be a lomo_jax.Offload, got {self.offload!r}")
-        if not (isinstance(scale, DynamicLossScale) or scale is None) and not (
-            _is_positive(scale) and LOW <= scale <= HIGH
+        if not (isinstance(loss_scale, DynamicLossScale) or loss_scale is None) and not (
+            _is_positive(loss_scale) and MIN_LOSS_SCALE <= loss_scale <= MAX_LOSS_SCALE
         ):
             raise ValueError(
                 "loss_scale must be a number in [2**-126, 2**126] or a lomo_jax.DynamicLossScale, "
-                f"got {scale!r}"
+                f"got {loss_scale!r}"
             )
-        if self.dynamic and self.dynamic.skip == "layers" and self.clip_norm is not None:
+        if self.dynamic and self.dynamic.skip == "layers" and clip_norm is not None:
             raise ValueError(
-                "DynamicLossScale(skip='layers') saves the walk that tells whether the gradient is "
-                "finite, but clip_norm makes that walk anyway: use skip='step'"
+                "DynamicLossScale(skip='layers') saves a backward pass that clip_norm needs "
+                "anyway: use skip='step'"
             )
 
     @property
     def dynamic(self) -> DynamicLossScale | None:
-        """The loss scale, if it is a dynamic one."""
+        """The loss scale, if it is dynamic."""
         return self.loss_scale if isinstance(self.loss_scale, DynamicLossScale) else None
 
     @property
-    def offloads(self) -> Offload:
-        """What is kept in host memory."""
-        return self.offload or Offload()
-
-    @property
-    def measures(self) -> bool:
-        """Whether the whole gradient is measured before the first update."""
+    def needs_first_pass(self) -> bool:
+        """Whether the norm of the gradient must be known before the first update."""
         return self.clip_norm is not None or (
             self.dynamic is not None and self.dynamic.skip == "step"
         )
 
-    def init(self, params: Any, batch: Any) -> StepState:
-        """Returns the state to start from.
+    def init(self, params: Params, batch: PyTree) -> StepState:
+        """Returns the first state.
 
         Args:
           params: pytree of arrays, or of `jax.ShapeDtypeStruct` under `jax.eval_shape`.
-          batch: pytree of arrays or of `jax.ShapeDtypeStruct`, of the shapes to come.
+          batch: pytree of arrays or `jax.ShapeDtypeStruct`, with the shapes of the batches to come.
 
         Raises:
-          TypeError, ValueError: see `fused_step`.
+          TypeError, ValueError: see the class.
         """
-        return self._init(self._plan(params, batch), params)
+        return self._init(self._trace(params, batch), params)
 
     def __call__(
-        self, params: Any, state: StepState, batch: Any
-    ) -> tuple[Any, StepState, StepOutput]:
-        """Makes one step; see `fused_step`."""
-        plan = self._plan(params, batch)
-        self._check_memory(plan, params, state)
-        _check_state(state, jax.eval_shape(lambda params: self._init(plan, params), params))
+        self, params: Params, state: StepState, batch: PyTree
+    ) -> tuple[Params, StepState, StepOutput]:
+        """Makes one step.
+
+        Args:
+          params: pytree of arrays. The new ones have the same dtypes, shardings and memories.
+          state: from `init` or the previous step.
+          batch: pytree of arrays, the second argument of `loss_fn`.
+        """
+        traced = self._trace(params, batch)
+        self._check_memory(traced, params, state)
+        _check_state(state, jax.eval_shape(lambda params: self._init(traced, params), params))
         key = new_rounding = None
         if state.rounding is not None:
             following, key = jax.random.split(jax.random.wrap_key_data(state.rounding))
             new_rounding = jax.random.key_data(following)
         scale = state.loss_scale.scale if state.loss_scale else self.loss_scale
         result = self._run(
-            plan,
+            traced,
             params,
-            {i: state.optimizer[plan.names[i]] for i in plan.updaters},
+            {i: state.optimizer[traced.names[i]] for i in traced.updaters},
             microbatches.split(batch, self.microbatches),
             None if scale is None else jnp.asarray(scale, jnp.float32),
             key,
@@ -166,93 +234,87 @@ class Step:
         new_loss_scale = None
         if self.dynamic and state.loss_scale:
             new_loss_scale = self.dynamic.update(state.loss_scale, result.finite)
-            # A step that is skipped draws no numbers.
+            # A skipped step keeps its random key.
             new_rounding = jax.tree.map(
                 lambda new, old: jnp.where(result.finite, new, old), new_rounding, state.rounding
             )
         loss = result.loss
         if self.microbatches > 1:
-            loss = jnp.sum(result.share * microbatches.widen(loss)).astype(loss.dtype)
+            loss = jnp.sum(result.share * arrays.widen(loss)).astype(loss.dtype)
+        new_params = jax.tree.unflatten(jax.tree.structure(params), result.params)
+        optimizer = {traced.names[i]: new for i, new in result.states.items()}
+        norm = None if self.clip_norm is None else result.norm
         return (
-            beside(jax.tree.unflatten(jax.tree.structure(params), result.params), params),
-            StepState(
-                beside({plan.names[i]: new for i, new in result.states.items()}, state.optimizer),
-                new_loss_scale,
-                new_rounding,
-            ),
-            StepOutput(
-                loss,
-                result.aux,
-                None if self.clip_norm is None else result.norm,
-                result.finite,
-            ),
+            match_memory(new_params, params),
+            StepState(match_memory(optimizer, state.optimizer), new_loss_scale, new_rounding),
+            StepOutput(loss, result.aux, norm, result.finite),
         )
 
-    def _plan(self, params: Any, batch: Any) -> Plan:
-        trainable = parameters.trainable(params, self.trainable)
+    def _trace(self, params: Params, batch: PyTree) -> TracedStep:
+        trainable = arrays.trainable_flags(params, self.trainable)
         if self.microbatches > 1:
-            # Not from shapes and dtypes: a Python scalar of the batch has a weak type.
+            # Slicing keeps the weak type of a Python scalar in the batch.
             batch = jax.eval_shape(
                 lambda x: jax.tree.map(
                     lambda part: part[0], microbatches.split(x, self.microbatches)
                 ),
                 batch,
             )
-        params = jax.eval_shape(to_device, params)  # where the loss sees them
-        pieces = cut(self.loss_fn, params, batch, has_aux=self.has_aux, trainable=trainable)
-        check_independent(self.tx, params, trainable, pieces.stacked)
+        params = jax.eval_shape(to_device, params)  # the loss sees its parameters on the device
+        loss = trace(self.loss_fn, params, batch, has_aux=self.has_aux, trainable=trainable)
+        check_independent(self.tx, params, trainable, loss.stacked)
         treedef = jax.tree.structure(params)
         updaters = {
-            i: Updater(self.tx, treedef, i, stacked=i in pieces.stacked)
+            i: Updater(self.tx, treedef, i, stacked=i in loss.stacked)
             for i, is_trainable in enumerate(trainable)
             if is_trainable
         }
-        return Plan(pieces, parameters.names(params), updaters)
+        return TracedStep(loss, arrays.names(params), updaters)
 
-    def _init(self, plan: Plan, params: Any) -> StepState:
+    def _init(self, traced: TracedStep, params: Params) -> StepState:
         stochastic = self.rounding == "stochastic"
-        optimizer = plan.init(to_device(params))
+        optimizer = traced.init_optimizer(to_device(params))
         return StepState(
-            to_host(optimizer) if self.offloads.state else optimizer,
+            to_host(optimizer) if self.offload.state else optimizer,
             self.dynamic.init() if self.dynamic else None,
             jax.random.key_data(jax.random.key(0)) if stochastic else None,
         )
 
-    def _check_memory(self, plan: Plan, params: Any, state: StepState) -> None:
-        """Raises ValueError if something is in the memory that `offload` says it is not in."""
-        arrays = [
+    def _check_memory(self, traced: TracedStep, params: Params, state: StepState) -> None:
+        """Raises ValueError if an array is not in the memory that `offload` says."""
+        leaves = [
             ("params", f"parameter {name}", leaf)
-            for name, leaf in zip(plan.names, jax.tree.leaves(params), strict=True)
+            for name, leaf in zip(traced.names, jax.tree.leaves(params), strict=True)
         ]
-        arrays += [
+        leaves += [
             ("state", f"the optimizer's state of {name}", leaf)
             for name, tree in state.optimizer.items()
             for leaf in jax.tree.leaves(tree)
         ]
-        for kind, name, array in arrays:
-            if is_on_host(array) != getattr(self.offloads, kind):
+        for kind, name, array in leaves:
+            if is_on_host(array) != getattr(self.offload, kind):
                 here, there = ("Host", "Device") if is_on_host(array) else ("Device", "Host")
                 raise ValueError(
-                    f"{name} is in {here.lower()} memory, not where offload={self.offload} has it: "
-                    f"put it there, jax.device_put({kind}, jax.memory.Space.{there}), or set "
+                    f"{name} is in {here.lower()} memory, but offload={self.offload}: move it, "
+                    f"jax.device_put({kind}, jax.memory.Space.{there}), or set "
                     f"lomo_jax.Offload({kind}={here == 'Host'})"
                 )
 
     def _run(
         self,
-        plan: Plan,
-        params: Any,
-        states: dict[int, Any],
-        batch: Any,
+        traced: TracedStep,
+        params: Params,
+        states: dict[int, PyTree],
+        batch: PyTree,
         scale: jax.Array | None,
         key: jax.Array | None,
     ) -> Result:
         """Computes the gradient and updates.
 
         Args:
-          plan: of this step.
+          traced: this step.
           params: pytree of arrays.
-          states: of the optimizer, by the index of the parameter.
+          states: the optimizer's states, by the index of the parameter.
           batch: split into microbatches.
           scale: of the loss, float32 [].
           key: for stochastic rounding.
@@ -260,7 +322,7 @@ class Step:
         raise NotImplementedError
 
     def _factor(self, scale: jax.Array | None, norm: jax.Array | None) -> jax.Array | None:
-        """What gradients are multiplied by before `tx` gets them, or None for 1."""
+        """Returns the factor that gradients are multiplied by before the update; None for 1."""
         factor = None if scale is None else 1 / scale
         if self.clip_norm is not None and norm is not None:
             clip = jnp.minimum(1.0, jnp.float32(self.clip_norm) / (norm + 1e-6))
@@ -273,8 +335,8 @@ def _is_positive(value: Any) -> bool:
 
 
 def _check_state(state: Any, expected: StepState) -> None:
-    """Raises ValueError unless `state` has the structure, shapes and dtypes that are expected."""
-    fault = "is not of this loss, tx, options and tree of parameters"
+    """Raises ValueError unless `state` has the structure, shapes and dtypes of `expected`."""
+    fault = "is not the state of this loss, tx, options and tree of parameters"
     if jax.tree.structure(state) == jax.tree.structure(expected):
         leaves = jax.tree_util.tree_leaves_with_path(state)
         for (path, leaf), like in zip(leaves, jax.tree.leaves(expected), strict=True):
@@ -287,4 +349,4 @@ def _check_state(state: Any, expected: StepState) -> None:
                 break
         else:
             return
-    raise ValueError(f"state {fault}: make it with step.init(params, batch)")
+    raise ValueError(f"the state {fault}: make it with step.init(params, batch)")

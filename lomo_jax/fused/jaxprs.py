@@ -1,7 +1,7 @@
-"""What the fused step needs to know about jaxprs: reading, inlining, cutting out, dependence.
+"""Reads and rewrites jaxprs: taking scans apart, inlining calls, cutting functions out, dependence.
 
-The layout of a scan's parameters and the split of closed from open jaxprs differ between the
-versions of JAX that lomo_jax supports (0.10 to 0.12); this module is the only one that knows.
+The parameters of a scan and the split into closed and open jaxprs differ between the versions of
+JAX that lomo_jax supports (0.10 to 0.12). Only this module depends on the version.
 """
 
 import functools
@@ -15,20 +15,18 @@ import jax.numpy as jnp
 
 Atom = jex.Var | jex.Literal
 
-# From JAX 0.12 on a jaxpr holds its own constants, and this name is one that JAX no longer exports.
+# From JAX 0.12 on every jaxpr holds its own constants, and JAX no longer exports this name.
 _ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
 
-# Calls that compute the same thing when their body stands in their place. The fused step recomputes
-# layers itself, so a checkpoint around a layer scan has nothing left to add.
+# Calls that may be replaced by their body. A checkpoint around a layer scan is among them: the
+# backward pass recomputes the layers anyway.
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
-
-
-# What returns its operand. A constraint on a whole stack says what its own sharding says.
+# Operations that return their operand. A stack's own sharding makes a constraint on it redundant.
 IDENTITIES = ("copy", "copy_p", "name", "sharding_constraint")
 
 
 class Scan(NamedTuple):
-    """A `lax.scan` equation, taken apart."""
+    """The parts of a `lax.scan` equation."""
 
     body: Any  # closed jaxpr: (*consts, *carry, *x) -> (*carry, *y)
     consts: list[Atom]
@@ -42,7 +40,7 @@ class Scan(NamedTuple):
 
 
 def open_jaxpr(closed) -> jex.Jaxpr:
-    """The jaxpr of a closed jaxpr; open ones are returned as they are."""
+    """Returns the jaxpr inside a closed jaxpr; an open jaxpr is returned as it is."""
     return getattr(closed, "jaxpr", closed)
 
 
@@ -57,13 +55,13 @@ def dtype(atom: Atom) -> Any:
 
 
 def zeros(var: jex.Var) -> jax.Array:
-    """Zeros of the variable's type, which says how they are divided over Explicit axes, too."""
+    """Returns zeros of the variable's type, which includes its sharding over Explicit axes."""
     aval: Any = var.aval
     return jnp.zeros_like(aval)
 
 
 def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
-    """The set of the variables among `atoms`, in order."""
+    """Returns the variables among `atoms` as an ordered set."""
     return dict.fromkeys(a for a in atoms if isinstance(a, jex.Var))
 
 
@@ -92,14 +90,14 @@ def read_scan(eqn: jex.JaxprEqn) -> Scan:
 
 
 def bodies(eqn: jex.JaxprEqn) -> list[Any]:
-    """The jaxprs among the parameters of `eqn`."""
+    """Returns the jaxprs among the parameters of `eqn`."""
     kinds = (_ClosedJaxpr, jex.Jaxpr)
     values = (v if isinstance(v, tuple) else (v,) for v in eqn.params.values())
     return [jaxpr for group in values for jaxpr in group if isinstance(jaxpr, kinds)]
 
 
 def users(closed, var: jex.Var) -> list[jex.JaxprEqn]:
-    """The equations that consume `var` as it is, in calls too."""
+    """Returns the equations with `var` itself as an operand, also those inside calls."""
     found = []
     for eqn in open_jaxpr(closed).eqns:
         for i, operand in enumerate(eqn.invars):
@@ -113,7 +111,7 @@ def users(closed, var: jex.Var) -> list[jex.JaxprEqn]:
 
 
 def called_jaxpr(eqn: jex.JaxprEqn):
-    """The jaxpr, closed or without constants, that `eqn` could be replaced by, or None."""
+    """Returns the jaxpr, closed or without constants, that may replace `eqn`, or None."""
     if eqn.primitive.name not in INLINED:
         return None
     return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
@@ -125,16 +123,17 @@ def inline(
     labels: dict[jex.Var, int],
     wanted: Callable[[jex.JaxprEqn], bool],
 ) -> tuple[list[jex.JaxprEqn], list[Atom]]:
-    """Puts the bodies of the calls that are `wanted` in their place.
+    """Replaces calls by their bodies.
 
     Args:
       closed: a closed jaxpr.
-      operands: the atoms that its inputs are replaced by.
-      labels: `dependence` of the variables among `operands`; that of every new variable is added.
-      wanted: says of an equation, its operands already replaced and labelled, whether to inline it.
+      operands: the atoms that replace its inputs.
+      labels: the label of each variable among `operands`, see `dependence`. The labels of new
+        variables are added.
+      wanted: whether to inline an equation, whose operands are already replaced and labelled.
 
     Returns:
-      Equations over fresh variables, and the atoms that the results of `closed` became.
+      Equations over fresh variables, and the atoms that replace the results of `closed`.
     """
     jaxpr = open_jaxpr(closed)
     env: dict[jex.Var, Atom] = dict(zip(jaxpr.invars, operands, strict=True))
@@ -162,13 +161,13 @@ def inline(
 def see_through(
     eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom], variables: Iterable[jex.Var]
 ) -> tuple[list[jex.JaxprEqn], list[Atom]]:
-    """Replaces what only copies, names or constrains one of `variables` by that variable.
+    """Removes equations that only copy, name or constrain one of `variables`.
 
     Returns:
-      The equations that are left, and the results.
+      The other equations, and the results.
     """
     same: dict[Atom, Atom] = {v: v for v in variables}
-    kept = []
+    others = []
 
     def read(atom: Atom) -> Atom:
         return atom if isinstance(atom, jex.Literal) else same.get(atom, atom)
@@ -179,12 +178,12 @@ def see_through(
         if isinstance(source, jex.Var) and source in same:
             same[eqn.outvars[0]] = source
         else:
-            kept.append(eqn)
-    return kept, list(map(read, results))
+            others.append(eqn)
+    return others, list(map(read, results))
 
 
 def as_function(template, eqns, inputs: Sequence[jex.Var], outputs: Sequence[Atom]):
-    """The function from `inputs` to `outputs` that `eqns`, cut out of `template`, compute."""
+    """Returns `eqns`, cut out of the jaxpr `template`, as a function from `inputs` to `outputs`."""
     jaxpr = open_jaxpr(template).replace(
         constvars=[], invars=list(inputs), outvars=list(outputs), eqns=list(eqns)
     )
@@ -192,10 +191,11 @@ def as_function(template, eqns, inputs: Sequence[jex.Var], outputs: Sequence[Ato
 
 
 def evaluate_late(function: Callable[..., Any], args: Sequence[Any], zero: Any) -> Any:
-    """`function(*args)`, in which arrays of zeros are made from `zero`, a scalar 0.
+    """Returns ``function(*args)``, with its arrays of zeros broadcast from the scalar `zero`.
 
-    Zeros depend on nothing, so XLA makes those of gradients that are summed up, as large as the
-    parameters, far too early, and all that look alike at once. `zero` may depend on something.
+    XLA allocates zeros far too early, since they depend on nothing, and shares those of one shape:
+    among them the start of every summed gradient, as large as a parameter. Pass a `zero` that
+    depends on something.
     """
     closed, result = jax.make_jaxpr(function, return_shape=True)(*args)
     inputs = [jex.Var(v.aval) for v in open_jaxpr(closed).invars]
@@ -211,21 +211,21 @@ def evaluate_late(function: Callable[..., Any], args: Sequence[Any], zero: Any) 
 
 
 def _is_zero(atom: Atom) -> bool:
-    # A jax.Array may be traced, and is no literal of the program.
+    # A jax.Array may be traced: its value is unknown.
     if not isinstance(atom, jex.Literal) or isinstance(atom.val, jax.Array):
         return False
     return shape(atom) == () and bool(atom.val == 0)
 
 
 def dependence(closed, inputs: Sequence[int]) -> list[int]:
-    """Which inputs each output of a closed jaxpr depends on, in value or derivative; never too few.
+    """Returns which inputs each output depends on, in value or derivative; never too few.
 
     Args:
       closed: a closed jaxpr.
-      inputs: a set of labels for each input, as the bits of an int.
+      inputs: for each input a set of labels, as the bits of an int.
 
     Returns:
-      The union of the labels that reach each output, likewise.
+      For each output the union of the labels of the inputs that it depends on.
     """
     jaxpr = open_jaxpr(closed)
     env: dict[jex.Var, int] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -237,13 +237,13 @@ def dependence(closed, inputs: Sequence[int]) -> list[int]:
 def live(
     eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom], *, effects: bool = True
 ) -> list[jex.JaxprEqn]:
-    """The equations that `results` need and, with `effects`, those that have side effects."""
-    needed, kept = set(variables(results)), []
+    """Returns the equations that `results` need; with `effects` also those with side effects."""
+    needed, found = set(variables(results)), []
     for eqn in reversed(eqns):
         if (effects and eqn.effects) or not needed.isdisjoint(eqn.outvars):
-            kept.append(eqn)
+            found.append(eqn)
             needed.update(variables(eqn.invars))
-    return kept[::-1]
+    return found[::-1]
 
 
 def label(atom: Atom, env: Mapping[jex.Var, int]) -> int:
@@ -251,7 +251,7 @@ def label(atom: Atom, env: Mapping[jex.Var, int]) -> int:
 
 
 def eqn_dependence(eqn: jex.JaxprEqn, env: Mapping[jex.Var, int]) -> list[int]:
-    """`dependence` of one equation, given the labels of the variables before it."""
+    """Returns the `dependence` of one equation, given the labels of earlier variables."""
     inputs = [label(a, env) for a in eqn.invars]
     if is_scan(eqn):
         scan = read_scan(eqn)
@@ -270,12 +270,12 @@ def eqn_dependence(eqn: jex.JaxprEqn, env: Mapping[jex.Var, int]) -> list[int]:
         return [
             functools.reduce(operator.or_, outs, inputs[0]) for outs in zip(*branches, strict=True)
         ]
-    # Not inside `custom_vjp` and its kin: a derivative may use an input that the value does not.
+    # `custom_vjp` and its kin are not opened: a derivative may use inputs that the value ignores.
     return [functools.reduce(operator.or_, inputs, 0)] * len(eqn.outvars)
 
 
 def changed_carry(scan: Scan) -> list[bool]:
-    """Which elements of the carry a scan changes; the others keep their first value."""
+    """Returns for each element of the carry whether the scan changes it."""
     jaxpr = open_jaxpr(scan.body)
     first = len(scan.consts)
     before, after = jaxpr.invars[first : first + len(scan.carry)], jaxpr.outvars[: len(scan.carry)]

@@ -3,65 +3,86 @@
 import jax
 import jax.numpy as jnp
 
-from lomo_jax.fused import jaxprs, microbatches, offload
-from lomo_jax.fused.base import Result, Step
-from lomo_jax.fused.cut import Layers
-from lomo_jax.fused.update import layer_key
-from lomo_jax.fused.visitors import all_finite, prepare, sum_of_squares
+from lomo_jax.fused import arrays, jaxprs, microbatches
+from lomo_jax.fused.arrays import Params, PyTree
+from lomo_jax.fused.base import Result, Step, TracedStep
+from lomo_jax.fused.trace import LayerScan
+from lomo_jax.fused.update import all_finite, scale_gradient, sum_of_squares
 
 
-class ReferenceStep(Step):
-    """See `reference_step`."""
+class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
+    """The plain computation of what `fused_step` computes.
 
-    def _run(self, plan, params, states, batch, scale, key):
-        params, states = offload.to_device((params, states))
-        leaves = jax.tree.leaves(params)
-        grads, share, loss, aux = self._gradient(plan, params, batch, scale)
+    Computes the whole gradient with `jax.value_and_grad`, then applies `tx`, to stacked parameters
+    under `jax.vmap` over their layers. Arguments, state and results are those of `fused_step`.
+    """
+
+    def _run(
+        self,
+        traced: TracedStep,
+        params: Params,
+        states: dict[int, PyTree],
+        batch: PyTree,
+        scale: jax.Array | None,
+        key: jax.Array | None,
+    ) -> Result:
+        params, states = arrays.to_device((params, states))
+        grads, share, loss, aux = self._gradient(traced, params, batch, scale)
         finite, norm = jnp.isfinite(loss).all(), None
-        if self.measures:
+        if self.needs_first_pass:
             factor = self._factor(scale, None)
-            norm = jnp.sqrt(sum_of_squares([prepare(g, factor) for g in grads.values()]))
+            norm = jnp.sqrt(sum_of_squares([scale_gradient(g, factor) for g in grads.values()]))
             finite &= jnp.isfinite(norm)
         factor = self._factor(scale, norm)
-        grads = {i: prepare(g, factor) for i, g in grads.items()}
-        states = dict(states)
-        # In the order of the walk, which matters to skip="layers" only.
-        for piece in reversed(plan.cut.pieces):
-            if isinstance(piece, Layers) and piece.stacked:
-                keep = None
+        grads = {i: scale_gradient(g, factor) for i, g in grads.items()}
+        leaves, states = jax.tree.leaves(params), dict(states)
+        # In the order of the backward pass, which matters to skip="layers" only.
+        for segment in reversed(traced.loss.segments):
+            if isinstance(segment, LayerScan) and segment.stacked:
+                skip_update = None
                 if self.dynamic:
-                    go_on = jnp.broadcast_to(finite, (piece.scan.length,))
+                    go_on = self._finite_so_far(segment, grads, finite)
                     if self.dynamic.skip == "layers":
-                        flags = jax.vmap(all_finite)([grads[i] for i in piece.stacked])
-                        # A scan that runs from the first layer to the last is walked the other way.
-                        go_on &= jax.lax.cumprod(
-                            flags.astype(jnp.int32), reverse=not piece.scan.reverse
-                        ).astype(bool)
                         finite = go_on.all()
-                    keep = ~go_on
-                for i in piece.stacked:
-                    updater = plan.updaters[i]
-                    keys = jax.vmap(lambda layer, u=updater: layer_key(key, u, layer))(
-                        jnp.arange(piece.scan.length)
+                    skip_update = ~go_on
+                for i in segment.stacked:
+                    updater = traced.updaters[i]
+                    keys = jax.vmap(lambda layer, u=updater: u.key(key, layer))(
+                        jnp.arange(segment.scan.length)
                     )
                     leaves[i], states[i] = jax.vmap(updater.apply)(
-                        grads[i], states[i], leaves[i], keys, keep
+                        grads[i], states[i], leaves[i], keys, skip_update
                     )
-            if piece.dense:
+            if segment.dense:
                 if self.dynamic and self.dynamic.skip == "layers":
-                    finite &= all_finite([grads[i] for i in piece.dense])
-                keep = ~finite if self.dynamic else None
-                for i in piece.dense:
-                    updater = plan.updaters[i]
+                    finite &= all_finite([grads[i] for i in segment.dense])
+                skip_update = ~finite if self.dynamic else None
+                for i in segment.dense:
+                    updater = traced.updaters[i]
                     leaves[i], states[i] = updater.apply(
-                        grads[i], states[i], leaves[i], layer_key(key, updater), keep
+                        grads[i], states[i], leaves[i], updater.key(key), skip_update
                     )
         return Result(leaves, states, loss, aux, share, norm, finite)
 
-    def _gradient(self, plan, params, batch, scale):
-        """Returns gradients by index, share, loss and aux."""
+    def _finite_so_far(
+        self, segment: LayerScan, grads: dict[int, jax.Array], finite: jax.Array
+    ) -> jax.Array:
+        """Returns for each layer whether the backward pass has met finite gradients only, [L]."""
+        go_on = jnp.broadcast_to(finite, (segment.scan.length,))
+        if self.dynamic and self.dynamic.skip == "layers":
+            flags = jax.vmap(all_finite)([grads[i] for i in segment.stacked])
+            # The backward pass of a scan from the last layer to the first begins at the first.
+            go_on &= jax.lax.cumprod(
+                flags.astype(jnp.int32), reverse=not segment.scan.reverse
+            ).astype(bool)
+        return go_on
+
+    def _gradient(
+        self, traced: TracedStep, params: Params, batch: PyTree, scale: jax.Array | None
+    ) -> tuple[dict[int, jax.Array], jax.Array, jax.Array, PyTree]:
+        """Returns gradients by the index of the parameter, shares, loss and aux."""
         leaves, treedef = jax.tree.flatten(params)
-        indices = list(plan.updaters)
+        indices = list(traced.updaters)
         trained = [leaves[i] for i in indices]
         seed = jnp.float32(1.0) if scale is None else scale
 
@@ -75,7 +96,7 @@ class ReferenceStep(Step):
             return seed.astype(loss.dtype) * loss, (loss, weight, aux)
 
         gradient = jax.grad(seeded, has_aux=True)
-        dtype = jaxprs.dtype(plan.cut.loss)
+        dtype = jaxprs.dtype(traced.loss.loss)
         if self.microbatches == 1:
             grads, (loss, _, aux) = gradient(trained, batch, seed)
             share = microbatches.shares(None, 1, dtype)
@@ -87,8 +108,8 @@ class ReferenceStep(Step):
         def accumulate(totals, x):
             part, part_share = x
             grads, (loss, _, aux) = gradient(trained, part, part_share * seed.astype(share.dtype))
-            return list(map(microbatches.add, totals, grads)), (loss, aux)
+            return list(map(arrays.add, totals, grads)), (loss, aux)
 
-        zeros = [jnp.zeros_like(microbatches.widen(x)) for x in trained]
+        zeros = [jnp.zeros_like(arrays.widen(x)) for x in trained]
         grads, (loss, aux) = jax.lax.scan(accumulate, zeros, (batch, share))
         return dict(zip(indices, grads, strict=True)), share, loss, aux

@@ -1,4 +1,4 @@
-"""Applies an optax transformation to one parameter, a layer of it at a time if it is stacked."""
+"""Uses gradients: applies an optax transformation to parameters and layers, or sums squares."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -7,17 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lomo_jax.fused import jaxprs, parameters
-from lomo_jax.fused.explicit import divided_as
-from lomo_jax.fused.microbatches import widen
-from lomo_jax.fused.rounding import rounds, stochastic_round
+from lomo_jax.fused import arrays, jaxprs
+from lomo_jax.fused.arrays import Params, PyTree, match_memory, reshard_like, widen
 
 
 class Updater:
-    """Updates the leaf `index` of a tree of parameters, a stack of layers if `stacked`.
+    """Updates the leaf `index` of a tree of parameters, which is a stack of layers if `stacked`.
 
     `tx` sees trees with the structure and the paths of the whole tree, the other leaves masked by
-    `optax.MaskedNode`; of a stack it sees one layer.
+    `optax.MaskedNode`. Of a stack it sees one layer.
     """
 
     def __init__(
@@ -25,80 +23,265 @@ class Updater:
     ):
         self.tx, self.treedef, self.index, self.stacked = tx, treedef, index, stacked
 
-    def init(self, leaf: Any) -> Any:
-        """Returns the state; of a stack with a layer axis in front of every array."""
+    def init(self, leaf: jax.Array) -> PyTree:
+        """Returns the optimizer's first state, with a layer axis in front if `stacked`."""
 
         def init(leaf):
             state = self.tx.init(_masked(self.treedef, {self.index: leaf}))
-            # What is as large as the parameter is divided like it.
-            alike = lambda x: divided_as(x, leaf) if jnp.shape(x) == leaf.shape else x  # noqa: E731
-            return jax.tree.map(alike, state)
+            # A statistic with the shape of the parameter is sharded like it.
+            shard = lambda x: reshard_like(x, leaf) if jnp.shape(x) == leaf.shape else x  # noqa: E731
+            return jax.tree.map(shard, state)
 
         return (jax.vmap(init) if self.stacked else init)(leaf)
 
     def apply(
         self,
         grad: jax.Array,
-        state: Any,
+        state: PyTree,
         leaf: jax.Array,
         key: jax.Array | None = None,
-        keep: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
+        skip_update: jax.Array | None = None,
+    ) -> tuple[jax.Array, PyTree]:
         """Updates the parameter, or one layer of it.
 
         Args:
           grad: the gradient, float32 or wider.
-          state: that of this parameter or layer.
-          leaf: parameter or layer. Parameter and update are added in float32 or wider.
+          state: the optimizer's state for this parameter or layer.
+          leaf: the parameter or layer. It is added to its update in float32 or wider.
           key: for stochastic rounding of the sum; None rounds to nearest.
-          keep: bool [], True leaves everything as it is; None updates.
+          skip_update: bool [], whether to return `leaf` and `state` unchanged; None for never.
 
         Returns:
-          The new leaf and the new state, in the dtypes that they had, divided as they were.
+          The new leaf and the new state, with dtypes and shardings as before.
         """
         trees = [_masked(self.treedef, {self.index: x}) for x in (grad, leaf)]
         updates, new_state = self.tx.update(trees[0], state, trees[1])
         wide = widen(leaf)
         wide = wide + self.treedef.flatten_up_to(updates)[self.index].astype(wide.dtype)
-        if key is not None and rounds(leaf.dtype):
+        if key is not None and must_round(leaf.dtype):
             new = stochastic_round(wide, leaf.dtype, key)
         else:
             new = wide.astype(leaf.dtype)
 
         def settle(new, old):
-            new = divided_as(new if new.dtype == old.dtype else new.astype(old.dtype), old)
-            return new if keep is None else jnp.where(keep, old, new)
+            new = reshard_like(new if new.dtype == old.dtype else new.astype(old.dtype), old)
+            return new if skip_update is None else jnp.where(skip_update, old, new)
 
         return jax.tree.map(settle, (new, new_state), (leaf, state))
 
+    def key(self, key: jax.Array | None, i: Any = None) -> jax.Array | None:
+        """Returns the key for this parameter, or for layer i of it, given the key of the step."""
+        if key is None:
+            return None
+        key = jax.random.fold_in(key, self.index)
+        return key if i is None else jax.random.fold_in(key, i)
 
-def layer_key(key: jax.Array | None, updater: Updater, i: Any = None) -> jax.Array | None:
-    """The key for one parameter, or for layer i of it, from that of the step."""
-    if key is None:
-        return None
-    key = jax.random.fold_in(key, updater.index)
-    return key if i is None else jax.random.fold_in(key, i)
+
+class Update:
+    """A `backward.Consumer` that updates the parameters and the optimizer's state.
+
+    Args:
+      updaters: by the index of the parameter.
+      params: leaves of the parameters. `self.params` has the new ones after the backward pass.
+      states: the optimizer's states by the index of the parameter. `self.states` likewise.
+      factor: multiplies gradients before the update, float32 []; None for 1.
+      key: for stochastic rounding, or None.
+      finite: bool [], False skips every update; None never skips.
+      stop_at_overflow: whether the first gradient that is not finite sets `self.finite` to False
+        and so skips the rest of the updates.
+    """
+
+    def __init__(
+        self,
+        updaters: Mapping[int, Updater],
+        params: Sequence[jax.Array],
+        states: Mapping[int, PyTree],
+        *,
+        factor: jax.Array | None = None,
+        key: jax.Array | None = None,
+        finite: jax.Array | None = None,
+        stop_at_overflow: bool = False,
+    ):
+        self.updaters, self.params, self.states = updaters, list(params), dict(states)
+        self.factor, self.key, self.finite = factor, key, finite
+        self.stop_at_overflow = stop_at_overflow
+
+    @jax.named_scope("update")  # separates it from the gradient in a profile
+    def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
+        olds = [(self.params[i], self.states[i]) for i in indices]
+        news, self.finite = self._apply(indices, grads, arrays.to_device(olds), self.finite)
+        self._store(indices, match_memory(news, olds))
+
+    @property
+    def needs_whole_layer(self) -> bool:
+        # An overflow in any gradient of a layer skips the update of the whole layer.
+        return self.stop_at_overflow
+
+    def init_carry(self, indices: Sequence[int], first: int, read_ahead: bool) -> PyTree:
+        stacks = [(self.params[i], self.states[i]) for i in indices]
+        return stacks, _read(stacks, first) if read_ahead else None, self.finite
+
+    def read_layer(self, carry: PyTree, indices: Sequence[int], k: int, i: jax.Array) -> jax.Array:
+        del indices
+        stacks, layers, _ = carry
+        return _read(stacks[k][0], i) if layers is None else layers[k][0]
+
+    @jax.named_scope("update")
+    def use_layer(
+        self,
+        carry: PyTree,
+        indices: Sequence[int],
+        ks: Sequence[int],
+        i: jax.Array,
+        grads: Sequence[jax.Array],
+    ) -> PyTree:
+        stacks, layers, finite = carry
+        olds = [_read(stacks[k], i) if layers is None else layers[k] for k in ks]
+        news, finite = self._apply([indices[k] for k in ks], grads, olds, finite, i)
+        stacks = list(stacks)
+        for k, new in zip(ks, news, strict=True):
+            stacks[k] = _write(stacks[k], new, i)
+        return stacks, layers, finite
+
+    def next_layer(self, carry: PyTree, i: jax.Array) -> PyTree:
+        stacks, layers, finite = carry
+        return stacks, layers if layers is None else _read(stacks, i), finite
+
+    def finish(self, carry: PyTree) -> PyTree:
+        stacks, _, finite = carry
+        return stacks, finite
+
+    def store(self, result: PyTree, indices: Sequence[int]) -> None:
+        news, self.finite = result
+        self._store(indices, news)
+
+    def _apply(
+        self,
+        indices: Sequence[int],
+        grads: Sequence[jax.Array],
+        olds: Sequence[tuple[jax.Array, PyTree]],
+        finite: jax.Array | None,
+        i: jax.Array | None = None,
+    ) -> tuple[list[tuple[jax.Array, PyTree]], jax.Array | None]:
+        """Returns new pairs (parameter, state) for `olds`, and whether all was finite so far."""
+        grads = [scale_gradient(g, self.factor) for g in grads]
+        if self.stop_at_overflow and grads:
+            finite = all_finite(grads) if finite is None else finite & all_finite(grads)
+        skip_update = None if finite is None else ~finite
+        news = []
+        for index, grad, (leaf, state) in zip(indices, grads, olds, strict=True):
+            updater = self.updaters[index]
+            news.append(updater.apply(grad, state, leaf, updater.key(self.key, i), skip_update))
+        return news, finite
+
+    def _store(self, indices: Sequence[int], news: Sequence[tuple[jax.Array, PyTree]]) -> None:
+        for i, (leaf, state) in zip(indices, news, strict=True):
+            self.params[i], self.states[i] = leaf, state
 
 
-def _masked(treedef: Any, leaves: Mapping[int, Any]) -> Any:
+class SumOfSquares:
+    """A `backward.Consumer` that sums the squares of all gradients, and changes nothing.
+
+    Args:
+      params: leaves of the parameters.
+      factor: multiplies gradients before, float32 []; None for 1.
+    """
+
+    needs_whole_layer = False
+
+    def __init__(self, params: Sequence[jax.Array], factor: jax.Array | None):
+        self.params, self.factor = params, factor
+        self.total = jnp.float32(0.0)
+
+    def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
+        del indices
+        self.total += self._of(grads)
+
+    def init_carry(self, indices: Sequence[int], first: int, read_ahead: bool) -> jax.Array:
+        del indices, first, read_ahead  # nothing is written, so nothing needs reading ahead
+        return self.total
+
+    def read_layer(
+        self, carry: jax.Array, indices: Sequence[int], k: int, i: jax.Array
+    ) -> jax.Array:
+        del carry
+        return _read(self.params[indices[k]], i)
+
+    def use_layer(
+        self,
+        carry: jax.Array,
+        indices: Sequence[int],
+        ks: Sequence[int],
+        i: jax.Array,
+        grads: Sequence[jax.Array],
+    ) -> jax.Array:
+        del indices, ks, i
+        return carry + self._of(grads)
+
+    def next_layer(self, carry: jax.Array, i: jax.Array) -> jax.Array:
+        del i
+        return carry
+
+    def finish(self, carry: jax.Array) -> jax.Array:
+        return carry
+
+    def store(self, result: jax.Array, indices: Sequence[int]) -> None:
+        del indices
+        self.total = result
+
+    def _of(self, grads: Sequence[jax.Array]) -> jax.Array:
+        return sum_of_squares([scale_gradient(g, self.factor) for g in grads])
+
+
+def scale_gradient(grad: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """Returns the gradient in float32 or wider, times `factor`."""
+    grad = widen(grad)
+    return grad if factor is None else grad * factor.astype(grad.dtype)
+
+
+def sum_of_squares(grads: Sequence[jax.Array]) -> jax.Array:
+    """Sums the squares of all elements, float32 []."""
+    squares = [jnp.sum(jnp.square(jnp.abs(g))).astype(jnp.float32) for g in grads]
+    return sum(squares, start=jnp.float32(0.0))
+
+
+def all_finite(grads: Sequence[jax.Array]) -> jax.Array:
+    """Returns whether all elements are finite, bool []."""
+    return jnp.stack([jnp.isfinite(g).all() for g in grads]).all()
+
+
+def _read(stacks: PyTree, i: Any) -> PyTree:
+    """Returns layer i, on the device."""
+    read = jax.lax.dynamic_index_in_dim
+    return arrays.to_device(jax.tree.map(lambda x: read(x, i, keepdims=False), stacks))
+
+
+def _write(stacks: PyTree, layer: PyTree, i: Any) -> PyTree:
+    """Writes layer i, in the memory that the stacks are in."""
+    write = jax.lax.dynamic_update_index_in_dim
+    layer = match_memory(layer, stacks)
+    return jax.tree.map(lambda x, new: write(x, new, i, axis=0), stacks, layer)
+
+
+def _masked(treedef: Any, leaves: Mapping[int, Any]) -> PyTree:
     every = [leaves.get(i, optax.MaskedNode()) for i in range(treedef.num_leaves)]
     return jax.tree.unflatten(treedef, every)
 
 
 def check_independent(
     tx: optax.GradientTransformation,
-    params: Any,
+    params: Params,
     trainable: Sequence[bool],
     stacked: Collection[int],
 ) -> None:
     """Raises ValueError if `tx` updates one parameter from the gradient or value of another.
 
-    What counts is how the results of `tx.update` depend on its arguments, in the same step or
-    through the state in a later one.
+    The check looks at how the results of `tx.update` depend on its arguments, in the same step or,
+    through the state, in a later one.
     """
     leaves, treedef = jax.tree.flatten(params)
     indices = [i for i, is_trainable in enumerate(trainable) if is_trainable]
-    # Of a stack tx sees one layer, and gradients in float32.
+    # tx sees one layer of a stack, and gradients in float32.
     shapes = [
         jax.ShapeDtypeStruct(leaves[i].shape[i in stacked :], leaves[i].dtype) for i in indices
     ]
@@ -125,13 +308,54 @@ def check_independent(
         if grown == of_state:
             break
         of_state = grown
-    names = parameters.names(params)
+    names = arrays.names(params)
     for i, label, mine in zip(indices, of_params, own, strict=True):
         others = label & ~mine
         if others:
             other = names[indices[others.bit_length() - 1]]
             raise ValueError(
-                f"tx updates parameter {names[i]} from {other}: a "
-                "transformation that mixes parameters needs all their gradients at once, which the "
-                "fused step never has; for clipping by global norm use clip_norm"
+                f"tx updates parameter {names[i]} from {other}: a transformation that mixes "
+                "parameters needs all their gradients at once, and the fused step never has them; "
+                "to clip by the global norm use clip_norm"
             )
+
+
+def must_round(dtype: jax.typing.DTypeLike) -> bool:
+    """Returns whether `dtype` has less precision than float32."""
+    return jnp.finfo(dtype).nmant < jnp.finfo(jnp.float32).nmant
+
+
+def stochastic_round(x: jax.Array, dtype: jax.typing.DTypeLike, key: jax.Array) -> jax.Array:
+    """Rounds up or down at random, so that the mean of the result is `x`.
+
+    The probability of each neighbour in `dtype` is proportional to the distance from the other one;
+    numbers that `dtype` can represent do not change. Two exceptions: below the normal range of
+    float16 the mean differs from `x` by up to ``2**-13`` of the distance between the neighbours,
+    and bfloat16 numbers below ``2**-119`` are rounded to nearest, since float32 cannot represent
+    that distance.
+
+    Args:
+      x: float32 [...].
+      dtype: bfloat16, float16 or another dtype with less precision than float32.
+      key: a key of `jax.random`.
+
+    Returns:
+      `dtype` [...].
+
+    References:
+      Gupta et al., `Deep Learning with Limited Numerical Precision
+      <https://arxiv.org/abs/1502.02551>`_, 2015
+    """
+    info, wide = jnp.finfo(dtype), jnp.finfo(jnp.float32)
+    exponent_bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7F800000)
+    power = jax.lax.bitcast_convert_type(exponent_bits, jnp.float32)  # of two, at most |x|
+    # x is divided by powers of two, and the quotient has no more bits than float32: both are exact.
+    spacing = jnp.maximum(power * jnp.float32(info.eps), jnp.float32(info.smallest_subnormal))
+    # As many random bits as are dropped: with one more, their sum with x would be rounded.
+    dropped = wide.nmant - info.nmant
+    bits = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=arrays.explicit_sharding(x))
+    bits >>= 16 - dropped
+    threshold = bits.astype(jnp.float32) * jnp.float32(2.0**-dropped)
+    rounded = jnp.floor(x / spacing + threshold) * spacing
+    is_exact = jnp.isfinite(x) & (spacing >= wide.tiny)
+    return jnp.where(is_exact, rounded, x).astype(dtype)

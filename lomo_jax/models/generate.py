@@ -56,7 +56,7 @@ def generate(
             f"more than the model's max_length={max_length}"
         )
     padding = -total % _BUFFER_MULTIPLE + max_new_tokens
-    rows = -len(prompt_BxT) % sharding.batch_parts()
+    rows = -len(prompt_BxT) % sharding.batch_shards()
     buffer_BxN = np.pad(prompt_BxT, ((0, rows), (0, padding)))
     filled_BxN = _fill(
         graphdef, params, buffer_BxN, prompt_BxT.shape[1], total, temperature, jax.random.key(seed)

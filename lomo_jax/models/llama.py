@@ -28,8 +28,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from lomo_jax import sharding
-from lomo_jax.fused import explicit
-from lomo_jax.fused.offload import to_device
+from lomo_jax.fused import arrays
+from lomo_jax.fused.arrays import to_device
 from lomo_jax.models.config import LlamaConfig
 from lomo_jax.models.embedding import EMBEDDING, look_up
 
@@ -89,7 +89,7 @@ class Attention(nnx.Module):
         v_BxTxKxh = _split(self.v(x_BxTxD), self.head_dim)
         y_BxTxHxh = _attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, context.mask, self.implementation)
         y_BxTxD = y_BxTxHxh.reshape(batch, length, -1)
-        return self.o(y_BxTxD, out_sharding=sharding.last_axis_whole(y_BxTxD))
+        return self.o(y_BxTxD, out_sharding=sharding.unsharded_last_axis(y_BxTxD))
 
 
 class MLP(nnx.Module):
@@ -103,7 +103,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         y_BxTxF = jax.nn.silu(self.gate(x_BxTxD)) * self.up(x_BxTxD)
-        return self.down(y_BxTxF, out_sharding=sharding.last_axis_whole(y_BxTxF))
+        return self.down(y_BxTxF, out_sharding=sharding.unsharded_last_axis(y_BxTxF))
 
 
 class Layer(nnx.Module):
@@ -183,7 +183,7 @@ class Llama(nnx.Module):
         Returns:
           x_BxTxD in the parameters' dtype.
         """
-        tokens_BxT, positions_BxT, segments_BxT = sharding.divide_batch(
+        tokens_BxT, positions_BxT, segments_BxT = sharding.shard_batch(
             (tokens_BxT, positions_BxT, segments_BxT)
         )
         context = self.context(tokens_BxT, positions_BxT, segments_BxT)
@@ -305,22 +305,22 @@ def _dot_gathered(
     another layout first, and a step of 20M parameters takes 1.18 times as long.
     """
     batch, length, width = x_BxTxI.shape
-    first, _, last = explicit.spec(x_BxTxI)
-    rows = explicit.sharding(x_BxTxI, P(first, last))
+    first, _, last = arrays.partition_spec(x_BxTxI)
+    rows = arrays.explicit_sharding(x_BxTxI, P(first, last))
     y_NxO = jax.lax.dot(
         jax.lax.reshape(x_BxTxI, (batch * length, width), out_sharding=rows),
         sharding.gather(kernel_IxO),
         out_sharding=out_sharding and P(first, out_sharding[-1]),
         **kwargs,
     )
-    divided = explicit.sharding(y_NxO, P(first, None, explicit.spec(y_NxO)[-1]))
+    divided = arrays.explicit_sharding(y_NxO, P(first, None, arrays.partition_spec(y_NxO)[-1]))
     return jax.lax.reshape(y_NxO, (batch, length, y_NxO.shape[-1]), out_sharding=divided)
 
 
 def _split(x_BxTxNh: jax.Array, head_dim: int) -> jax.Array:
     """Returns the heads x_BxTxNxh, divided as their axis was."""
     *others, width = x_BxTxNh.shape
-    heads = explicit.sharding(x_BxTxNh, P(*explicit.spec(x_BxTxNh), None))
+    heads = arrays.explicit_sharding(x_BxTxNh, P(*arrays.partition_spec(x_BxTxNh), None))
     shape = (*others, width // head_dim, head_dim)
     return jax.lax.reshape(x_BxTxNh, shape, out_sharding=heads)
 

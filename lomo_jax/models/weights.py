@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from lomo_jax import sharding
-from lomo_jax.fused.explicit import divided_as
+from lomo_jax.fused.arrays import reshard_like
 from lomo_jax.models.config import LlamaConfig
 from lomo_jax.models.llama import Layer, abstract, init, shardings
 
@@ -175,7 +175,9 @@ def init_layer_by_layer(
 def _divided(config: LlamaConfig, param_dtype: DTypeLike, mesh: Mesh | None) -> nnx.State:
     """Returns the shapes of the parameters, and how they are divided."""
     _, params = abstract(config, param_dtype)
-    return params if mesh is None else sharding.struct(params, shardings(config, params, mesh))
+    return (
+        params if mesh is None else sharding.with_shardings(params, shardings(config, params, mesh))
+    )
 
 
 def _places(params: nnx.State, names: Mapping[str, str]) -> dict[str, _Place]:
@@ -233,8 +235,8 @@ def _divide(tensor: np.ndarray, leaf: jax.ShapeDtypeStruct, place: _Place) -> An
 def _fill(stack: jax.Array, tensor: jax.Array, layer: int | None, *, transposed: bool) -> jax.Array:
     tensor = (tensor.T if transposed else tensor).astype(stack.dtype)
     if layer is None:
-        return jax.device_put(divided_as(tensor, stack), jax.typeof(stack).memory_space)
-    tensor = divided_as(tensor[None], stack)
+        return jax.device_put(reshard_like(tensor, stack), jax.typeof(stack).memory_space)
+    tensor = reshard_like(tensor[None], stack)
     tensor = jax.device_put(tensor, jax.typeof(stack).memory_space)
     # Not stack.at[layer].set: its check of bounds makes XLA copy the whole stack.
     return jax.lax.dynamic_update_slice_in_dim(stack, tensor, layer, axis=0)

@@ -85,8 +85,8 @@ def compile_step(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = jax.eval_shape(step.init, place(params), place(batch))
         arguments = (
-            place(params, on_host=step.offloads.params),
-            place(state)._replace(optimizer=place(state.optimizer, on_host=step.offloads.state)),
+            place(params, on_host=step.offload.params),
+            place(state)._replace(optimizer=place(state.optimizer, on_host=step.offload.state)),
             place(batch),
         )
         traced = jax.jit(step, donate_argnums=(0, 1)).trace(*arguments)

@@ -82,10 +82,10 @@ def compile_run(
         device_gib=gpu.memory_gib,
         usable_gib=gpu.usable_gib,
         layer_inputs=inputs,
-        offload=step.offloads,
+        offload=step.offload,
         devices=devices,
     )
-    return Compiled(plan, executable, params, state, step.offloads, inputs)
+    return Compiled(plan, executable, params, state, step.offload, inputs)
 
 
 def knobs(config: Config, plan: MemoryPlan) -> Iterator[tuple[str, Config]]:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lomo_jax.fused import explicit
-from lomo_jax.fused.offload import is_on_host
+from lomo_jax.fused import arrays
+from lomo_jax.fused.arrays import is_on_host
 
 
 class Checksums(NamedTuple):
@@ -53,7 +53,7 @@ def _of_array(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         (total, finite), (more, is_finite) = carry, of_part(layer)
         return (total + more, finite & is_finite), None
 
-    if x.ndim < 3 or explicit.spec(x)[0] is not None:
+    if x.ndim < 3 or arrays.partition_spec(x)[0] is not None:
         return of_part(x)
     # One layer of a stack at a time: the device may have no room for more of what is in host
     # memory, and XLA for CPUs writes out each number as wide as the sum is.

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lomo_jax.errors import ConfigError, did_you_mean
-from lomo_jax.fused.base import ROUNDINGS
+from lomo_jax.fused import ROUNDINGS
 from lomo_jax.training.optimizer import make_optimizer, make_schedule
 
 INITS = ("checkpoint", "random")

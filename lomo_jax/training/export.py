@@ -37,7 +37,7 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
     dtype = jnp.dtype(run_files.read_json(workdir / run_files.CONFIG)["param_dtype"])
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     shapes = models.abstract(config, dtype)[1]
-    shapes = sharding.struct(shapes, models.shardings(config, shapes, mesh))
+    shapes = sharding.with_shardings(shapes, models.shardings(config, shapes, mesh))
     params, facts = read_params(workdir, step, shapes)
     card = model_card(facts.config, facts.progress)
     models.save(out, config, params, tokenizer=models.tokenizer(model), card=card)

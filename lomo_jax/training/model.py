@@ -75,7 +75,7 @@ def abstract(
     graphdef, params = models.abstract(shape, jnp.dtype(config.param_dtype), attention)
     if mesh is not None:
         try:
-            params = sharding.struct(params, models.shardings(shape, params, mesh))
+            params = sharding.with_shardings(params, models.shardings(shape, params, mesh))
         except ValueError as error:
             raise ConfigError(f"mesh: {error}") from error
     return Model(shape, graphdef), params
@@ -110,7 +110,7 @@ def load_params(config: Config, model: Model, mesh: Mesh | None = None) -> nnx.S
 
     shapes = models.abstract(model.config, dtype)[1]
     if mesh is not None:
-        shapes = sharding.struct(shapes, models.shardings(model.config, shapes, mesh))
+        shapes = sharding.with_shardings(shapes, models.shardings(model.config, shapes, mesh))
     return checkpoint.read_params(*run, on_host_like(shapes) if on_host else shapes)[0]
 
 
@@ -149,7 +149,7 @@ def resolve(path: str) -> str:
 def on_host_like(shapes: Any) -> Any:
     """Returns shapes with shardings, of the same arrays in host memory."""
     kinds = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), shapes)
-    return sharding.struct(shapes, kinds)
+    return sharding.with_shardings(shapes, kinds)
 
 
 def _hf_path(path: str) -> str:

@@ -257,6 +257,6 @@ def _compile(
             "cannot hold; choose another"
         )
     init = lowered.compile()
-    state = sharding.struct(lowered.out_info, init.output_shardings)
+    state = sharding.with_shardings(lowered.out_info, init.output_shardings)
     compiled = jax.jit(step_and_scale, donate_argnums=(0, 1)).lower(params, state, batch).compile()
     return compiled, init, state

@@ -1,4 +1,4 @@
-"""What the fused step refuses, and what it says then."""
+"""Losses, transformations and states that the fused step refuses, and the errors it raises."""
 
 import jax
 import jax.numpy as jnp
@@ -94,13 +94,13 @@ def indexed_in_a_loop_inside_jit(params, x):
         (transposed_stack, "of the whole stack", "layers on axis 0"),
         (used_twice, "also used by `integer_pow`|also used by `square`", "a parameter of its own"),
         (scanned_twice, "also used by `scan`", "a parameter of its own"),
-        (in_cond, "inside `cond`", "take the layer scan out of it"),
+        (in_cond, "inside `cond`", "move the layer scan out of"),
         (taken_in_a_scan, "indexed by layer inside a loop", "scanned input"),
         (reshaped_stack, "`reshape` of the whole stack", "inside the scanned function"),
         (half_a_stack, "`slice` of the whole stack", "inside the scanned function"),
-        (in_cond_inside_jit, "inside `cond`", "take the layer scan out of it"),
-        (in_an_outer_scan, "inside `scan`", "take the layer scan out of it"),
-        (in_a_custom_vjp, "inside `custom_vjp_call", "take the layer scan out of it"),
+        (in_cond_inside_jit, "inside `cond`", "move the layer scan out of"),
+        (in_an_outer_scan, "inside `scan`", "move the layer scan out of"),
+        (in_a_custom_vjp, "inside `custom_vjp_call", "move the layer scan out of"),
         (indexed_in_a_loop_inside_jit, "indexed by layer inside a loop", "scanned input"),
         (indexed_in_a_loop, "indexed by layer inside a loop", r"scanned input of lax.scan \(xs\)"),
     ],

@@ -1,4 +1,4 @@
-"""What XLA plans for the fused step on an RTX 3090 that need not be there."""
+"""Memory of the fused step as XLA plans it for an RTX 3090, without one."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Loss scaling: what overflows is skipped and nothing else, and small gradients survive."""
+"""Loss scaling: only steps that overflow are skipped, and small gradients survive."""
 
 import chex
 import jax

@@ -1,4 +1,4 @@
-"""What XLA plans for the fused step on CPU: no copy of a stack, one layer's gradient."""
+"""Memory of the fused step as XLA plans it on CPU: one layer's gradient, no copy of a stack."""
 
 import functools
 import re
@@ -84,14 +84,14 @@ def assert_one_layer_of_gradient(make_step, tx, layers_at_once):
     growth = temporaries(many) - temporaries(few)
     assert growth == pytest.approx(24 * LAYER_INPUT, rel=0.02)
     assert temporaries(few) < 8 * LAYER_INPUT + layers_at_once * LAYER
-    # All that came in goes out in its place.
+    # Parameters and state are updated in place.
     memory = many.memory_analysis()
     assert memory.alias_size_in_bytes > 0.99 * (memory.argument_size_in_bytes - B * T * 4)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_temporaries_grow_by_the_layer_inputs_only(rule, standard_promotion):
-    # Parameters and gradient, and what the rule computes from them.
+def test_temporaries_grow_with_depth_by_the_layer_inputs_only(rule, standard_promotion):
+    # Parameters, gradient, and temporaries of the rule.
     assert_one_layer_of_gradient(lomo_jax.fused_step, RULES[rule](), layers_at_once=6)
 
 
@@ -107,7 +107,7 @@ def test_the_reference_grows_with_the_parameters():
 
 
 def test_the_search_for_copies_finds_one():
-    """A loop that reads its layer at the top of the body, as one would first write it, copies."""
+    """A naive loop, which reads its layer at the top of the body, copies the stack."""
 
     def naive(stack, inputs, ct):
         def body(k, carry):

@@ -1,4 +1,4 @@
-"""Accumulation over microbatches is the big batch, and every microbatch draws its own numbers."""
+"""Microbatches: the result is that of the whole batch, and each draws its own random numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def run(make_step, loss_fn, steps=5, tx=None, **options):
 
 @pytest.mark.parametrize("loss_fn", [plain_loss, weighted_loss])
 @pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
-def test_the_big_batch(make_step, loss_fn, assert_close):
+def test_microbatches_equal_the_whole_batch(make_step, loss_fn, assert_close):
     expected = run(make_step, loss_fn)
     for microbatches in (2, 8):
         assert_close(run(make_step, loss_fn, microbatches=microbatches), expected)
@@ -189,7 +189,7 @@ def test_scalars_go_to_every_microbatch():
     assert new == pytest.approx(-3.0 * 1.5)
 
 
-def test_aux_of_a_loss_that_the_batch_does_not_reach(assert_steps_agree):
+def test_aux_of_a_loss_that_does_not_depend_on_the_batch(assert_steps_agree):
     loss = lambda p, x: (jnp.sum(p**2), {"mean": x.mean(), "one": 1})  # noqa: E731
     _, out = assert_steps_agree(
         loss, optax.sgd(0.1), jnp.ones(3), [jnp.arange(6.0)], has_aux=True, microbatches=2

@@ -1,4 +1,4 @@
-"""What lives in host memory, and what `remat` keeps; the results are those of test_options.py."""
+"""Which arrays are in host memory, and what `remat` saves; test_options.py compares results."""
 
 import jax
 import jax.numpy as jnp
@@ -38,20 +38,20 @@ X = jax.random.normal(jax.random.key(1), (B, D))
 @pytest.mark.parametrize(
     ("offload", "params_in", "state_in", "message"),
     [
-        (None, HOST, DEVICE, r"parameter down is in host memory, .*Offload\(params=True\)"),
+        (None, HOST, DEVICE, r"parameter down is in host memory, but .*Offload\(params=True\)"),
         (
             lomo_jax.Offload(params=True),
             DEVICE,
             DEVICE,
-            r"parameter down is in device memory, .*jax.device_put\(params, jax.memory.Space.Host",
+            r"parameter down is in device memory, but .*jax.device_put\(params, jax.memory.Space.Host",
         ),
         (
             lomo_jax.Offload(state=True),
             DEVICE,
             DEVICE,
-            r"the optimizer's state of down is in device memory, .*jax.device_put\(state, ",
+            r"the optimizer's state of down is in device memory, but .*jax.device_put\(state, ",
         ),
-        (lomo_jax.Offload(), DEVICE, HOST, r"state of down is in host memory, .*\(state=True\)"),
+        (lomo_jax.Offload(), DEVICE, HOST, r"state of down is in host memory, but .*\(state=True\)"),
     ],
 )
 @pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
@@ -77,8 +77,8 @@ def test_every_shape_of_model(name, assert_steps_agree):
     assert_steps_agree(loss, tx, params, [batch], offload=offload, remat="none")
 
 
-def kept(remat):
-    """What the step keeps of each layer, as sizes of one layer: the stacked outputs of its scan."""
+def saved(remat):
+    """Returns the sizes of what the forward pass saves of a layer: its scan's stacked outputs."""
     step = lomo_jax.fused_step(loss_fn, optax.sgd(0.1), remat=remat)
     params = make_params()
     jaxpr = jax.make_jaxpr(step)(params, step.init(params, X), X)
@@ -87,11 +87,11 @@ def kept(remat):
     return sorted(v.aval.size // L for v in forward.outvars if v.aval.shape[:1] == (L,))
 
 
-def test_what_is_kept():
-    assert kept("full") == [B * D]
-    assert kept("attention") == [B * D, B * F]
-    # What the derivative of tanh needs, too, and no parameters.
-    assert set(kept("none")) == {B * D, B * F}
-    assert len(kept("none")) > 2
-    assert kept(jax.checkpoint_policies.nothing_saveable) == [B * D]
-    assert kept(jax.checkpoint_policies.dots_saveable) == [B * D, B * F]
+def test_what_remat_saves():
+    assert saved("full") == [B * D]
+    assert saved("attention") == [B * D, B * F]
+    # Also the residuals of tanh, but no parameters.
+    assert set(saved("none")) == {B * D, B * F}
+    assert len(saved("none")) > 2
+    assert saved(jax.checkpoint_policies.nothing_saveable) == [B * D]
+    assert saved(jax.checkpoint_policies.dots_saveable) == [B * D, B * F]

@@ -119,7 +119,7 @@ def test_the_first_steps_overflow_and_some_later_ones(make_step):
         ({"rounding": "up"}, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
         (
             OPTIONS["clip_norm"] | OPTIONS["dynamic_layers"],
-            r"DynamicLossScale\(skip='layers'\) saves the walk .* clip_norm makes .* skip='step'",
+            r"DynamicLossScale\(skip='layers'\) saves a .* that clip_norm needs .* skip='step'",
         ),
     ],
 )
@@ -141,5 +141,5 @@ def test_state_of_other_options():
     state = plain.init(params, batch)
     for name in ("dynamic", "stochastic", "trainable"):
         step = lomo_jax.fused_step(loss_fn, lomo_jax.lomo(0.1), has_aux=True, **OPTIONS[name])
-        with pytest.raises(ValueError, match=r"state is not of this .* make it with step.init"):
+        with pytest.raises(ValueError, match=r"the state is not the state of this .* make it with step.init"):
             step(params, state, batch)

@@ -1,4 +1,4 @@
-"""Gradients are used one after the other, and little is kept between them."""
+"""Gradients are used one after the other, and little memory is held between them."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def values():
 
 
 def run(inputs, x, ct, **options):
-    """Halves an input when its gradient comes; logs what happens."""
+    """Halves each input when its gradient comes; logs reads and uses."""
     log = []
 
     def read(carry, k):
@@ -52,32 +52,32 @@ def run(inputs, x, ct, **options):
     return y, held, [grads[str(k)] for k in range(len(inputs))], log
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_the_results_are_those_of_the_function(values, together, assert_close):
+@pytest.mark.parametrize("all_at_once", [False, True])
+def test_the_results_are_the_same(values, all_at_once, assert_close):
     inputs, x, ct = values
     expected, expected_y = gradients(inputs, x, ct)
-    y, held, grads, _ = run(inputs, x, ct, together=together)
+    y, held, grads, _ = run(inputs, x, ct, all_at_once=all_at_once)
     assert_close((y, grads), (expected_y, list(expected)))
     assert_close(held, [0.5 * v for v in inputs])
 
 
-def test_each_gradient_is_used_before_the_next_and_from_the_last_parameter_back(values):
+def test_gradients_are_used_one_by_one_from_the_last_parameter_to_the_first(values):
     *_, log = run(*values)
     down, norm, up = range(3)  # in the order of their names
     assert [ks for kind, ks in log if kind == "use"] == [[down], [up], [norm]]
-    # Its gradient does not need it: only what goes on to the layer below does.
+    # Only the cotangent of x needs `down`; its own gradient does not.
     assert [ks for kind, ks in log if kind == "read"].count([down]) == 1
 
 
-def test_together_all_gradients_are_used_at_once(values):
-    *_, log = run(*values, together=True)
+def test_all_at_once_uses_all_gradients_in_one_call(values):
+    *_, log = run(*values, all_at_once=True)
     assert [sorted(ks) for kind, ks in log if kind == "use"] == [[0, 1, 2]]
 
 
 def barriers(values):
-    """What waits at each barrier, without the carry of inputs and used gradients."""
+    """Returns the barriers of a program whose carry is one number."""
 
-    def kept(inputs, x, ct):
+    def evaluate(inputs, x, ct):
         return evaluate_in_order(
             gradients,
             [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs],
@@ -87,19 +87,19 @@ def barriers(values):
             jnp.float32(0),
         )
 
-    eqns = jax.make_jaxpr(kept)(*values).eqns
+    eqns = jax.make_jaxpr(evaluate)(*values).eqns
     return [e for e in eqns if e.primitive.name == "optimization_barrier"]
 
 
-def test_what_waits_is_small(values):
+def test_little_crosses_a_barrier(values):
     sizes = [sum(np.prod(v.aval.shape) for v in e.invars) for e in barriers(values)]
-    # Of the elementwise part, a dozen values [B, F], one or two wait; the rest is [B, D] and less.
+    # One or two of the dozen elementwise values [B, F] cross; the others are [B, D] or smaller.
     assert len(sizes) >= 3
     assert max(sizes) <= 2 * B * F + 3 * B * D + 1
     assert sizes[-1] <= 3 * B * D + 1
 
 
-def test_what_is_expensive_is_computed_once(values):
+def test_matrix_products_are_computed_once(values):
     def products(jaxpr):
         own = sum(e.primitive.name == "dot_general" for e in jaxpr.eqns)
         return own + sum(

@@ -1,4 +1,4 @@
-"""Stochastic rounding: right on average, reproducible, and worth having."""
+"""Stochastic rounding: right on average, reproducible, better than rounding to nearest."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import lomo_jax
-from lomo_jax.fused.rounding import stochastic_round
+from lomo_jax.fused.update import stochastic_round
 
 DTYPES = ["bfloat16", "float16"]
 
@@ -28,7 +28,7 @@ def neighbours(x, dtype):
 
 
 def some_numbers(dtype):
-    """Of both signs and of all magnitudes up to the largest number."""
+    """Numbers of both signs and of all magnitudes."""
     rng = np.random.default_rng(0)
     low, high = (2e-36, 1e38) if dtype == "bfloat16" else (7e-5, 6e4)
     magnitudes = np.exp(rng.uniform(np.log(low), np.log(high), 60))
@@ -36,7 +36,7 @@ def some_numbers(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_goes_to_a_neighbour_and_is_right_on_average(dtype):
+def test_rounds_to_a_neighbour_with_the_right_mean(dtype):
     x = some_numbers(dtype)
     below, above = neighbours(x.astype(np.float64), jnp.dtype(dtype))
     rounded = draws(x, dtype)
@@ -48,7 +48,7 @@ def test_goes_to_a_neighbour_and_is_right_on_average(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keeps_what_the_dtype_can_hold(dtype):
+def test_numbers_of_the_dtype_do_not_change(dtype):
     info = jnp.finfo(dtype)
     special = [0.0, -0.0, 1.0, -1.5, float(info.max), float(info.min), float(info.tiny)]
     tiny = [3e-38, -4e-37] if dtype == "bfloat16" else [3e-7, -4e-6]
@@ -67,7 +67,7 @@ def test_numbers_below_the_normal_range_of_float16():
 
 
 def one_step(make_step, seed=0):
-    """Layers that are all alike, moved by a third of the distance between two numbers."""
+    """Moves equal layers by a third of the spacing of the dtype."""
     params = jnp.ones((3, 8, 32), jnp.bfloat16)
     x = jnp.ones((1, 8), jnp.bfloat16)
 
@@ -82,7 +82,7 @@ def one_step(make_step, seed=0):
     return np.asarray(new).astype(np.float32), new_state.rounding
 
 
-def test_is_reproducible_and_differs_by_step_and_layer():
+def test_is_reproducible_and_differs_between_steps_and_layers():
     new, next_key = one_step(lomo_jax.fused_step)
     assert set(np.unique(new)) == {1.0, 1.0 - 2.0**-8}
     again, _ = one_step(lomo_jax.fused_step)
@@ -129,5 +129,5 @@ def test_follows_float32_where_rounding_to_nearest_stalls(dtype):
     fallen = exact[0] - exact[-1]
     assert fallen > 0.5 * exact[0]
     assert stochastic[-1] == pytest.approx(exact[-1], abs=0.05 * fallen)
-    left = 0.5 if dtype == "bfloat16" else 0.1
-    assert nearest[-1] - exact[-1] > left * fallen
+    remaining = 0.5 if dtype == "bfloat16" else 0.1
+    assert nearest[-1] - exact[-1] > remaining * fallen

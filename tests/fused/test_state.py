@@ -1,4 +1,4 @@
-"""A state that lasts: a plain pytree, known before it exists, saved and restored bit for bit."""
+"""The state: a plain pytree whose shapes are known in advance, saved and restored bit for bit."""
 
 import chex
 import jax
@@ -57,7 +57,7 @@ def run(step, params, state, seeds):
     return params, state
 
 
-def test_a_run_that_is_saved_and_restored_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_a_restored_run_continues_bit_for_bit(tmp_path):
     step = make_step()
     params = make_params()
     state = step.init(params, make_batch(0))
@@ -66,7 +66,7 @@ def test_a_run_that_is_saved_and_restored_goes_on_as_if_nothing_had_happened(tmp
     halfway = run(step, params, state, range(3))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", halfway)
-    # A new process knows the shapes only.
+    # A new process has shapes only.
     step = make_step()
     shapes = jax.eval_shape(lambda p: (p, step.init(p, make_batch(0))), make_params())
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -81,7 +81,7 @@ def test_a_run_that_is_saved_and_restored_goes_on_as_if_nothing_had_happened(tmp
 
 @pytest.mark.parametrize("make", [lomo_jax.fused_step, lomo_jax.reference_step])
 @pytest.mark.parametrize("rule", ["adalomo", "adamw"])
-def test_init_is_known_before_it_runs(make, rule, standard_promotion):
+def test_init_under_eval_shape(make, rule, standard_promotion):
     tx = {"adalomo": lomo_jax.adalomo(0.1), "adamw": optax.adamw(0.1)}[rule]
     step = make_step(make, tx)
     params, batch = make_params(), make_batch(0)
@@ -97,7 +97,7 @@ def test_init_is_known_before_it_runs(make, rule, standard_promotion):
 
 
 def test_the_state_does_not_depend_on_the_options_of_the_batch():
-    """A run may go on with other microbatches, and with the reference."""
+    """A run may continue with other microbatches, or with the reference."""
     params, batch = make_params(), make_batch(0)
     states = [
         make(loss_fn, lomo_jax.adalomo(0.1), microbatches=k).init(params, batch)

@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 import lomo_jax
-from lomo_jax.fused import parameters
-from lomo_jax.fused.cut import Layers, cut
+from lomo_jax.fused import arrays
+from lomo_jax.fused.trace import LayerScan, trace
 
 pytestmark = [pytest.mark.oracle, pytest.mark.slow]
 
@@ -24,13 +24,13 @@ RNG = np.random.default_rng(0)
 
 
 def assert_layers_are_cut(loss_fn, params, batch, stack):
-    """The fused step walks one scan, and it is the one over all the parameters in `stack`."""
+    """The loss is cut at one scan, the one over all the parameters in `stack`."""
     stack = jax.tree.leaves(stack)
-    trainable = parameters.trainable(params, None)
+    trainable = arrays.trainable_flags(params, None)
     scans = [
-        (piece.scan.length, len(piece.stacked))
-        for piece in cut(loss_fn, params, batch, trainable=trainable).pieces
-        if isinstance(piece, Layers)
+        (segment.scan.length, len(segment.stacked))
+        for segment in trace(loss_fn, params, batch, trainable=trainable).segments
+        if isinstance(segment, LayerScan)
     ]
     assert {parameter.shape[0] for parameter in stack} == {LAYERS}
     assert scans == [(LAYERS, len(stack))]

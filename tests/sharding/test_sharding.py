@@ -1,4 +1,4 @@
-"""Meshes, partition rules, and weights that go to and come from the devices that share them."""
+"""Meshes, partition rules, and sharded weights: made, read, written, used."""
 
 import chex
 import jax
@@ -22,7 +22,7 @@ def mesh():
     return sharding.make_mesh(2, 2, 2)
 
 
-def test_a_mesh_fills_what_is_left():
+def test_a_mesh_uses_the_remaining_devices():
     assert sharding.make_mesh().devices.shape == (1, 8, 1)
     assert sharding.make_mesh(2, -1, 2).devices.shape == (2, 2, 2)
     assert sharding.make_mesh(1, 1, 2).devices.shape == (1, 1, 2)
@@ -35,15 +35,15 @@ def test_a_mesh_fills_what_is_left():
         ((2, 8, 1), "data=2 fsdp=8 tensor=1 takes 16 devices and there are 8; .* 1, 2, 4, 8$"),
         ((3, -1, 1), "data=3 fsdp=-1 tensor=1 takes a multiple of 3 devices and there are 8"),
         ((-1, -1, 1), "only one size can be -1"),
-        ((0, 8, 1), "a size is 1 or more"),
+        ((0, 8, 1), "a size must be 1 or more"),
     ],
 )
-def test_meshes_that_cannot_be(sizes, message):
+def test_mesh_that_does_not_fit_the_devices(sizes, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(*sizes)
 
 
-def test_the_first_rule_that_fits_counts(mesh):
+def test_the_first_rule_that_matches_counts(mesh):
     params = {"a": {"kernel": np.zeros((4, 6))}, "b": np.zeros(3)}
     found = sharding.shardings(((r"a/kernel$", P("fsdp", "tensor")), ("", P())), params, mesh)
     assert found["a"]["kernel"].spec == P("fsdp", "tensor")
@@ -53,12 +53,12 @@ def test_the_first_rule_that_fits_counts(mesh):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ((("c", P()),), r"no partition rule fits the parameter a"),
+        ((("c", P()),), r"no partition rule matches the parameter a"),
         (
             (("a", P(("fsdp", "tensor"))),),
             r"\[6, 4\]: 6, its axis 0, .* fsdp=2 \* tensor=2; .* 1, 2, 3$",
         ),
-        ((("a", P(None, None, "data")),), r"shape \[6, 4\], too few axes for"),
+        ((("a", P(None, None, "data")),), r"shape \[6, 4\], fewer axes than"),
     ],
 )
 def test_rules_that_do_not_fit(rules, message, mesh):
@@ -66,14 +66,14 @@ def test_rules_that_do_not_fit(rules, message, mesh):
         sharding.shardings(rules, {"a": np.zeros((6, 4))}, mesh)
 
 
-def test_heads_that_cannot_be_divided():
+def test_heads_that_cannot_be_sharded():
     _, params = models.abstract(CONFIG)
     with pytest.raises(ValueError, match=r"^num_kv_heads=2 .* tensor=4; tensor could be 1, 2$"):
         models.shardings(CONFIG, params, sharding.make_mesh(1, 2, 4))
 
 
 @pytest.mark.parametrize("on_host", [False, True])
-def test_weights_are_made_read_and_written_in_parts(mesh, tmp_path, on_host):
+def test_weights_are_made_read_and_written_in_shards(mesh, tmp_path, on_host):
     _, expected = models.init(CONFIG, 3)
     drawn = models.init_layer_by_layer(CONFIG, 3, jnp.float32, on_host=on_host, mesh=mesh)
     models.save(tmp_path / "whole", CONFIG, expected)
@@ -97,8 +97,8 @@ def test_weights_are_made_read_and_written_in_parts(mesh, tmp_path, on_host):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_no_device_is_sent_the_whole_of_a_stack(mesh, tmp_path, monkeypatch):
-    """All arrays that are alive while weights are read: parts of stacks, and one tensor."""
+def test_no_device_gets_a_whole_stack(mesh, tmp_path, monkeypatch):
+    """While weights are read, only shards of stacks and one tensor are alive."""
     from lomo_jax.models import weights
 
     models.save(tmp_path / "export", CONFIG, models.init(CONFIG, 3)[1])
@@ -115,7 +115,7 @@ def test_no_device_is_sent_the_whole_of_a_stack(mesh, tmp_path, monkeypatch):
     assert max(largest) <= 3 * 40 * 32 * 4 / 4  # of down, which has four parts
 
 
-def test_a_text_is_continued_as_on_one_device(mesh):
+def test_generation_is_the_same_as_on_one_device(mesh):
     graphdef, params = models.init(CONFIG, 3)
     prompt = np.array([[1, 2, 3]])
     expected = models.generate(graphdef, params, prompt, 5)
@@ -127,7 +127,7 @@ def test_a_text_is_continued_as_on_one_device(mesh):
     np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-5)
 
 
-def test_the_state_is_divided_like_its_parameter(mesh):
+def test_the_state_is_sharded_like_its_parameter(mesh):
     params = {"w": np.ones((8, 6), np.float32), "b": np.ones(6, np.float32)}
     places = {"w": NamedSharding(mesh, P("fsdp", "tensor")), "b": NamedSharding(mesh, P("tensor"))}
     with jax.set_mesh(mesh):
@@ -135,7 +135,7 @@ def test_the_state_is_divided_like_its_parameter(mesh):
         factors = lomo_jax.adalomo(1e-3).init(params).moments["w"]
         assert jax.typeof(factors.row).sharding.spec == P("fsdp")
         assert jax.typeof(factors.col).sharding.spec == P("tensor")
-        # optax itself makes arrays of zeros that know nothing of the parameter.
+        # optax's own transformations make unsharded zeros.
         careless = optax.GradientTransformation(
             lambda p: jax.tree.map(lambda x: jnp.zeros(x.shape), p), optax.identity().update
         )
@@ -145,7 +145,7 @@ def test_the_state_is_divided_like_its_parameter(mesh):
 
 
 def scanned(params, batch):
-    """A loss that knows nothing of meshes."""
+    """A loss that does not mention the mesh."""
     x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), batch, params)
     return (x**2).mean()
 
@@ -167,7 +167,7 @@ def test_microbatches_smaller_than_the_devices(mesh):
         batch = jax.device_put(np.ones((8, 4), np.float32), P(sharding.BATCH))
         params = jax.device_put(np.ones((2, 4, 4), np.float32), P())
         step = lomo_jax.fused_step(scanned, lomo_jax.lomo(0.1), microbatches=4)
-        with pytest.raises(ValueError, match=r"of 8; microbatches=4 of 2 .* the 4 devices"):
+        with pytest.raises(ValueError, match=r"of 8: each of microbatches=4 has 2 rows, .* the 4 devices"):
             step.init(params, batch)
 
 

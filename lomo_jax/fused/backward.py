@@ -1,0 +1,290 @@
+"""The backward pass: from the loss down, each gradient is handed to a consumer and forgotten.
+
+A dense segment is one `jax.vjp`. A layer scan is a loop from the last layer to the first, whose
+carry holds the stacked parameters: recompute layer i, form its gradient, let the consumer write the
+new layer in place, go on to layer i - 1.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from lomo_jax.fused import arrays, jaxprs
+from lomo_jax.fused.arrays import PyTree, add, widen
+from lomo_jax.fused.flags import scatter, select, zip_and, zip_not
+from lomo_jax.fused.forward import DensePass, ForwardPass, LayersPass, Values, swap_axes
+from lomo_jax.fused.order import evaluate_in_order
+
+
+class Consumer(Protocol):
+    """Uses gradients: `update.Update` and `update.SumOfSquares`.
+
+    Parameters are given by their index among the leaves of the tree. The stacked parameters of one
+    scan are used in a loop: its carry begins as `init_carry` returns it, passes through `use_layer`
+    and `next_layer`, and the last one, after `finish`, goes to `store`.
+    """
+
+    def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
+        """Uses the gradients of parameters that are not stacked."""
+
+    @property
+    def needs_whole_layer(self) -> bool:
+        """Whether `use_layer` needs all gradients of a layer in one call."""
+        ...
+
+    def init_carry(self, indices: Sequence[int], first: int, read_ahead: bool) -> PyTree:
+        """Returns the carry of the loop over stacked parameters.
+
+        Args:
+          indices: the parameters.
+          first: the layer that the loop starts with.
+          read_ahead: whether the carry holds a copy of the next layer.
+        """
+
+    def read_layer(self, carry: PyTree, indices: Sequence[int], k: int, i: jax.Array) -> jax.Array:
+        """Returns layer i of parameter `indices[k]`."""
+        ...
+
+    def use_layer(
+        self,
+        carry: PyTree,
+        indices: Sequence[int],
+        ks: Sequence[int],
+        i: jax.Array,
+        grads: Sequence[jax.Array],
+    ) -> PyTree:
+        """Uses the gradients of layer i of the parameters `indices[k]`; returns the new carry."""
+
+    def next_layer(self, carry: PyTree, i: jax.Array) -> PyTree:
+        """Moves on to layer i; returns the new carry."""
+
+    def finish(self, carry: PyTree) -> PyTree:
+        """Returns the part of the last carry that `store` needs."""
+
+    def store(self, result: PyTree, indices: Sequence[int]) -> None:
+        """Stores what `finish` returned."""
+
+
+def backward(forward: ForwardPass, consumer: Consumer) -> None:
+    """Runs the backward pass; `consumer` gets every gradient as soon as it is complete."""
+    values = forward.values
+    loss = values.loss
+    cotangents = Cotangents(values)
+    if loss.differentiates([loss.loss])[0]:
+        cotangents.add([loss.loss], [forward.seed])
+    for segment_pass in reversed(forward.passes):
+        if isinstance(segment_pass, DensePass):
+            _backward_dense(values, segment_pass, cotangents)
+        else:
+            _backward_layers(values, segment_pass, cotangents, consumer)
+        dense = segment_pass.segment.dense
+        if dense:
+            consumer.use_dense(dense, cotangents.take(loss.params[i] for i in dense))
+
+
+class Cotangents(dict):
+    """The cotangents of variables, summed in float32 as they come, removed when they are taken."""
+
+    def __init__(self, values: Values):
+        self.values_of_loss = values
+
+    def add(self, variables: Iterable[Any], values: Iterable[jax.Array]) -> None:
+        """Adds to the cotangents of `variables`."""
+        for var, value in zip(variables, values, strict=True):
+            if var in self:
+                value = widen(self[var]) + widen(value)
+            # The gradient of a parameter is not rounded again before the update.
+            is_param = var in self.values_of_loss.loss.params
+            self[var] = value if is_param else value.astype(jaxprs.dtype(var))
+
+    def take(self, variables: Iterable[jex.Var]) -> list[jax.Array]:
+        """Removes and returns the cotangents of `variables`; zeros where there are none."""
+        variables, values = list(variables), self.values_of_loss
+        zeros = [jaxprs.zeros(v) for v in variables]
+        zeros = values.spread(zeros, zip_not(values.vary(variables)))
+        return [self.pop(v, zero) for v, zero in zip(variables, zeros, strict=True)]
+
+
+def _backward_dense(values: Values, dense: DensePass, cotangents: Cotangents) -> None:
+    segment = dense.segment
+    reached = [v in cotangents for v in segment.outputs]
+    if not any(reached) or not any(dense.diff_in):
+        return
+    ct_outputs = cotangents.take(select(segment.outputs, reached))
+    inputs = select(segment.inputs, dense.diff_in)
+    known = [False] * len(inputs)
+    if dense.grads is not None:
+        # Of the segment of the loss, a second pass recomputes the gradients of parameters, which
+        # may be as large as the parameters. Those of activations are small enough to keep.
+        known = [dense.is_first or v not in values.loss.params for v in inputs]
+        cotangents.add(select(inputs, known), select(dense.grads, known))
+    if not all(known):
+        wanted = scatter(dense.diff_in, zip_not(known), dense.diff_in)
+        _, grads = dense.vjp(wanted, reached, ct_outputs)
+        cotangents.add(select(inputs, zip_not(known)), grads)
+
+
+def _backward_layers(
+    values: Values, layers: LayersPass, cotangents: Cotangents, consumer: Consumer
+) -> None:
+    scan, stacked = layers.segment.scan, layers.segment.stacked
+    reached = any(v in cotangents for v in [*scan.carry_out, *scan.ys])
+    if not stacked and not (reached and any(layers.diff_in)):
+        return
+    # Residuals were saved for cotangents of all outputs that may have one.
+    diff_ys = layers.diff_ys if layers.split else [v in cotangents for v in scan.ys]
+    ct_ys = swap_axes(cotangents.take(select(scan.ys, diff_ys)), select(layers.vary_ys, diff_ys))
+    ct_carry = cotangents.take(select(scan.carry_out, layers.diff_carry))
+    diff_consts = select(scan.consts, layers.diff_consts)
+    ct_consts = [
+        jnp.zeros_like(c if varies else widen(c))
+        for c, varies in zip(
+            select(layers.consts, layers.diff_consts), values.vary(diff_consts), strict=True
+        )
+    ]
+    run = functools.partial(_LayerLoop(layers, consumer, diff_ys).run, ct_carry, ct_consts, ct_ys)
+    # XLA for CPUs may schedule the last use of a layer after the write of the new one, and then
+    # copies the whole stack. Reading the layer ahead, in the step before, prevents it. A layer in
+    # host memory is read ahead so that it is copied to the device once.
+    if any(map(arrays.is_on_host, layers.xs)):
+        results = run(read_ahead=True)
+    else:
+        in_place = functools.partial(run, read_ahead=False)
+        results = jax.lax.platform_dependent(
+            cuda=in_place, rocm=in_place, default=functools.partial(run, read_ahead=True)
+        )
+    result, ct_carry, ct_consts, ct_others = results
+    consumer.store(result, stacked)
+    cotangents.add(diff_consts, ct_consts)
+    diff_others = layers.diff_others
+    cotangents.add(
+        select(scan.xs, diff_others), swap_axes(ct_others, select(layers.vary_xs, diff_others))
+    )
+    starts = select(scan.carry, layers.diff_carry)
+    # A carry that varies may start from a value that does not, and one with a gradient from a value
+    # without: see `forward`.
+    sums = zip_and(
+        values.vary(select(scan.carry_out, layers.diff_carry)), zip_not(values.vary(starts))
+    )
+    ct_starts = [widen(c).sum(0) if s else c for c, s in zip(ct_carry, sums, strict=True)]
+    differentiable = values.loss.differentiates(starts)
+    cotangents.add(select(starts, differentiable), select(ct_starts, differentiable))
+
+
+class _LayerLoop(NamedTuple):
+    """The loop over the layers of one scan, from the last to the first."""
+
+    layers: LayersPass
+    consumer: Consumer
+    diff_ys: list[bool]  # ys that have a cotangent
+
+    def run(
+        self,
+        ct_carry: list[jax.Array],
+        ct_consts: list[jax.Array],
+        ct_ys: list[jax.Array],
+        *,
+        read_ahead: bool,
+    ) -> tuple[PyTree, list[jax.Array], list[jax.Array], list[jax.Array]]:
+        """Runs the loop.
+
+        Args:
+          ct_carry: cotangents of the last carry.
+          ct_consts: zeros, to which the cotangents of the consts are added.
+          ct_ys: cotangents of the ys, [L, ...].
+          read_ahead: see `Consumer.init_carry`.
+
+        Returns:
+          The result of `Consumer.finish`, and the cotangents of the first carry, of the consts, and
+          of the xs that are not trainable parameters.
+        """
+        scan, stacked = self.layers.segment.scan, self.layers.segment.stacked
+        first = 0 if scan.reverse else scan.length - 1
+        loop = (
+            jnp.int32(first),
+            self.consumer.init_carry(stacked, first, read_ahead),
+            ct_carry,
+            ct_consts,
+        )
+        (_, carry, ct_carry, ct_consts), ct_others = jax.lax.scan(
+            self.layer, loop, (self.layers.saved, ct_ys), scan.length, not scan.reverse
+        )
+        return self.consumer.finish(carry), ct_carry, ct_consts, ct_others
+
+    def layer(self, loop: PyTree, x: PyTree) -> tuple[PyTree, list[jax.Array]]:
+        """Forms the gradients of layer i, one after the other, and has the consumer use them.
+
+        Args:
+          loop: (i, carry of the consumer, cotangents of the carry, cotangents of the consts).
+          x: ((layer inputs, residuals) of layer i, cotangents of its ys).
+        """
+        i, carry, ct_carry, ct_consts = loop
+        (inputs, residuals), ct_ys = arrays.to_device(x)
+        scan, stacked = self.layers.segment.scan, self.layers.segment.stacked
+        xs, is_param = self.layers.xs, self.layers.is_param
+        # Every x is read when it is needed, parameters with their gradients to use first.
+        order = [*select(range(len(xs)), is_param), *select(range(len(xs)), zip_not(is_param))]
+        others = select(xs, zip_not(is_param))
+
+        def gradients(layer, *args):
+            ordered = sorted(zip(order, layer, strict=True), key=lambda pair: pair[0])
+            return self.gradients([x for _, x in ordered], *args)
+
+        def read(carry, k):
+            if k < len(stacked):
+                return self.consumer.read_layer(carry, stacked, k, i)
+            layer = jax.lax.dynamic_index_in_dim(others[k - len(stacked)], i, keepdims=False)
+            return arrays.to_device(layer)
+
+        (ct_carry, ct_consts, ct_others), carry = evaluate_in_order(
+            gradients,
+            [jax.eval_shape(_first_layer, xs[k]) for k in order],
+            (inputs, residuals, ct_carry, ct_ys, ct_consts),
+            read,
+            lambda carry, ks, grads: self.consumer.use_layer(carry, stacked, ks, i, grads),
+            carry,
+            all_at_once=self.consumer.needs_whole_layer,
+        )
+        step = 1 if scan.reverse else -1
+        following = jnp.clip(i + step, 0, scan.length - 1)
+        carry = self.consumer.next_layer(carry, following)
+        return (following, carry, ct_carry, ct_consts), ct_others
+
+    def gradients(
+        self,
+        xs: Sequence[jax.Array],
+        inputs: Sequence[jax.Array],
+        residuals: Sequence[jax.Array],
+        ct_carry: Sequence[jax.Array],
+        ct_ys: Sequence[jax.Array],
+        ct_consts: Sequence[jax.Array],
+    ) -> tuple[list[jax.Array], tuple[list[jax.Array], list[jax.Array], list[jax.Array]]]:
+        """Pulls the cotangents back through one layer.
+
+        Returns:
+          The gradients of its parameters, and the cotangents of its carry, of the consts (added to
+          `ct_consts`) and of its other xs.
+        """
+        layers = self.layers
+        split = layers.split
+        _, grads = layers.body.vjp(
+            [*layers.consts, *scatter(layers.carry, inputs, layers.changed), *xs],
+            layers.diff_in,
+            [*layers.diff_carry, *self.diff_ys],
+            [*ct_carry, *ct_ys],
+            residuals=split and (split.backward, residuals, split.varies),
+        )
+        grads = iter(grads)
+        new_ct_consts = [add(c, next(grads)) for c in ct_consts]
+        new_ct_carry = [next(grads).astype(c.dtype) for c in ct_carry]
+        ct_xs = [next(grads) if d else None for d in layers.diff_xs]
+        others = select(ct_xs, layers.diff_others)
+        return select(ct_xs, layers.is_param), (new_ct_carry, new_ct_consts, others)
+
+
+def _first_layer(stack: jax.Array) -> jax.Array:
+    return arrays.to_device(jax.lax.index_in_dim(stack, 0, keepdims=False))

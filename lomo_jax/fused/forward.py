@@ -1,0 +1,375 @@
+"""The forward pass: runs the segments of a loss and saves what the backward pass starts from.
+
+For a layer scan it saves the input of each layer, and the residuals that `remat` asks for. For a
+dense segment it saves the segment's inputs.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from lomo_jax.fused import arrays, jaxprs
+from lomo_jax.fused.flags import Flags, scatter, select, zip_and, zip_not
+from lomo_jax.fused.microbatches import Microbatched, vjp_of
+from lomo_jax.fused.trace import DenseSegment, LayerScan, TracedLoss
+
+# Outputs of cuDNN's flash attention: the result, and the row sums that its derivative starts from.
+_FLASH_ATTENTION = "dot_product_attention_fwd_wrapper"
+
+
+class Values(NamedTuple):
+    """The values of a loss's variables, in host or device memory."""
+
+    loss: TracedLoss
+    microbatches: int
+    by_var: dict[jex.Var, Any]
+
+    def stored(self, atoms: Iterable[jaxprs.Atom]) -> list[Any]:
+        """Returns the values of `atoms`, in the memory that they are in."""
+        return [a.val if isinstance(a, jex.Literal) else self.by_var[a] for a in atoms]
+
+    def read(self, atoms: Iterable[jaxprs.Atom]) -> list[Any]:
+        """Returns the values of `atoms`, on the device."""
+        return arrays.to_device(self.stored(atoms))
+
+    def vary(self, atoms: Iterable[jaxprs.Atom]) -> list[bool]:
+        """Returns for each atom whether its value has an axis of microbatches in front."""
+        several = self.microbatches > 1
+        return [several and isinstance(a, jex.Var) and a in self.loss.of_batch for a in atoms]
+
+    def spread(self, values: Sequence[Any], already: Flags) -> list[Any]:
+        """Puts the axis of microbatches in front of the values that do not have it already."""
+        return [
+            x if varies else jnp.broadcast_to(x, (self.microbatches, *jnp.shape(x)))
+            for x, varies in zip(values, already, strict=True)
+        ]
+
+
+class DensePass(NamedTuple):
+    """A dense segment after its forward pass."""
+
+    segment: DenseSegment
+    function: Microbatched
+    args: list[Any]
+    diff_in: list[bool]  # inputs that have a gradient
+    # Gradients of these inputs. Only the segment of the loss computes them in the forward pass; the
+    # others are recomputed in the backward pass.
+    grads: list[Any] | None = None
+    is_first: bool = True  # the next backward pass over this segment is the first
+
+    def vjp(
+        self, diff_in: Flags, diff_out: Flags, cotangents: Sequence[jax.Array], *, run: bool = False
+    ) -> tuple[list[Any], list[jax.Array]]:
+        """Calls `Microbatched.vjp`; XLA cannot begin it before all its arguments exist."""
+        args, cotangents, zero = jax.lax.optimization_barrier(
+            (self.args, cotangents, jnp.float32(0))
+        )
+        return jaxprs.evaluate_late(
+            lambda *args: self.function.vjp(args, diff_in, diff_out, cotangents, run=run),
+            args,
+            zero,
+        )
+
+
+class SplitLayer(NamedTuple):
+    """A layer, split into a forward function that saves residuals and a backward function."""
+
+    forward: Callable[..., list[Any]]  # (*inputs) -> [*outputs, *residuals]
+    # (inputs, residuals) -> the function from cotangents of outputs to cotangents of inputs
+    backward: Callable[[Sequence[Any], Sequence[Any]], Callable[[list[Any]], Sequence[Any]]]
+    varies: list[bool]  # which residuals differ between microbatches
+
+
+class LayersPass(NamedTuple):
+    """A layer scan after its forward pass."""
+
+    segment: LayerScan
+    body: Microbatched
+    consts: list[Any]
+    carry: list[Any]  # the first layer's
+    xs: list[Any]  # layers in front, then microbatches
+    vary_xs: list[bool]
+    vary_ys: list[bool]
+    changed: list[bool]  # elements of the carry that differ from layer to layer
+    diff_consts: list[bool]
+    diff_carry: list[bool]
+    diff_xs: list[bool]
+    diff_ys: list[bool]
+    split: SplitLayer | None = None  # None: the backward pass recomputes each layer
+    saved: Any = None  # ([layer inputs [L, ...]], [residuals [L, ...]])
+
+    @property
+    def is_param(self) -> list[bool]:
+        """Which xs are trainable parameters."""
+        return [k in self.segment.xs_params for k in range(len(self.xs))]
+
+    @property
+    def diff_others(self) -> list[bool]:
+        """Which xs have a cotangent and are not trainable parameters."""
+        return zip_and(self.diff_xs, zip_not(self.is_param))
+
+    @property
+    def diff_in(self) -> list[bool]:
+        """Which inputs of the body have a cotangent."""
+        return [*self.diff_consts, *self.diff_carry, *self.diff_xs]
+
+    @property
+    def diff_out(self) -> list[bool]:
+        """Which outputs of the body may have a cotangent."""
+        return [*self.diff_carry, *self.diff_ys]
+
+
+class ForwardPass(NamedTuple):
+    """A loss after its forward pass."""
+
+    values: Values
+    seed: jax.Array  # cotangent of the loss: [], or [K] if the loss varies
+    passes: list[DensePass | LayersPass]
+
+    def results(self) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns the loss and the leaves of aux, with an axis [K] in front if K > 1."""
+        loss = self.values.loss
+        atoms = [loss.loss, *loss.aux]
+        values = self.values.read(atoms)
+        if self.values.microbatches > 1:
+            values = self.values.spread(values, self.values.vary(atoms))
+        loss, *aux = map(jnp.asarray, values)
+        return loss, aux
+
+    def begin_second_pass(self, value: jax.Array) -> tuple["ForwardPass", jax.Array]:
+        """Makes the second backward pass wait for `value`, a result of the first one.
+
+        Use both results in place of the arguments. Otherwise XLA finds work that the two passes
+        share, and keeps large arrays of the first for the second.
+        """
+        dense = [p for p in self.passes if isinstance(p, DensePass)]
+        args, value = jax.lax.optimization_barrier(([p.args for p in dense], value))
+        args = iter(args)
+        passes: list[DensePass | LayersPass] = [
+            p._replace(args=next(args), is_first=False) if isinstance(p, DensePass) else p
+            for p in self.passes
+        ]
+        return self._replace(passes=passes), value
+
+
+def forward(
+    loss: TracedLoss,
+    params: Sequence[jax.Array],
+    batch: Sequence[jax.Array],
+    seed: jax.Array,
+    *,
+    remat: str | Callable[..., Any] = "full",
+    offload_activations: bool = False,
+) -> ForwardPass:
+    """Runs the segments of a loss.
+
+    Args:
+      loss: traced with one microbatch.
+      params: leaves of the parameters.
+      batch: leaves of the batch, with an axis [K] in front if there are K > 1 microbatches.
+      seed: the cotangent of the loss for each microbatch, [K].
+      remat: the residuals to save of each layer, see `Step`.
+      offload_activations: whether to save layer inputs and residuals in host memory.
+    """
+    inputs = zip([*loss.params, *loss.batch], [*params, *batch], strict=True)
+    values = Values(loss, seed.shape[0], dict(inputs))
+    loss_varies = values.vary([loss.loss])[0]
+    seed = (seed if loss_varies else seed.sum()).astype(jaxprs.dtype(loss.loss))
+    passes = [
+        _run_dense(values, segment, seed)
+        if isinstance(segment, DenseSegment)
+        else _run_layers(values, segment, remat, offload_activations)
+        for segment in loss.segments
+    ]
+    return ForwardPass(values, seed, passes)
+
+
+def _run_dense(values: Values, segment: DenseSegment, seed: jax.Array) -> DensePass:
+    loss = values.loss
+    args = values.read(segment.inputs)
+    function = Microbatched(
+        segment.function, values.vary(segment.inputs), values.vary(segment.outputs)
+    )
+    result = DensePass(segment, function, args, loss.differentiates(segment.inputs))
+    is_loss = [v is loss.loss for v in segment.outputs]
+    diff_loss = zip_and(is_loss, loss.differentiates(segment.outputs))
+    # A loss that does not depend on the batch has one cotangent for all microbatches.
+    is_of_each = values.vary([loss.loss])[0] or values.microbatches == 1
+    if segment is loss.segments[-1] and any(diff_loss) and is_of_each:
+        # Nothing runs between the forward and the backward pass of the last segment: one vjp does
+        # both. The barrier makes the layers wait for the loss: XLA might compute it last, and keep
+        # the logits until then.
+        outputs, grads = result.vjp(result.diff_in, diff_loss, [seed], run=True)
+        inputs = select(segment.inputs, result.diff_in)
+        is_activation = [v not in loss.params for v in inputs]
+        outputs, activations = jax.lax.optimization_barrier((outputs, select(grads, is_activation)))
+        result = result._replace(grads=scatter(grads, activations, is_activation))
+    else:
+        outputs = function.run(args)
+    values.by_var.update(zip(segment.outputs, outputs, strict=True))
+    return result
+
+
+def _run_layers(
+    values: Values,
+    segment: LayerScan,
+    remat: str | Callable[..., Any],
+    offload_activations: bool,
+) -> LayersPass:
+    scan, loss = segment.scan, values.loss
+    vary_carry, vary_xs = values.vary(scan.carry_out), values.vary(scan.xs)
+    vary_ys = values.vary(scan.ys)
+    consts, carry = values.read(scan.consts), values.read(scan.carry)
+    # The carry may depend on the batch although its first value, such as zeros, does not.
+    spreads = zip_and(vary_carry, zip_not(values.vary(scan.carry)))
+    layers = LayersPass(
+        segment=segment,
+        body=Microbatched(
+            jex.jaxpr_as_fun(scan.body),
+            [*values.vary(scan.consts), *vary_carry, *vary_xs],
+            [*vary_carry, *vary_ys],
+        ),
+        consts=consts,
+        carry=values.spread(carry, zip_not(spreads)),
+        xs=swap_axes(values.stored(scan.xs), vary_xs),
+        vary_xs=vary_xs,
+        vary_ys=vary_ys,
+        changed=jaxprs.changed_carry(scan),
+        diff_consts=loss.differentiates(scan.consts),
+        diff_carry=loss.differentiates(scan.carry_out),
+        diff_xs=loss.differentiates(scan.xs),
+        diff_ys=loss.differentiates(scan.ys),
+    )
+    layers = layers._replace(split=_split_layer(layers, remat))
+    body = layers.body
+    if layers.split:
+        varies_out = [*body.varies_out, *layers.split.varies]
+        body = Microbatched(layers.split.forward, body.varies_in, varies_out)
+
+    def layer(carry, x):
+        results = body.run([*consts, *carry, *arrays.to_device(x)])
+        carry_out, results = results[: len(carry)], results[len(carry) :]
+        ys, residuals = results[: len(scan.ys)], results[len(scan.ys) :]
+        saved = select(carry, layers.changed), residuals
+        return carry_out, (ys, arrays.to_host(saved) if offload_activations else saved)
+
+    carry_out, (ys, saved) = jax.lax.scan(
+        layer, layers.carry, layers.xs, scan.length, scan.reverse, scan.unroll
+    )
+    values.by_var.update(zip(scan.carry_out, carry_out, strict=True))
+    values.by_var.update(zip(scan.ys, swap_axes(ys, vary_ys), strict=True))
+    return layers._replace(saved=saved)
+
+
+def swap_axes(items: Sequence[Any], flags: Flags) -> list[Any]:
+    """Swaps the axis of layers and the axis of microbatches of the flagged arrays."""
+    return [jnp.swapaxes(x, 0, 1) if flag else x for x, flag in zip(items, flags, strict=True)]
+
+
+def _split_layer(layers: LayersPass, remat: str | Callable[..., Any]) -> SplitLayer | None:
+    """Returns the layer with its residuals, or None if the backward pass should recompute it."""
+    vary_out = select(layers.body.varies_out, layers.diff_out)
+    # Some outputs differ between microbatches and some do not: rare, so recompute.
+    mixed = any(vary_out) and not all(vary_out)
+    has_gradient = any(layers.diff_out) and any(layers.diff_in)
+    if remat == "full" or mixed or not has_gradient:
+        return None
+    first = len(layers.consts) + len(layers.carry)
+    return save_residuals(
+        layers.segment.scan.body,
+        [first + k for k in layers.segment.xs_params],
+        remat,
+        layers.body.varies_in,
+        layers.diff_in,
+        layers.diff_out,
+    )
+
+
+def save_residuals(
+    body: Any,
+    stacked: Sequence[int],
+    remat: str | Callable[..., Any],
+    varies_in: Flags,
+    diff_in: Flags,
+    diff_out: Flags,
+) -> SplitLayer:
+    """Splits the body of a layer scan into its forward and its backward pass.
+
+    Args:
+      body: a closed jaxpr.
+      stacked: the inputs that are parameters.
+      remat: see `Step`; not "full".
+      varies_in: which inputs differ between microbatches.
+      diff_in: the inputs to differentiate with respect to.
+      diff_out: the outputs that may have a cotangent.
+    """
+    named: dict[Any, Any] = {"attention": _save_attention, "none": _save_all_but_gathered}
+    policy = remat if callable(remat) else named[remat]
+    # The two passes are different loops: XLA cannot merge what both compute.
+    function = jax.checkpoint(
+        _without_outer_checkpoint(body, stacked), policy=policy, prevent_cse=False
+    )
+    vjp_parts: list[Any] = []
+
+    def forward(*inputs):
+        outputs, vjp = vjp_of(function, inputs, diff_in, diff_out)
+        leaves, treedef = jax.tree.flatten(vjp)
+        vjp_parts[:] = treedef, [None if _is_array(x) else x for x in leaves]
+        return outputs, [x for x in leaves if _is_array(x)]
+
+    inputs = jaxprs.open_jaxpr(body).invars
+    closed, (outputs, _) = jax.make_jaxpr(forward, return_shape=True)(*(v.aval for v in inputs))
+    treedef, static = vjp_parts
+    variables = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
+    eqns, results = jaxprs.inline(closed, variables, {}, lambda eqn: False)
+    results, leaf_atoms = results[: len(outputs)], results[len(outputs) :]
+    # The backward pass has the inputs anyway: they need not be saved.
+    inputs_by_var = {v: k for k, v in enumerate(variables)}
+    residuals = [v for v in jaxprs.variables(leaf_atoms) if v not in inputs_by_var]
+
+    def backward(inputs, values):
+        env: dict[Any, Any] = dict(zip(residuals, values, strict=True)) | {
+            v: inputs[k] for v, k in inputs_by_var.items()
+        }
+        leaves = iter([a.val if isinstance(a, jex.Literal) else env[a] for a in leaf_atoms])
+        return jax.tree.unflatten(treedef, [next(leaves) if x is None else x for x in static])
+
+    labels = jaxprs.dependence(closed, list(map(int, varies_in)))[len(outputs) :]
+    varies = {v: bool(x) for v, x in zip(leaf_atoms, labels, strict=True) if v in residuals}
+    return SplitLayer(
+        jaxprs.as_function(closed, eqns, variables, [*results, *residuals]),
+        backward,
+        [varies[v] for v in residuals],
+    )
+
+
+def _without_outer_checkpoint(body: Any, stacked: Sequence[int]) -> Callable[..., list[Any]]:
+    """Returns the body without a checkpoint around the whole layer: `remat` replaces it."""
+    variables = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(body).invars]
+    parameters = {variables[k] for k in stacked}
+
+    def is_around_the_layer(eqn):
+        return jaxprs.called_jaxpr(eqn) is not None and parameters.issubset(
+            jaxprs.variables(eqn.invars)
+        )
+
+    eqns, results = jaxprs.inline(body, variables, {}, is_around_the_layer)
+    return jaxprs.as_function(body, eqns, variables, results)
+
+
+def _save_attention(primitive: Any, *_: Any, **params: Any) -> bool:
+    return primitive.name == _FLASH_ATTENTION or (
+        primitive.name == "name" and params["name"] == "attention"
+    )
+
+
+def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    # Saving gathered weights would put the whole model on every device.
+    return primitive.name != "reshard"
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype")
