@@ -49,7 +49,7 @@ toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 80
-# A field of a NamedTuple or dataclass is documented by the plain comment beside it.
+# A field of a NamedTuple or dataclass is documented by the comment on its line.
 sphinx.pycode.parser.comment_re = re.compile("^\\s*#:? ?(.*)\r?\n?$")
 # It starts with dtype and shape; napoleon would read what stands before a colon as a type.
 GoogleDocstring._parse_attribute_docstring = GoogleDocstring._consume_to_end

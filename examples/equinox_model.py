@@ -1,4 +1,4 @@
-"""One gradient at a time in an Equinox project, beside the plain step.
+"""One gradient at a time in an Equinox project, compared with the plain step.
 
     pip install equinox
     python examples/equinox_model.py

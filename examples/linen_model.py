@@ -1,4 +1,4 @@
-"""One gradient at a time in a Flax linen project, beside the plain step.
+"""One gradient at a time in a Flax linen project, compared with the plain step.
 
     python examples/linen_model.py
 

@@ -1,4 +1,4 @@
-"""One gradient at a time in a Flax nnx project, beside the plain step.
+"""One gradient at a time in a Flax nnx project, compared with the plain step.
 
     python examples/nnx_model.py
 
