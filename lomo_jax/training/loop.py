@@ -13,11 +13,11 @@ from lomo_jax.errors import CheckpointError, NonFiniteError
 from lomo_jax.run_files import MetricsWriter
 from lomo_jax.training import devices
 from lomo_jax.training import workdir as workdir_lib
-from lomo_jax.training.card import model_card
 from lomo_jax.training.checkpoint import Checkpoints, Facts
 from lomo_jax.training.config import Config, to_dict
 from lomo_jax.training.display import Display
 from lomo_jax.training.evaluate import continue_prompt, make_evaluate
+from lomo_jax.training.export import model_card
 from lomo_jax.training.memory import MemoryGuard
 from lomo_jax.training.prepare import Run, prepare
 from lomo_jax.training.record import Recorder

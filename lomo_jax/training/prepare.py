@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
     model: Model
     tokenizer: Any
-    text: data.Text
+    text: data.TextSplits
     held_out: list[Any]  # batches, in host memory
     send: Callable[[Any], Any]  # a batch to the devices
     step: jax.stages.Compiled
@@ -213,7 +213,7 @@ def _add_missing(
 
 def _load_text(
     config: Config, tokenizer: Any, mesh: Mesh
-) -> tuple[data.Text, list[Any], Callable[[Any], Any]]:
+) -> tuple[data.TextSplits, list[Any], Callable[[Any], Any]]:
     """Returns the text, its held-out batches, and what sends a batch to the devices."""
     assert config.data.path is not None, "validate() asks for it"
     rows = devices.rows_here(config, mesh)

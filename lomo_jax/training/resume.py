@@ -55,7 +55,7 @@ def candidates(
         if step > config.steps:
             raise ConfigError(
                 f"steps: {config.steps}, but the checkpoint in {config.workdir!r} is of step "
-                f"{step}; raise it, or export that step with python -m lomo_jax.export"
+                f"{step}; raise it, or export that step with lomo-jax export"
             )
         yield facts
     if steps:

@@ -109,7 +109,7 @@ INPUTS = {
     ),
     "a line that is no JSON": (
         *(_write("a.jsonl", '{"text": "one"}\n{"text": '), _TEXT + "a.jsonl"),
-        "{tmp}/a.jsonl:2 is not JSON: Expecting value",
+        "{tmp}/a.jsonl:2 is not JSON: Expecting value; fix the line",
     ),
     "JSON without the text": (
         *(_write("a.jsonl", '{"body": "one"}\n'), _TEXT + "a.jsonl"),
@@ -117,7 +117,7 @@ INPUTS = {
     ),
     "a few words": (
         *(_write("a.txt", "One more time."), _TEXT + "a.txt"),
-        "the training text has 12 tokens to predict, less than one sequence of 32: add text or "
+        "the training split has 12 tokens to predict, less than one sequence of 32: add text or "
         "lower sequence_length",
     ),
     "no model": (
@@ -137,7 +137,7 @@ INPUTS = {
     "a model without its tokenizer": (
         *(_remove_tokenizer, _MODEL + "{tmp}/model"),
         "{tmp}/model has no tokenizer (tokenizer.json, tokenizer.model, vocab.json); copy the "
-        "model's there",
+        "tokenizer of the original model there",
     ),
     "a workdir that is a file": (
         *(_nothing, "--config.workdir={tmp}/text.jsonl"),
@@ -168,7 +168,7 @@ INPUTS = {
     "a checkpoint of a later step": (
         *(_nothing, "--config.workdir={tmp}/run --config.steps=1"),
         "steps: 1, but the checkpoint in '{tmp}/run' is of step 2; raise it, or export that step "
-        "with python -m lomo_jax.export",
+        "with lomo-jax export",
     ),
     "its own export": (
         *(_nothing, f"--config.resume=never --config.workdir={{tmp}}/run {_MODEL}{{tmp}}/run"),
