@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from lomo_jax._json import read_json, write_json
 from lomo_jax.errors import UserError
 from lomo_jax.plan import MemoryPlan
 
@@ -63,29 +64,6 @@ class RunInfo:
             return cls(**found)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / RUN} is damaged: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: The file does not hold one.
-      OSError: It cannot be read.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object: it starts with {str(value)[:20]!r}")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object atomically: a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 class MetricsWriter:

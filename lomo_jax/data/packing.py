@@ -1,6 +1,9 @@
-"""Documents packed into rows of one length, as few as will hold them, at random access.
+"""Packing of documents into rows of equal length, with random access to the rows.
 
-Dimension key: T sequence; a piece is a run of one document's tokens that lies in one row.
+By hand, because Grain's packing works on a stream. With random access a run shuffles all rows and
+resumes at any of them.
+
+Dimensions: B batch, T sequence. A piece is a stretch of one document's tokens within one row.
 """
 
 from collections.abc import Sequence
@@ -10,34 +13,34 @@ import numpy as np
 
 
 class Batch(TypedDict):
-    """What a model trains on; the arrays are [T] in a row and [B, T] in a batch."""
+    """A training example: arrays of shape `[T]` for a row, `[B, T]` for a batch."""
 
     tokens: np.ndarray  # int32
-    targets: np.ndarray  # int32: the token that follows in the same document
-    weights: np.ndarray  # float32: 1 where there is a target, 0 in padding
-    positions: np.ndarray  # int32: from 0 in every piece
-    segments: np.ndarray  # int32: 1, 2, ... for the row's pieces, 0 for padding
+    targets: np.ndarray  # int32: the next token of the same document
+    weights: np.ndarray  # float32: 1 for a target, 0 for padding
+    positions: np.ndarray  # int32: 0, 1, ... in each piece
+    segments: np.ndarray  # int32: 1, 2, ... for each piece of the row, 0 for padding
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Assigns pieces to rows by best-fit-decreasing bin packing.
 
-    The longest piece goes first, each into the fullest row that still holds it. Time is linear in
-    the number of pieces; the rows' free space is kept as the bits of one integer.
+    Longest first, each piece goes into the fullest row that has room. Linear time: the set of free
+    space among the rows is the bits of one integer.
 
     Args:
-      lengths: [pieces] integers from 1 to `capacity`.
-      capacity: the length of a row.
+      lengths: Integer `[pieces]`, from 1 to `capacity`.
+      capacity: The length of a row.
 
     Returns:
-      [pieces] int64, the row of each piece; rows count from 0 without gaps.
+      int64 `[pieces]`, the row of each piece; rows are numbered from 0 without gaps.
 
     References:
       Ding et al., Fewer Truncations Improve Language Modeling, https://arxiv.org/abs/2404.10830
     """
     row_of_piece = np.empty(len(lengths), np.int64)
     rows_by_space: list[list[int]] = [[] for _ in range(capacity)]
-    spaces = 0  # bit s is set where some row has exactly s places free
+    spaces = 0  # bit s is set if some row has exactly s free places
     num_rows = 0
     for piece in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[piece])
@@ -57,19 +60,19 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class PackedRows:
-    """A random-access source of rows, each a `Batch` of [T] arrays, for `grain.MapDataset.source`.
+    """A random-access source of rows, `Batch` of `[T]` arrays, for `grain.MapDataset.source`.
 
-    A document of n tokens has n - 1 targets and every one of them is in exactly one row. A document
-    with more than T targets is cut into pieces of T and a remainder. Only indices are held here, 12
-    bytes a piece and 8 a row; tokens are read from the array when a row is asked for.
+    A document of n tokens has n - 1 targets; each is in exactly one row. A document with more than
+    T targets is split into pieces of T and a remainder. Memory holds only indices, 12 bytes per
+    piece and 8 per row; tokens are read when a row is accessed.
     """
 
     def __init__(self, tokens: np.ndarray, spans: np.ndarray, sequence_length: int):
-        """Packs.
+        """Packs documents.
 
         Args:
-          tokens: [total] integers, all documents one after the other; may be a memory map.
-          spans: [documents, 2] int64, where each document starts and ends in `tokens`.
+          tokens: Integer `[total]`, the concatenated documents; may be a memory map.
+          spans: int64 `[documents, 2]`, start and end of each document in `tokens`.
           sequence_length: T.
         """
         starts, num_targets = spans[:, 0], np.maximum(spans[:, 1] - spans[:, 0] - 1, 0)
@@ -116,10 +119,16 @@ class PackedRows:
 
 
 class Batches:
-    """A random-access source of batches, or of some rows of each, for `grain.MapDataset.source`."""
+    """A random-access source of batches, or of some rows of each batch."""
 
     def __init__(self, dataset: Any, batch_size: int, rows: Sequence[int]):
-        """Args: as of `text_dataset`; dataset: of rows, at random access, endless or not."""
+        """Groups rows into batches.
+
+        Args:
+          dataset: Rows with random access, finite or endless.
+          batch_size: B.
+          rows: The rows of each batch to read.
+        """
         self._dataset, self._batch_size, self._rows = dataset, batch_size, rows
 
     def __len__(self) -> int:
@@ -133,4 +142,4 @@ class Batches:
     def _row(self, index: int) -> Any:
         if index < len(self._dataset):
             return self._dataset[index]
-        return {name: np.zeros_like(x) for name, x in self._dataset[0].items()}  # of weight 0
+        return {name: np.zeros_like(x) for name, x in self._dataset[0].items()}  # weight 0

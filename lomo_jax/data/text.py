@@ -1,4 +1,4 @@
-"""Text to train on, with a part held out by document."""
+"""A dataset of text, split by document into training and held-out."""
 
 import hashlib
 import itertools
@@ -13,27 +13,27 @@ import numpy as np
 
 from lomo_jax.data.documents import read_documents
 from lomo_jax.data.packing import Batch, Batches, PackedRows
+from lomo_jax.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
-# Rows are cut from memory in microseconds: one thread is enough to have the next batches ready, and
-# held-out ones need none.
-_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+# Reading a row takes microseconds: one thread prefetches enough, and the held-out split needs none.
+_PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 _NO_THREADS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-class Text(NamedTuple):
-    """What `text_dataset` makes of text."""
+class TextSplits(NamedTuple):
+    """The training split and the held-out split of a text dataset."""
 
-    # Endless; `get_state()` and `set_state()` give and restore the position, as JSON.
+    # Endless. `get_state()` returns the position as JSON, `set_state()` restores it.
     train: grain.DatasetIterator[Batch]
-    # Finite: the same batches whenever it is iterated, the last filled up with rows of weight 0.
+    # Finite. Every iteration gives the same batches; rows of weight 0 fill up the last one.
     held_out: grain.IterDataset[Batch]
-    # Of documents and tokenizer. Where it is the same, so is what comes after a position, given
-    # the same other arguments.
+    # Hash of documents and tokenisation. With equal fingerprints and arguments, the batches after a
+    # position are the same.
     fingerprint: str
 
 
@@ -47,56 +47,55 @@ def text_dataset(
     eval_fraction: float = 0.05,
     text_key: str = "text",
     rows: Sequence[int] | None = None,
-) -> Text:
-    """Tokenises text, holds out a part of it and packs both parts into batches.
+) -> TextSplits:
+    """Tokenises documents, splits them into training and held-out and packs both into batches.
 
-    Documents. A line of a `.jsonl` file is a document. So is any other file, unless it is longer
-    than 32 characters per token of `sequence_length` (about eight sequences): then it is cut at
-    the blank lines after each such stretch. Documents that differ in nothing but white space are
-    taken once. A document's tokens are those the tokenizer gives, with the special tokens it adds
-    itself, and its end-of-text token where it has one.
+    **Documents.** A line of a `.jsonl` file is a document. So is any other file, unless it is
+    longer than 32 characters per token of `sequence_length` (about eight sequences): it is then
+    split at the next blank line after each such stretch. Documents that differ only in white space
+    are duplicates; one is used. A document's tokens are those of the tokenizer, with the special
+    tokens that it adds, and its end-of-text token if it has one.
 
-    Held-out part. `eval_fraction` of the documents, one at least, chosen by a hash of their text
-    alone: the same for every seed, and nearly the same when documents are added. Where there is
-    only one document, its end is held out.
+    **Held-out split.** A fraction `eval_fraction` of the documents, at least one, chosen by a hash
+    of their text alone: the same for every seed, and nearly the same after documents are added. If
+    there is only one document, its end is held out.
 
-    Packing. A document longer than a row is cut into rows and a remainder; remainders and short
-    documents share rows, by best fit, and do not see each other: each has its own segment, and its
-    positions start at 0. Every target of the training part comes once an epoch. Rows are shuffled,
-    anew each epoch, and an epoch's last rows share a batch with the next one's first.
+    **Packing.** A document longer than a row is split into full rows and a remainder. Remainders
+    and short documents share rows (best fit) but do not see each other: each has its own segment,
+    and positions that start at 0. Each target of the training split comes once per epoch. Rows are
+    reshuffled every epoch; a batch may hold the last rows of one epoch and the first of the next.
 
-    Memory. The text is tokenised once, at the start, a million characters at a time. The tokens lie
-    in an unnamed temporary file (2 bytes each, 4 where the vocabulary is larger than 65,536) that
-    is mapped, not read; besides, about 100 bytes a document and 20 a row are held.
+    **Memory.** Documents are tokenised once, at the start, a million characters at a time, into an
+    unnamed temporary file that is memory-mapped (2 bytes per token, 4 for a vocabulary above
+    65,536). Beyond that, memory holds about 100 bytes per document and 20 per row.
 
     Args:
-      path: a file, a folder (its `.txt`, `.md` and `.jsonl` files, at any depth), a glob pattern,
+      path: A file, a folder (its `.txt`, `.md` and `.jsonl` files, at any depth), a glob pattern,
         or several of these.
-      tokenizer: the model's own.
-      sequence_length: tokens in a row.
-      batch_size: rows in a batch.
-      seed: of the training order, from 0 to 2**32 - 1.
-      eval_fraction: share of the documents held out, from 0 to below 1; 0 holds out none.
-      text_key: the key of the text in a `.jsonl` line.
-      rows: which rows of every batch to read, for a process that needs only those; all by default.
+      tokenizer: The model's tokenizer.
+      sequence_length: Tokens per row.
+      batch_size: Rows per batch.
+      seed: Seed of the training order, from 0 to 2**32 - 1.
+      eval_fraction: Fraction of the documents to hold out, at least 0 and below 1.
+      text_key: The key of the text in a `.jsonl` line.
+      rows: The rows of each batch to read, for a process that needs only those. Default: all.
 
     Returns:
-      The training batches, the held-out ones, and a fingerprint; see `Text` and `Batch`.
+      The two splits and a fingerprint; see `TextSplits` and `Batch`.
 
     Raises:
-      FileNotFoundError: a path does not exist or matches no file.
-      ValueError: an argument is out of range, a file cannot be read as text, or there is too
-        little text.
+      UserError: An argument is out of range, a path does not exist or matches no file, a file
+        cannot be read as text, or there is too little text.
     """
     if not path:
-        raise ValueError("path is empty: give a file, a folder or a glob of UTF-8 text")
+        raise UserError("path is empty: give a file, a folder or a glob of UTF-8 text")
     if not 0 <= eval_fraction < 1:
-        raise ValueError(f"eval_fraction is {eval_fraction}: it must be from 0 to below 1")
+        raise UserError(f"eval_fraction is {eval_fraction}: it must be at least 0 and below 1")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}: it must be from 0 to 2**32 - 1")
+        raise UserError(f"seed is {seed}: it must be from 0 to 2**32 - 1")
     for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} is {value}: it must be at least 1")
+            raise UserError(f"{name} is {value}: it must be at least 1")
 
     paths = [path] if isinstance(path, str | os.PathLike) else path
     documents = itertools.chain.from_iterable(
@@ -109,18 +108,18 @@ def text_dataset(
     train_rows = PackedRows(tokens, training, sequence_length)
     eval_rows = PackedRows(tokens, held_out, sequence_length)
     if train_rows.num_targets < sequence_length:
-        raise ValueError(
-            f"the training text has {train_rows.num_targets} tokens to predict, less than one "
+        raise UserError(
+            f"the training split has {train_rows.num_targets} tokens to predict, less than one "
             f"sequence of {sequence_length}: add text or lower sequence_length"
         )
     if eval_fraction and not eval_rows.num_targets:
-        raise ValueError(
-            f"too little text to hold out a part of {eval_fraction}: add text or set "
-            "eval_fraction to 0"
+        raise UserError(
+            f"too little text to hold out eval_fraction={eval_fraction}: add text or raise "
+            "eval_fraction"
         )
     _log.info(
-        "%d documents, %d more left out as duplicates; training on %d tokens in %d rows, %.2f %% "
-        "padding; %d tokens held out in %d documents",
+        "%d documents, %d duplicates dropped; training split: %d tokens in %d rows, %.2f %% "
+        "padding; held-out split: %d tokens in %d documents",
         len(distinct),
         len(hashes) - len(distinct),
         train_rows.num_targets,
@@ -131,19 +130,19 @@ def text_dataset(
     )
     rows = range(batch_size) if rows is None else rows
     train = grain.MapDataset.source(train_rows).shuffle(seed).repeat()
-    train = grain.MapDataset.source(Batches(train, batch_size, rows)).to_iter_dataset(_AHEAD)
-    # In a random order, so that the first batches are a fair sample of all.
+    train = grain.MapDataset.source(Batches(train, batch_size, rows)).to_iter_dataset(_PREFETCH)
+    # Shuffled, so that the first batches are a fair sample of the split.
     evaluation = grain.MapDataset.source(eval_rows).shuffle(0)
     evaluation = grain.MapDataset.source(Batches(evaluation, batch_size, rows))
     lengths = spans[distinct, 1] - spans[distinct, 0]
     fingerprint = hashlib.blake2b(hashes[distinct].tobytes() + lengths.tobytes(), digest_size=8)
-    return Text(iter(train), evaluation.to_iter_dataset(_NO_THREADS), fingerprint.hexdigest())
+    return TextSplits(iter(train), evaluation.to_iter_dataset(_NO_THREADS), fingerprint.hexdigest())
 
 
 def _tokenize(
     documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns all tokens in one array, the span of each document in it, and the texts' hashes."""
+    """Returns all tokens in one array, the span of each document, and the documents' hashes."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     end_of_text = tokenizer.eos_token_id
     lengths: list[int] = []
@@ -159,7 +158,7 @@ def _tokenize(
                 words = " ".join(text.split()).encode()
                 hashes.append(int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()))
         spool.flush()
-        # The map outlives the file: the pages can be dropped from memory and read again.
+        # The map stays valid after the file is closed; its pages need not stay in memory.
         tokens = np.memmap(spool, dtype, mode="r") if sum(lengths) else np.zeros(0, dtype)
     ends = np.cumsum(lengths, dtype=np.int64)
     spans = np.stack([ends - lengths, ends], axis=1)
@@ -180,7 +179,7 @@ def _chunks(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
 
 
 def _hold_out(spans: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the spans for training and those held out: the first ones, or the end of the only."""
+    """Splits spans: the first ones are held out, or the end of the only one."""
     if not fraction:
         return spans, spans[:0]
     if len(spans) == 1:

@@ -1,93 +1,111 @@
-"""The shape of a LLaMA-family model, and its translation from and to a Hugging Face config.json."""
+"""The shape of a LLaMA-family model, from and to Hugging Face's config.json."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lomo_jax.errors import UserError
+
 _ARCHITECTURE = "LlamaForCausalLM"
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """The "llama3" stretching of rotary frequencies, for a context longer than the first one.
+    """The "llama3" scaling of rotary frequencies, which extends a model's context.
 
     References:
       Llama Team, The Llama 3 Herd of Models, arXiv 2407.21783.
     """
 
-    factor: float  # the slow frequencies are divided by it
-    low_freq_factor: float  # slower than this many turns in original_max_length: divided
-    high_freq_factor: float  # faster than this many turns: kept; between the two: interpolated
-    original_max_length: int  # tokens, the context the frequencies were chosen for
+    factor: float  # low frequencies are divided by it
+    low_freq_factor: float  # a frequency is low below this many turns in original_max_length
+    high_freq_factor: float  # and unchanged above this many; interpolated in between
+    original_max_length: int  # tokens; the context length of pre-training
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _require_positive(self, field.name)
+            _require_positive(self, field.name, float)
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
+            raise UserError(
                 f"rope scaling: high_freq_factor={self.high_freq_factor} must be greater than "
                 f"low_freq_factor={self.low_freq_factor}"
             )
 
 
-@dataclasses.dataclass(frozen=True)
+# Mutable, so that command line flags can set its fields one by one; hashable, as a static argument
+# of jit and a part of a graphdef must be.
+@dataclasses.dataclass(unsafe_hash=True)
 class LlamaConfig:
-    """The shape of a LLaMA-family decoder.
+    """The shape of a LLaMA-family decoder; the defaults are those of LLaMA-7B.
 
-    Raises:
-      ValueError: a size is not positive, the heads do not divide, or head_dim is odd.
+    Values are checked when the config is used, by `validate`.
     """
 
-    vocab_size: int  # V
-    width: int  # D, of the residual stream
-    mlp_width: int  # F
-    num_layers: int  # L
-    num_heads: int  # H, of the queries
-    num_kv_heads: int  # K, each shared by H / K query heads
-    head_dim: int  # h; D / H in most models, but free
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    max_length: int = 2048  # tokens; the longest sequence the model was made for
-    tie_embeddings: bool = False  # the output head is the transposed embedding
+    vocab_size: int = 32000  # V
+    width: int = 4096  # D, of the residual stream
+    mlp_width: int = 11008  # F
+    num_layers: int = 32  # L
+    num_heads: int = 32  # H, of the queries
+    num_kv_heads: int = 32  # K, each shared by H / K query heads
+    head_dim: int = 128  # h; D / H in most models, but independent of both
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    max_length: int = 2048  # tokens; the longest sequence that the model supports
+    tie_embeddings: bool = False  # whether the output head is the transposed embedding
     rope_scaling: RopeScaling | None = None
-    bos_id: int | None = None
-    eos_id: int | tuple[int, ...] | None = None
+    bos_id: int | None = None  # token that begins a text
+    eos_id: int | tuple[int, ...] | None = None  # token or tokens that end a text
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+          UserError: A size is not a positive integer, `num_heads` is not a multiple of
+            `num_kv_heads`, or `head_dim` is odd.
+        """
         sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads")
-        for name in (*sizes, "head_dim", "max_length", "rope_theta", "norm_eps"):
-            _require_positive(self, name)
+        for name in (*sizes, "head_dim", "max_length"):
+            _require_positive(self, name, int)
+        for name in ("rope_theta", "norm_eps"):
+            _require_positive(self, name, float)
+        if not isinstance(self.tie_embeddings, bool):
+            raise UserError(f"tie_embeddings={self.tie_embeddings!r} must be true or false")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embeddings turn pairs")
+            raise UserError(
+                f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs"
+            )
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
-        """Reads the contents of a Hugging Face config.json, of transformers 4 or 5.
+        """Converts the contents of a Hugging Face config.json, of transformers 4 or 5.
 
         Raises:
-          ValueError: the architecture or a feature is not supported, or a key is missing.
+          UserError: The architecture or a feature is not supported, or a key is missing or has a
+            value of the wrong type.
         """
-        named = ", ".join(hf.get("architectures") or []) or f"model_type {hf.get('model_type')!r}"
-        if named not in (_ARCHITECTURE, "model_type 'llama'"):
-            raise ValueError(f"architecture {named} is not supported; supported: {_ARCHITECTURE}")
+        found = hf.get("architectures") or [f"model_type {hf.get('model_type')!r}"]
+        if found not in ([_ARCHITECTURE], ["model_type 'llama'"]):
+            named = ", ".join(map(str, found if isinstance(found, list) else [found]))
+            raise UserError(f"architecture {named} is not supported; supported: {_ARCHITECTURE}")
         required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
         for key, supported in (required | {"quantization_config": None}).items():
             if hf.get(key, supported) != supported:
-                raise ValueError(f"{key}={hf[key]!r} is not supported; supported: {supported!r}")
+                raise UserError(f"{key}={hf[key]!r} is not supported; supported: {supported!r}")
         try:
             width, num_heads = hf["hidden_size"], hf["num_attention_heads"]
             eos_id = hf.get("eos_token_id")
             rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-            return cls(
+            config = cls(
                 vocab_size=hf["vocab_size"],
                 width=width,
                 mlp_width=hf["intermediate_size"],
@@ -104,12 +122,16 @@ class LlamaConfig:
                 eos_id=tuple(eos_id) if isinstance(eos_id, list) else eos_id,
             )
         except KeyError as error:
-            raise ValueError(f"the key {error} is missing from the model's configuration") from None
+            raise UserError(f"the key {error} is missing") from None
+        except (AttributeError, ArithmeticError, TypeError) as error:
+            raise UserError(f"a value has the wrong type or size: {error}") from None
+        config.validate()
+        return config
 
     def to_hf(self, dtype: DTypeLike) -> dict[str, Any]:
         """Returns the contents of a config.json for weights of `dtype`.
 
-        The keys are those of transformers 4, which transformers 5 reads as well.
+        The keys are those of transformers 4; transformers 5 reads them too.
         """
         scaling = self.rope_scaling
         return {
@@ -148,7 +170,7 @@ def _rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ValueError(f"rope scaling {kind!r} is not supported; supported: 'default', 'llama3'")
+        raise UserError(f"rope scaling {kind!r} is not supported; supported: 'default', 'llama3'")
     return RopeScaling(
         factor=rope["factor"],
         low_freq_factor=rope["low_freq_factor"],
@@ -157,9 +179,10 @@ def _rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
-def _require_positive(config: Any, name: str) -> None:
+def _require_positive(config: Any, name: str, kind: type[int] | type[float]) -> None:
     value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}={value!r} must be a number")
-    if not value > 0:
-        raise ValueError(f"{name}={value} must be greater than 0")
+    allowed = int | float if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise UserError(f"{name}={value!r} must be {'an integer' if kind is int else 'a number'}")
+    if not 0 < value < math.inf:
+        raise UserError(f"{name}={value} must be greater than 0 and finite")

@@ -1,4 +1,4 @@
-"""The embedding of tokens, on one device or divided among several.
+"""Token embedding lookup, on one device or sharded over several.
 
 Dimensions: B batch, T sequence, D width, V vocabulary.
 """
@@ -9,25 +9,25 @@ from jax.sharding import PartitionSpec as P
 
 from lomo_jax import sharding
 
-EMBEDDING = P("tensor", "fsdp")  # how an embedding [V, D] is divided
+EMBEDDING = P("tensor", "fsdp")  # the sharding of an embedding [V, D]
 _TOKENS, _ACTIVATION = P(sharding.BATCH, None), P(sharding.BATCH, None, None)
 
 
 def look_up(embedding_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    """Returns the rows of the embedding, x_BxTxD, for int32 tokens; the two are divided or not."""
+    """Returns the embeddings of int32 tokens, `[B, T, D]`; both arguments may be sharded."""
     if not sharding.is_explicit():
         return jnp.take(embedding_VxD, tokens_BxT, axis=0)
-    return _look_up_divided(embedding_VxD, tokens_BxT)
+    return _look_up_sharded(embedding_VxD, tokens_BxT)
 
 
-# A device looks up its rows and columns of the embedding for all tokens of its fsdp group, and gets
-# all columns for its own tokens in exchange. No embedding is gathered, and its gradient is summed
-# where it belongs.
+# Each device looks up all tokens of its fsdp group in its shard of the embedding. An all-to-all
+# exchanges that for all columns of the device's own tokens. So the embedding is never gathered, and
+# its gradient is accumulated shard by shard.
 @jax.custom_vjp
-def _look_up_divided(embedding_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    def look_up(part_VxD, tokens_BxT):
-        row_BxT = _row_here(part_VxD, tokens_BxT)
-        x_BxTxD = part_VxD.at[row_BxT].get(mode="fill", fill_value=0)
+def _look_up_sharded(embedding_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    def look_up(shard_VxD, tokens_BxT):
+        row_BxT = _row_here(shard_VxD, tokens_BxT)
+        x_BxTxD = shard_VxD.at[row_BxT].get(mode="fill", fill_value=0)
         x_BxTxD = jax.lax.all_to_all(x_BxTxD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.psum(x_BxTxD, "tensor")
 
@@ -38,7 +38,7 @@ def _look_up_divided(embedding_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Arr
 
 
 def _look_up_forward(embedding_VxD, tokens_BxT):
-    return _look_up_divided(embedding_VxD, tokens_BxT), (embedding_VxD, tokens_BxT)
+    return _look_up_sharded(embedding_VxD, tokens_BxT), (embedding_VxD, tokens_BxT)
 
 
 def _look_up_backward(residuals, ct_BxTxD):
@@ -54,19 +54,19 @@ def _look_up_backward(residuals, ct_BxTxD):
         check_vma=False,
     )
     embedding_VxD, tokens_BxT = residuals
-    # Made outside, where the fused step sees them and has them made late.
+    # Zeros from outside of shard_map: there the fused step sees them and allocates them late.
     return sum_up(jnp.zeros_like(embedding_VxD), tokens_BxT, ct_BxTxD), None
 
 
-_look_up_divided.defvjp(_look_up_forward, _look_up_backward)
+_look_up_sharded.defvjp(_look_up_forward, _look_up_backward)
 
 
-def _row_here(part_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    """Returns the row of every token of the fsdp group in a part of the embedding, or one past it.
+def _row_here(shard_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """Returns the row in this shard of each token of the fsdp group; `rows` for other tokens.
 
-    It is between 0 and the number of rows: JAX takes negative ones for rows from the end.
+    Never negative: JAX counts negative indices from the end.
     """
-    rows = len(part_VxD)
+    rows = len(shard_VxD)
     tokens_BxT = jax.lax.all_gather(tokens_BxT, "fsdp", tiled=True)
     row_BxT = tokens_BxT - rows * jax.lax.axis_index("tensor")
     return jnp.where((row_BxT >= 0) & (row_BxT < rows), row_BxT, rows)

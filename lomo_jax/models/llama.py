@@ -1,13 +1,13 @@
 """A LLaMA-family decoder in Flax nnx whose layers are stacked and scanned.
 
-Dimensions: B batch, T sequence, D width, F mlp width, H query heads, K key and value heads, h head
-width, L layers, V vocabulary. N stands for either number of heads.
+Dimensions: B batch, T sequence, D width, F MLP width, H query heads, K key and value heads, h head
+dimension, L layers, V vocabulary. N is either number of heads.
 
-Every weight is a matrix or a vector: heads are folded into one axis, `[D, H*h]`, because AdaLomo
-factors the last two axes of a weight and each projection is one matrix to it.
+Every weight is a matrix or a vector. All heads share one axis, `[D, H*h]`, because AdaLomo factors
+the last two axes of a weight and should see each projection as one matrix.
 
-Under a mesh of `lomo_jax.sharding.make_mesh` the model computes in parallel, with its parameters
-divided by `RULES` and a batch by `sharding.BATCH`; anywhere else those calls change nothing.
+Under a mesh of `lomo_jax.sharding.make_mesh` the parameters are sharded by `RULES` and a batch by
+`sharding.BATCH`. Without a mesh the sharding calls do nothing.
 
 References:
   Touvron et al., LLaMA: Open and Efficient Foundation Language Models, arXiv 2302.13971.
@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -33,8 +34,8 @@ from lomo_jax.fused.arrays import to_device
 from lomo_jax.models.config import LlamaConfig
 from lomo_jax.models.embedding import EMBEDDING, look_up
 
-# How the parameters are divided, for `sharding.shardings`: products that start a block by their
-# outputs (whole heads, columns of the MLP), those that end it by their inputs.
+# How `sharding.shardings` shards the parameters. A block's first matrices are split along their
+# outputs (whole heads, columns of the MLP), its last matrix along its inputs (Megatron).
 RULES: sharding.Rules = (
     (r"embedding", EMBEDDING),
     (r"layers/.*/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
@@ -47,15 +48,15 @@ _NORMAL = nnx.initializers.normal(0.02)
 
 
 class Context(NamedTuple):
-    """What every layer needs besides its weights and its input."""
+    """The inputs that all layers share."""
 
-    cos: jax.Array  # [B, T, 1, h / 2] float32; B is 1 when all rows have the same positions
-    sin: jax.Array  # as cos
-    mask: jax.Array | None  # [B, 1, T, T] bool: query and key are of one segment
+    cos: jax.Array  # [B, T, 1, h / 2] float32; B is 1 if all rows have the same positions
+    sin: jax.Array  # like cos
+    mask: jax.Array | None  # [B, 1, T, T] bool: query and key are in the same segment
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation in float32, rounded before scaling, as transformers does."""
+    """Root-mean-square normalisation in float32, rounded before scaling like in transformers."""
 
     def __init__(self, width: int, *, eps: float, param_dtype: DTypeLike) -> None:
         self.eps = eps
@@ -69,7 +70,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention with rotary position embeddings."""
 
     def __init__(
         self, config: LlamaConfig, *, param_dtype: DTypeLike, attention: str, rngs: nnx.Rngs
@@ -93,7 +94,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The gated MLP, SwiGLU."""
+    """A gated MLP, SwiGLU."""
 
     def __init__(self, config: LlamaConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         linear = functools.partial(_linear, param_dtype=param_dtype, rngs=rngs)
@@ -107,7 +108,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer, pre-normalised."""
+    """One pre-norm decoder layer."""
 
     def __init__(
         self, config: LlamaConfig, *, param_dtype: DTypeLike, attention: str, rngs: nnx.Rngs
@@ -128,17 +129,20 @@ class Layer(nnx.Module):
 class Llama(nnx.Module):
     """A LLaMA-family language model.
 
-    `layers` is one `Layer` whose every weight has a leading layer axis, `[L, ...]`. The stacks are
-    the scanned inputs of one `jax.lax.scan` as they are, which is what `lomo_jax.fused_step` asks
-    for, and the layer is rematerialised, so the plain gradient too keeps layer inputs only. The
-    parameters may be in host memory: each layer is then fetched when it is its turn.
+    `layers` is one `Layer` whose weights are stacked along a leading layer axis, `[L, ...]`, and
+    scanned by one `jax.lax.scan`, as `lomo_jax.fused_step` needs. Each layer is rematerialised, so
+    plain `jax.grad` stores only the layer inputs. The parameters may live in host memory: each
+    layer is then copied to the device just before it runs.
 
     Args:
-      config: the model's shape.
-      param_dtype: of all parameters.
-      attention: "xla", which runs anywhere and holds the scores of one layer, [B, H, T, T]; or
-        "cudnn", flash attention of NVIDIA GPUs from Ampere on, in bfloat16 or float16.
-      rngs: for the weights.
+      config: The model's shape.
+      param_dtype: The dtype of all parameters.
+      attention: "xla" runs anywhere and materialises one layer's scores, `[B, H, T, T]`. "cudnn" is
+        flash attention: an NVIDIA GPU, Ampere or newer, and bfloat16 or float16.
+      rngs: Random keys for the weights.
+
+    Raises:
+      UserError: The config is not valid; see `LlamaConfig.validate`.
     """
 
     def __init__(
@@ -149,7 +153,8 @@ class Llama(nnx.Module):
         attention: str = "xla",
         rngs: nnx.Rngs,
     ) -> None:
-        self.config = config
+        config.validate()
+        self.config = dataclasses.replace(config)  # later changes of the caller's have no effect
         self.embedding = nnx.Param(
             _NORMAL(rngs.params(), (config.vocab_size, config.width), param_dtype)
         )
@@ -172,24 +177,24 @@ class Llama(nnx.Module):
         positions_BxT: jax.Array | None = None,
         segments_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns what the head reads, after the last normalisation.
+        """Returns the hidden states after the final norm, the input of the output head.
 
         Args:
-          tokens_BxT: int32.
-          positions_BxT: int32, each token's place in its document; by default 0, 1, 2, ...
-          segments_BxT: int32; tokens attend to earlier tokens of the same number only, so packed
-            documents do not see each other. By default the whole row is one document.
+          tokens_BxT: int32 `[B, T]`.
+          positions_BxT: int32 `[B, T]`, each token's position in its document. By default 0, 1, ...
+          segments_BxT: int32 `[B, T]`. A token attends only to earlier tokens of its segment, so
+            documents packed into one row do not see each other. By default a row is one segment.
 
         Returns:
-          x_BxTxD in the parameters' dtype.
+          `[B, T, D]` in the parameters' dtype.
         """
         tokens_BxT, positions_BxT, segments_BxT = sharding.shard_batch(
             (tokens_BxT, positions_BxT, segments_BxT)
         )
         context = self.context(tokens_BxT, positions_BxT, segments_BxT)
 
-        # Inside a scan common subexpressions cannot undo the rematerialisation, so the barriers
-        # that would prevent it only cost.
+        # Inside a scan, common-subexpression elimination cannot undo rematerialisation: the
+        # barriers of prevent_cse=True would only cost time.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def apply(x_BxTxD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
             return to_device(layer)(x_BxTxD, context), None
@@ -204,7 +209,7 @@ class Llama(nnx.Module):
         positions_BxT: jax.Array | None = None,
         segments_BxT: jax.Array | None = None,
     ) -> Context:
-        """Returns what every layer needs besides its input; the arguments are those of `hidden`."""
+        """Returns the inputs that all layers share; the arguments are those of `hidden`."""
         if positions_BxT is None:
             positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
         angles = positions_BxT.astype(jnp.float32)[:, :, None, None] * _frequencies(self.config)
@@ -214,7 +219,7 @@ class Llama(nnx.Module):
         return Context(jnp.cos(angles), jnp.sin(angles), mask)
 
     def head(self) -> jax.Array:
-        """Returns the output projection w_DxV: the transposed embedding where the two are tied."""
+        """Returns the output head `[D, V]`: the transposed embedding if the two are tied."""
         if self.output is None:
             return to_device(self.embedding[...]).T
         return to_device(self.output.kernel[...])
@@ -225,7 +230,7 @@ class Llama(nnx.Module):
         positions_BxT: jax.Array | None = None,
         segments_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns logits_BxTxV in float32; the arguments are those of `hidden`."""
+        """Returns float32 logits `[B, T, V]`; the arguments are those of `hidden`."""
         return jnp.einsum(
             "btd,dv->btv",
             self.hidden(tokens_BxT, positions_BxT, segments_BxT),
@@ -237,10 +242,18 @@ class Llama(nnx.Module):
 def abstract(
     config: LlamaConfig, param_dtype: DTypeLike = jnp.float32, attention: str = "xla"
 ) -> tuple[nnx.GraphDef[Llama], nnx.State]:
-    """Returns `nnx.split` of a model without computing it; the arguments are those of `Llama`.
+    """Returns the structure of a model without allocating its parameters.
+
+    Args:
+      config: The model's shape.
+      param_dtype: The dtype of all parameters.
+      attention: "xla" or "cudnn"; see `Llama`.
 
     Returns:
-      (graphdef, params), params with a `jax.ShapeDtypeStruct` in the place of each array.
+      `(graphdef, params)` as from `nnx.split`, with a `jax.ShapeDtypeStruct` for each array.
+
+    Raises:
+      UserError: The config is not valid.
     """
     return nnx.split(
         nnx.eval_shape(
@@ -250,23 +263,27 @@ def abstract(
 
 
 def shardings(config: LlamaConfig, params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
-    """Says how the parameters of a model are divided among the devices of a mesh, by `RULES`.
+    """Returns the shardings of a model's parameters on a mesh, by `RULES`.
 
     Args:
-      config: the model's shape.
-      params: its parameters, arrays or `jax.ShapeDtypeStruct`.
-      mesh: of `lomo_jax.sharding.make_mesh`.
+      config: The model's shape.
+      params: Its parameters: arrays or `jax.ShapeDtypeStruct`.
+      mesh: A mesh from `lomo_jax.sharding.make_mesh`.
+
+    Returns:
+      A `jax.sharding.NamedSharding` for each parameter.
 
     Raises:
-      ValueError: heads or an axis of a parameter cannot be divided; it names the sizes that can.
+      ValueError: The mesh does not divide the number of heads or an axis of a parameter; the
+        message names the sizes that do.
     """
-    # Otherwise a weight could be divided inside a head.
+    # RULES alone could split a weight inside a head.
     for name in ("num_kv_heads", "num_heads"):
         heads, parts = getattr(config, name), mesh.shape["tensor"]
         if heads % parts:
             fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ValueError(
-                f"{name}={heads} of the model are not divided by tensor={parts}; tensor could be "
+                f"{name}={heads} of the model is not a multiple of tensor={parts}; tensor could be "
                 f"{fits}"
             )
     return sharding.shardings(RULES, params, mesh)
@@ -275,7 +292,19 @@ def shardings(config: LlamaConfig, params: nnx.State, mesh: Mesh | AbstractMesh)
 def init(
     config: LlamaConfig, seed: int, param_dtype: DTypeLike = jnp.float32
 ) -> tuple[nnx.GraphDef[Llama], nnx.State]:
-    """Returns `nnx.split` of a model with random weights, normal with deviation 0.02."""
+    """Returns a model with random weights, normal with standard deviation 0.02.
+
+    Args:
+      config: The model's shape.
+      seed: Random seed.
+      param_dtype: The dtype of all parameters.
+
+    Returns:
+      `(graphdef, params)` as from `nnx.split`.
+
+    Raises:
+      UserError: The config is not valid.
+    """
     return abstract(config, param_dtype)[0], _init(config, param_dtype, jax.random.key(seed))
 
 
@@ -299,10 +328,10 @@ def _linear(inputs: int, outputs: int, *, param_dtype: DTypeLike, rngs: nnx.Rngs
 def _dot_gathered(
     x_BxTxI: jax.Array, kernel_IxO: jax.Array, *_: Any, out_sharding: P | None, **kwargs: Any
 ) -> jax.Array:
-    """A projection, of all tokens as rows of one matrix.
+    """Multiplies all tokens, as the rows of one matrix, by a kernel gathered over `fsdp`.
 
-    The kernel's gradient then sums over one axis. Over two, XLA for CPUs copies an operand into
-    another layout first, and a step of 20M parameters takes 1.18 times as long.
+    The kernel's gradient then sums over one axis. With two, XLA's CPU backend first copies an
+    operand into another layout: a step of 20M parameters takes 1.18 times as long.
     """
     batch, length, width = x_BxTxI.shape
     first, _, last = arrays.partition_spec(x_BxTxI)
@@ -313,12 +342,12 @@ def _dot_gathered(
         out_sharding=out_sharding and P(first, out_sharding[-1]),
         **kwargs,
     )
-    divided = arrays.explicit_sharding(y_NxO, P(first, None, arrays.partition_spec(y_NxO)[-1]))
-    return jax.lax.reshape(y_NxO, (batch, length, y_NxO.shape[-1]), out_sharding=divided)
+    out = arrays.explicit_sharding(y_NxO, P(first, None, arrays.partition_spec(y_NxO)[-1]))
+    return jax.lax.reshape(y_NxO, (batch, length, y_NxO.shape[-1]), out_sharding=out)
 
 
 def _split(x_BxTxNh: jax.Array, head_dim: int) -> jax.Array:
-    """Returns the heads x_BxTxNxh, divided as their axis was."""
+    """Splits the last axis into heads, which inherit its sharding: `[B, T, N, h]`."""
     *others, width = x_BxTxNh.shape
     heads = arrays.explicit_sharding(x_BxTxNh, P(*arrays.partition_spec(x_BxTxNh), None))
     shape = (*others, width // head_dim, head_dim)
@@ -334,7 +363,7 @@ def _attend(
 ) -> jax.Array:
     dtype = q_BxTxHxh.dtype
     if dtype == jnp.float16 and implementation == "xla":
-        # JAX's float16 attention asks for a matrix product that CPUs and TPUs do not have.
+        # JAX's float16 attention needs a matrix product that CPUs and TPUs lack.
         q_BxTxHxh, k_BxTxKxh, v_BxTxKxh = (
             x.astype(jnp.float32) for x in (q_BxTxHxh, k_BxTxKxh, v_BxTxKxh)
         )
@@ -350,31 +379,31 @@ def _attend(
         )
 
     if sharding.is_explicit():
-        # Every device has whole heads of whole sequences. cuDNN's operation knows nothing of that.
+        # Every device has whole heads of whole sequences, but cuDNN's op has no sharding rule.
         heads = P(sharding.BATCH, None, "tensor", None)
         specs = (heads, heads, heads, P(sharding.BATCH, None, None, None))
         attend = jax.shard_map(attend, in_specs=specs, out_specs=heads, check_vma=False)
-    # It also mixes dtypes, even where its caller forbids implicit promotion.
+    # dot_product_attention mixes dtypes, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"), jax.named_scope("attention"):
         y_BxTxHxh = attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, mask).astype(dtype)
-    # cuDNN's result is known to `remat="attention"` without a name, and would be kept twice.
+    # `remat="attention"` saves cuDNN's output without a name; with one it would be saved twice.
     return checkpoint_name(y_BxTxHxh, "attention") if implementation == "xla" else y_BxTxHxh
 
 
 def _frequencies(config: LlamaConfig) -> np.ndarray:
-    """Returns the rotary frequencies, float32 `[h / 2]`, in radians a token."""
+    """Returns the rotary frequencies, float32 `[h / 2]`, in radians per token."""
     exponent = np.arange(0, config.head_dim, 2) / config.head_dim
     frequency = config.rope_theta**-exponent
     if (scaling := config.rope_scaling) is not None:
         turns = scaling.original_max_length * frequency / (2 * np.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        frequency = frequency * (kept + (1 - kept) / scaling.factor)
+        unchanged = np.clip((turns - low) / (high - low), 0, 1)  # 0 for low frequencies
+        frequency = frequency * (unchanged + (1 - unchanged) / scaling.factor)
     return frequency.astype(np.float32)
 
 
 def _rotate(x_BxTxNxh: jax.Array, context: Context) -> jax.Array:
-    """Turns the pairs (i, i + h / 2), the Hugging Face order, by the angles of their positions."""
+    """Rotates the pairs (i, i + h / 2), Hugging Face's order, by the angles of their positions."""
     a, b = jnp.split(x_BxTxNxh.astype(jnp.float32), 2, axis=-1)
-    turned = (a * context.cos - b * context.sin, b * context.cos + a * context.sin)
-    return jnp.concatenate(turned, axis=-1).astype(x_BxTxNxh.dtype)
+    rotated = (a * context.cos - b * context.sin, b * context.cos + a * context.sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x_BxTxNxh.dtype)

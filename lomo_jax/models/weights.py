@@ -1,4 +1,4 @@
-"""Between stacked parameters and the single tensors, one a layer, of checkpoint files."""
+"""Conversion between stacked parameters and the per-layer tensors of checkpoint files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from lomo_jax import sharding
+from lomo_jax.errors import UserError
 from lomo_jax.fused.arrays import reshard_like
 from lomo_jax.models.config import LlamaConfig
 from lomo_jax.models.llama import Layer, abstract, init, shardings
@@ -52,7 +53,7 @@ GGUF_NAMES = {
 
 
 class Tensor(NamedTuple):
-    """A tensor of a checkpoint, not read yet."""
+    """A tensor of a checkpoint, read on demand."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,12 +61,12 @@ class Tensor(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a tensor lives in the parameters."""
+    """The part of the parameters that a tensor holds."""
 
-    leaf: int  # index among the flattened parameters
-    layer: int | None  # index into the leaf's layer axis, when it has one
-    shape: tuple[int, ...]  # of the tensor in the file
-    transposed: bool  # files hold kernels as [outputs, inputs]
+    leaf: int  # index into the flattened parameters
+    layer: int | None  # index on the leaf's layer axis; None if it has none
+    shape: tuple[int, ...]  # in the file
+    transposed: bool  # files store kernels as [outputs, inputs]
 
 
 def assemble(
@@ -79,54 +80,54 @@ def assemble(
 ) -> nnx.State:
     """Reads tensors one by one into stacked parameters.
 
-    The stacks are allocated once and filled in place: besides the parameters, memory holds one
-    tensor at a time.
+    The stacks are allocated once and filled in place. Besides them, memory holds one tensor.
 
     Args:
-      config: the model's shape.
-      param_dtype: of the parameters; tensors are cast to it.
-      tensors: all tensors of the checkpoint.
-      names: parameter path -> tensor name, with `{}` for the layer; one of the tables above.
-      source: what to call the checkpoint in errors.
-      on_host: whether the parameters go to host memory, or to the default device's own.
-      mesh: of the devices among which they are divided.
+      config: The model's shape.
+      param_dtype: The parameters' dtype; tensors are cast to it.
+      tensors: All tensors of the checkpoint.
+      names: Parameter path -> tensor name, with `{}` for the layer: one of the tables above.
+      source: The checkpoint's name in error messages.
+      on_host: Whether to place the parameters in host memory instead of device memory.
+      mesh: The devices to shard the parameters over. Default: the default device.
 
     Returns:
-      The parameters, as `nnx.split` of a `Llama` gives them.
+      The parameters, as from `nnx.split` of a `Llama`.
 
     Raises:
-      ValueError: a tensor is missing, not expected, or of the wrong shape; nothing was read.
+      UserError: A tensor is missing, unexpected or of the wrong shape. No tensor was read.
     """
-    params = _divided(config, param_dtype, mesh)
+    params = _shapes(config, param_dtype, mesh)
     leaves, treedef = jax.tree.flatten(params)
     places = _places(params, names)
     found = {tensor.name: tensor for tensor in tensors}
     if missing := [name for name in places if name not in found]:
-        raise ValueError(f"{source} lacks the tensor {_first_of(missing)}")
+        raise UserError(f"{source} lacks the tensor {_first_of(missing)}; download the model again")
     if unexpected := [name for name in found if name not in places]:
-        raise ValueError(
-            f"{source} has the tensor {_first_of(unexpected)}, for which this model has no place"
+        raise UserError(
+            f"{source} has the tensor {_first_of(unexpected)}, which a "
+            "model of this config does not have; use the config that belongs to the weights"
         )
     for name, place in places.items():
         if found[name].shape != place.shape:
-            raise ValueError(
+            raise UserError(
                 f"{source}: the tensor {name} has shape {list(found[name].shape)}, "
-                f"expected {list(place.shape)}"
+                f"expected {list(place.shape)}; use the config that belongs to the weights"
             )
 
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         arrays = [_zeros(leaf, on_host=on_host) for leaf in leaves]
         for name, tensor in found.items():
             place = places[name]
-            read = _divide(tensor.read(), leaves[place.leaf], place)
+            read = _shard(tensor.read(), leaves[place.leaf], place)
             filled = _fill(arrays[place.leaf], read, place.layer, transposed=place.transposed)
-            # Dispatch is asynchronous: without waiting, tensors read ahead would pile up in memory.
+            # Dispatch is asynchronous: without a wait, tensors read ahead would pile up in memory.
             arrays[place.leaf] = filled.block_until_ready()
     return jax.tree.unflatten(treedef, arrays)
 
 
 def disassemble(params: nnx.State, names: Mapping[str, str], dtype: DTypeLike) -> Iterator[Tensor]:
-    """Yields the tensors of a checkpoint, layer after layer; the inverse of `assemble`."""
+    """Yields the tensors of a checkpoint, layer by layer; the inverse of `assemble`."""
     leaves = jax.tree.leaves(params)
     for name, (leaf, layer, shape, transposed) in _places(params, names).items():
         take = functools.partial(_take, leaves[leaf], layer, transposed=transposed, dtype=dtype)
@@ -141,18 +142,21 @@ def init_layer_by_layer(
     on_host: bool = False,
     mesh: Mesh | None = None,
 ) -> nnx.State:
-    """Returns the weights of `init`; beside them a device holds one layer at most.
+    """Returns the same weights as `init`; besides them, a device holds at most one layer.
 
     Args:
-      config: the model's shape.
-      seed: of the drawing.
-      param_dtype: of the parameters.
-      on_host: whether the parameters go to host memory.
-      mesh: of the devices among which they are divided.
+      config: The model's shape.
+      seed: Random seed.
+      param_dtype: The parameters' dtype.
+      on_host: Whether to place the parameters in host memory instead of device memory.
+      mesh: The devices to shard the parameters over. Default: the default device.
+
+    Returns:
+      The parameters, as from `nnx.split` of a `Llama`.
     """
-    leaves, treedef = jax.tree.flatten(_divided(config, param_dtype, mesh))
+    leaves, treedef = jax.tree.flatten(_shapes(config, param_dtype, mesh))
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        # Those outside the layers do not depend on depth.
+        # The parameters outside the layers do not depend on the number of layers.
         _, single = init(dataclasses.replace(config, num_layers=1), seed, param_dtype)
         arrays, stacked = [], []
         for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(single)):
@@ -163,17 +167,17 @@ def init_layer_by_layer(
                 array = _fill(array, leaf, None, transposed=False)
             arrays.append(array)
         rngs = nnx.Rngs(jax.random.key(seed))
-        rngs.params()  # of the embedding, which Llama draws first
+        rngs.params()  # Llama uses the first key for the embedding
         for layer, key in enumerate(jax.random.split(rngs.params(), config.num_layers)):
-            drawn = jax.tree.leaves(_init_layer(config, param_dtype, key))
-            for index, tensor in zip(stacked, drawn, strict=True):
+            tensors = jax.tree.leaves(_init_layer(config, param_dtype, key))
+            for index, tensor in zip(stacked, tensors, strict=True):
                 filled = _fill(arrays[index], tensor, layer, transposed=False)
                 arrays[index] = filled.block_until_ready()
     return jax.tree.unflatten(treedef, arrays)
 
 
-def _divided(config: LlamaConfig, param_dtype: DTypeLike, mesh: Mesh | None) -> nnx.State:
-    """Returns the shapes of the parameters, and how they are divided."""
+def _shapes(config: LlamaConfig, param_dtype: DTypeLike, mesh: Mesh | None) -> nnx.State:
+    """Returns the parameters as `jax.ShapeDtypeStruct`, with shardings if there is a mesh."""
     _, params = abstract(config, param_dtype)
     return (
         params if mesh is None else sharding.with_shardings(params, shardings(config, params, mesh))
@@ -181,7 +185,7 @@ def _divided(config: LlamaConfig, param_dtype: DTypeLike, mesh: Mesh | None) -> 
 
 
 def _places(params: nnx.State, names: Mapping[str, str]) -> dict[str, _Place]:
-    """Returns tensor name -> place, layer after layer."""
+    """Returns tensor name -> place, layer by layer."""
     places = {}
     for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(params)):
         path, stacked = _path(keys), _is_stacked(keys)
@@ -210,25 +214,25 @@ def _init_layer(config: LlamaConfig, param_dtype: DTypeLike, key: jax.Array) -> 
 def _zeros(leaf: jax.ShapeDtypeStruct, *, on_host: bool) -> jax.Array:
     if not on_host:
         return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-    # By way of numpy: jnp.zeros would pass through the device, which may have no room for it.
+    # From numpy: jnp.zeros would allocate on the device first, which may lack the memory.
     if leaf.sharding is None:
         return jax.device_put(np.zeros(leaf.shape, leaf.dtype), jax.memory.Space.Host)
     place = leaf.sharding.with_memory_kind("pinned_host")
 
-    def zeros(index):  # the system makes only those pages of the whole that are read
+    def zeros(index):  # the kernel allocates only the pages that are read
         return np.zeros(leaf.shape, leaf.dtype)[index]
 
     return jax.make_array_from_callback(leaf.shape, place, zeros)
 
 
-def _divide(tensor: np.ndarray, leaf: jax.ShapeDtypeStruct, place: _Place) -> Any:
-    """Sends to each device what it is to hold of a tensor."""
+def _shard(tensor: np.ndarray, leaf: jax.ShapeDtypeStruct, place: _Place) -> Any:
+    """Copies to each device its shard of a tensor."""
     if leaf.sharding is None:
         return tensor
     spec = leaf.sharding.spec
     spec = spec if place.layer is None else spec[1:]
-    divided = NamedSharding(leaf.sharding.mesh, P(*(spec[::-1] if place.transposed else spec)))
-    return jax.make_array_from_callback(tensor.shape, divided, lambda index: tensor[index])
+    placed = NamedSharding(leaf.sharding.mesh, P(*(spec[::-1] if place.transposed else spec)))
+    return jax.make_array_from_callback(tensor.shape, placed, lambda index: tensor[index])
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transposed")
@@ -238,14 +242,14 @@ def _fill(stack: jax.Array, tensor: jax.Array, layer: int | None, *, transposed:
         return jax.device_put(reshard_like(tensor, stack), jax.typeof(stack).memory_space)
     tensor = reshard_like(tensor[None], stack)
     tensor = jax.device_put(tensor, jax.typeof(stack).memory_space)
-    # Not stack.at[layer].set: its check of bounds makes XLA copy the whole stack.
+    # Not stack.at[layer].set: its bounds check makes XLA copy the whole stack.
     return jax.lax.dynamic_update_slice_in_dim(stack, tensor, layer, axis=0)
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
 def _take(stack: jax.Array, layer: int | None, *, transposed: bool, dtype: DTypeLike) -> jax.Array:
     tensor = stack if layer is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-    # A layer of a stack in host memory is computed with on the device.
+    # A layer of a stack in host memory is transposed and cast on the device.
     tensor = sharding.replicate(jax.device_put(tensor, jax.memory.Space.Device))
     return (tensor.T if transposed else tensor).astype(dtype)
 

@@ -1,37 +1,83 @@
-"""A checkpoint of a run, turned into a Hugging Face directory."""
+"""`lomo-jax export`: a checkpoint of a run as a Hugging Face directory, with a model card.
 
+    lomo-jax export WORKDIR OUT [--step N]
+
+OUT gets weights as safetensors, config, tokenizer and model card. It appears when it is complete.
+The run may be in progress: nothing in WORKDIR changes, and no GPU is used. An error is one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+import lomo_jax
 from lomo_jax import models, run_files, sharding
-from lomo_jax.errors import CheckpointError
+from lomo_jax.errors import CheckpointError, UserError
 from lomo_jax.training import workdir as workdir_lib
-from lomo_jax.training.card import model_card
-from lomo_jax.training.checkpoint import read_params
+
+if TYPE_CHECKING:
+    from lomo_jax.training.checkpoint import Progress
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="lomo-jax export",
+        description="Exports a checkpoint of a run as a Hugging Face directory.",
+    )
+    parser.add_argument("workdir", metavar="WORKDIR", help="the folder of the run")
+    parser.add_argument("out", metavar="OUT", help="the directory to write")
+    parser.add_argument(
+        "--step",
+        help="the step of the checkpoint, or best: the lowest held-out loss; default: last",
+    )
+    arguments = parser.parse_args(argv[1:])
+    # Reading a checkpoint needs no GPU, and the GPU may be busy with the run.
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        step = export(Path(arguments.workdir), Path(arguments.out), _step(arguments.step))
+    except (UserError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"exported  step {step} of {arguments.workdir} to {arguments.out}")
+    return 0
 
 
 def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
-    """Writes the weights of a checkpoint, config, tokenizer and model card to `out`.
+    """Writes a checkpoint's weights, config, tokenizer and model card to `out`.
 
     Args:
-      workdir: Of the run.
-      out: The directory; an earlier export there is replaced when this one is complete.
-      step: Of the checkpoint; "best" for that of the lowest held-out loss, None for the last one.
+      workdir: The folder of the run.
+      out: The directory to write. An earlier export there is replaced when this one is complete.
+      step: The step of the checkpoint, "best" for the lowest held-out loss, None for the last one.
 
     Returns:
       The step.
 
     Raises:
       CheckpointError: There is no such run or checkpoint, or it is damaged.
-      ValueError: `out` exists and is not an export, or is of what a run keeps.
+      UserError: `out` is not an unchanged export, or lies inside a run's folder.
     """
-    _check_out(out)
+    from lomo_jax.training.checkpoint import read_params  # slow to import: check the paths first
+
+    _check_outside_of_runs(out)
+    models.check_save_path(out)
     model = workdir / run_files.MODEL
     if not model.is_dir():
         raise CheckpointError(
-            f"{workdir} is not the workdir of a run: it has no folder {model.name}"
+            f"{workdir} is not the folder of a run: it has no folder {model.name}"
         )
     config = models.load_config(model)
     dtype = jnp.dtype(run_files.read_json(workdir / run_files.CONFIG)["param_dtype"])
@@ -44,12 +90,65 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
     return facts.progress.step
 
 
-def _check_out(out: Path) -> None:
-    """Raises ValueError if `out` is, or lies in, what a run keeps, other than its export."""
+def model_card(config: dict[str, Any], progress: Progress) -> str:
+    """Returns the text of an export's README.md, with the metadata of the Hugging Face hub.
+
+    Args:
+      config: The config of the run as nested dictionaries; see `config.to_dict`.
+      progress: The progress of the run when the weights were saved.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    model, data, optimizer = config["model"], config["data"], config["optimizer"]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["lomo_jax", optimizer],
+    )
+    tokens = progress.step * config["batch_size"] * config["sequence_length"]
+    source = "Random weights" if model["init"] == "random" else f"`{model['path']}`"
+    rows = {
+        "initial weights": source,
+        "dataset": f"`{data['path']}`, {data['eval_fraction']:.1%} of the documents held out",
+        "steps": f"{progress.step:,} of {config['steps']:,}, {tokens:,} tokens",
+        "batch": f"{config['batch_size']} x {config['sequence_length']} tokens",
+        "learning rate": f"{config['learning_rate']:g}, {config['schedule']}",
+        "dtype": config["param_dtype"],
+        "lowest held-out loss": None
+        if progress.best is None
+        else f"{progress.best:.4f}, after step {progress.best_step:,}",
+        "skipped updates": progress.skipped or None,
+    }
+    title = config["workdir"].rstrip("/").rpartition("/")[2]
+    lines = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {title}",
+        f"{source}, fully fine-tuned with {optimizer} by lomo_jax {lomo_jax.__version__}.",
+        "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)]),
+        "The config of the run:",
+        f"```json\n{json.dumps(config, indent=2)}\n```",
+    ]
+    return str(ModelCard("\n\n".join(lines) + "\n"))
+
+
+def _step(text: str | None) -> int | str | None:
+    if text is None or text == "best":
+        return text
+    if not text.isdecimal():
+        raise UserError(f"--step: {text!r} must be a number or best")
+    return int(text)
+
+
+def _check_outside_of_runs(out: Path) -> None:
+    """Raises UserError if `out` would replace files of a run other than its export."""
     place = out.expanduser().absolute()
     for folder in (place, *place.parents):
         is_run = (folder / run_files.RUN).exists() and workdir_lib.is_inside(str(out), folder)
         if is_run and place != folder / run_files.EXPORT:
-            raise ValueError(
-                f"{out} would replace what the run in {folder} keeps; choose another path"
+            raise UserError(
+                f"{out} would replace files of the run in {folder}; choose another path"
             )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -19,10 +19,10 @@ from lomo_jax.run_files import RunInfo, write_json
 from lomo_jax.training import devices, resume
 from lomo_jax.training import model as model_lib
 from lomo_jax.training import workdir as workdir_lib
-from lomo_jax.training.card import model_card
 from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
 from lomo_jax.training.config import Config, ModelConfig, to_dict
 from lomo_jax.training.evaluate import continue_prompt, make_evaluate
+from lomo_jax.training.export import model_card
 from lomo_jax.training.log import Display, Recorder, Stopwatch, open_sinks
 from lomo_jax.training.model import Model
 from lomo_jax.training.planning import MemoryGuard, describe, plan_step

@@ -1,4 +1,4 @@
-"""Which files are read, how they are cut into documents, and what is said of bad ones."""
+"""Which files are read, how they are split into documents, and the errors for bad ones."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,14 @@ import pytest
 
 from lomo_jax.data import package_path
 from lomo_jax.data.documents import read_documents
+from lomo_jax.errors import UserError
 
 
 def read(path: Path | str, part_size: int = 1000, **kwargs: str) -> list[str]:
     return list(read_documents(str(path), part_size=part_size, **kwargs))
 
 
-def test_folder_takes_text_files_at_any_depth(tmp_path: Path):
+def test_folder_yields_text_files_at_any_depth(tmp_path: Path):
     for name in ("b.txt", "sub/a.md", "code.py", ".hidden.txt", ".git/c.txt", "D.TXT"):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
@@ -38,7 +39,7 @@ def test_other_key(tmp_path: Path):
     assert read(file, text_key="body") == ["yes"]
 
 
-def test_blank_documents_are_passed_over(tmp_path: Path):
+def test_blank_documents_are_skipped(tmp_path: Path):
     (tmp_path / "a.txt").write_text(" \n")
     (tmp_path / "b.txt").write_text("b")
     (tmp_path / "c.jsonl").write_text('{"text": ""}\n{"text": "c"}')
@@ -51,7 +52,7 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path):
     assert read(file) == ["one\ntwo"]
 
 
-def test_long_file_is_cut_at_blank_lines(tmp_path: Path):
+def test_long_file_is_split_at_blank_lines(tmp_path: Path):
     file = tmp_path / "a.txt"
     paragraph = "0123456789\n" * 5 + "\n"
     file.write_text(paragraph * 100)
@@ -63,7 +64,7 @@ def test_long_file_is_cut_at_blank_lines(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["0123456789\n" * 500, "0123456789" * 500])
-def test_long_file_without_blank_lines_is_cut_all_the_same(tmp_path: Path, text: str):
+def test_long_file_without_blank_lines_is_split_too(tmp_path: Path, text: str):
     file = tmp_path / "a.txt"
     file.write_text(text)
     parts = read(file, part_size=100)
@@ -89,7 +90,7 @@ def test_long_file_without_blank_lines_is_cut_all_the_same(tmp_path: Path, text:
 def test_bad_file(tmp_path: Path, name: str, content: str | bytes, message: str):
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read(file)
     assert "\n" not in str(error.value)
 
@@ -104,13 +105,13 @@ def test_bad_file(tmp_path: Path, name: str, content: str | bytes, message: str)
 )
 def test_missing_file(tmp_path: Path, name: str, message: str):
     (tmp_path / "a.py").write_text("a")
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(UserError, match=message):
         read(tmp_path / name)
 
 
 def test_package_path():
     assert Path(package_path("json", "decoder.py")).read_text()
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps no_such_package"):
+    with pytest.raises(UserError, match="pip install --no-deps no_such_package"):
         package_path("no_such_package", "x")
-    with pytest.raises(FileNotFoundError, match="'json' has no 'a/b'"):
+    with pytest.raises(UserError, match="'json' has no 'a/b'"):
         package_path("json", "a", "b")

