@@ -80,8 +80,8 @@ def adalomo(
       >>> tx = lomo_jax.adalomo(0.1)
       >>> params, grads = {"w": jnp.ones((2, 3))}, {"w": jnp.full((2, 3), 1e-4)}
       >>> updates, state = tx.update(grads, tx.init(params), params)
-      >>> updates["w"][0].round(4).tolist()  # the gradient's size does not matter, its sign does
-      [-0.10000000149011612, -0.10000000149011612, -0.10000000149011612]
+      >>> print(updates["w"][0].round(4))  # the scale of the gradient does not matter
+      [-0.1 -0.1 -0.1]
       >>> state.moments["w"].row.shape, state.moments["w"].col.shape
       ((2,), (3,))
 
