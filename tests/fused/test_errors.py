@@ -223,6 +223,14 @@ def test_state_of_another_depth():
         step(deeper, state, batch)
 
 
+def test_names_of_parameters_are_unique():
+    params = {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(3), "c": [jnp.ones(1)]}
+    step = lomo_jax.reference_step(
+        lambda p, x: sum(map(jnp.sum, jax.tree.leaves(p))), optax.sgd(1.0)
+    )
+    assert step.init(params, None).optimizer.keys() == {"['a']['b']", "['a/b']", "['c'][0]"}
+
+
 def list_of_layers(params, x):
     for w in params["layers"]:
         x, _ = layer(x, w)
@@ -286,3 +294,17 @@ def test_columns_of_a_matrix_with_as_many_rows_as_there_are_chunks_of_it(assert_
     step = lomo_jax.fused_step(loss, optax.sgd(1.0))
     new, _, _ = step(params, step.init(params, x), x)
     assert_close(new["head"], params["head"] - jax.grad(loss)(params, x)["head"])
+
+
+def test_rows_of_an_embedding_with_as_many_rows_as_the_loop_has_steps(assert_close):
+    """A gather from a matrix looks up rows, here one for each step; it takes no layer."""
+
+    def loss(params, tokens):
+        look_up = lambda total, row: (total + params["embedding"][row].sum(), None)  # noqa: E731
+        return jax.lax.scan(look_up, jnp.float32(0), tokens)[0]
+
+    params, tokens = {"embedding": jnp.ones((4, 8))}, jnp.array([[2, 2], [0, 1], [1, 1], [0, 0]])
+    step = lomo_jax.fused_step(loss, optax.sgd(1.0))
+    new, _, _ = step(params, step.init(params, tokens), tokens)
+    counts = jnp.array([3.0, 3.0, 2.0, 0.0])[:, None]
+    assert_close(new["embedding"], params["embedding"] - counts)

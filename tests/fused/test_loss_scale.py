@@ -66,6 +66,7 @@ def test_overflow_anywhere_changes_nothing_but_the_scale(make_step, overflow, op
     new, new_state, out = run(params, state, make_batch(overflow))
     assert not out.finite
     assert np.isfinite(out.loss)
+    assert (out.grad_norm is None) == ("clip_norm" not in options)
     chex.assert_trees_all_equal(new, params)
     assert new_state.loss_scale == LossScaleState(2.0**9, 0)
     chex.assert_trees_all_equal(new_state._replace(loss_scale=state.loss_scale), state)

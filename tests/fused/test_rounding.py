@@ -96,6 +96,15 @@ def test_is_reproducible_and_differs_between_steps_and_layers():
     assert not np.array_equal(new[0], new[1])
 
 
+def test_every_parameter_draws_its_own_numbers():
+    params = {name: jnp.ones((8, 32), jnp.bfloat16) for name in ("a", "b")}
+    loss = lambda p, x: (x * (p["a"] + p["b"])).sum().astype(jnp.float32)  # noqa: E731
+    step = lomo_jax.reference_step(loss, optax.sgd(2.0**-7 / 3), rounding="stochastic")
+    x = jnp.bfloat16(1.0)
+    new, _, _ = quick_jit(step)(params, step.init(params, x), x)
+    assert not np.array_equal(new["a"], new["b"])
+
+
 def fit(dtype, rounding):
     """Fits a deep linear map by many small steps; returns the losses in float32."""
     rng = np.random.default_rng(0)

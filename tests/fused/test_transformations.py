@@ -133,6 +133,16 @@ def test_clipping_by_norm_as_optax_does(assert_close):
         assert_close(unstack(new), jax.tree.map(jnp.subtract, unstack(start), clipped))
 
 
+def test_clipping_a_zero_gradient_leaves_it_zero():
+    params, batch = stacked_params(), normal(np.random.default_rng(1), B, D)
+    step = lomo_jax.fused_step(
+        lambda p, x: 0.0 * loss_of(scanned)(p, x), optax.sgd(1.0), clip_norm=1.0
+    )
+    new, _, out = quick_jit(step)(params, step.init(params, batch), batch)
+    assert out.grad_norm == 0
+    assert all(map(np.array_equal, jax.tree.leaves(new), jax.tree.leaves(params)))
+
+
 def test_the_norm_counts_a_tied_parameter_once():
     def loss(params, x):
         y = scanned(x @ params["tied"], params["layers"])

@@ -46,7 +46,7 @@ def test_mesh_that_does_not_fit_the_devices(sizes, message):
 
 def test_the_first_rule_that_matches_counts(mesh):
     params = {"a": {"kernel": np.zeros((4, 6))}, "b": np.zeros(3)}
-    found = sharding.shardings(((r"a/kernel$", P("fsdp", "tensor")), ("", P())), params, mesh)
+    found = sharding.shardings(((r"/kernel$", P("fsdp", "tensor")), ("", P())), params, mesh)
     assert found["a"]["kernel"].spec == P("fsdp", "tensor")
     assert found["b"].spec == P()
 
@@ -170,6 +170,22 @@ def test_microbatches_smaller_than_the_devices(mesh):
         step = lomo_jax.fused_step(scanned, lomo_jax.lomo(0.1), microbatches=4)
         with pytest.raises(ValueError, match=r"of microbatches=4 has 2 rows, .* the 4 devices"):
             step.init(params, batch)
+
+
+def test_gathered_weights_are_not_saved(mesh):
+    """With remat="none" too: they would be the whole model on every device."""
+
+    def loss(params, x):
+        layer = lambda x, w: (jnp.tanh(x @ sharding.gather(w)), None)  # noqa: E731
+        return (jax.lax.scan(layer, x, params)[0] ** 2).mean()
+
+    with jax.set_mesh(mesh):
+        params = jax.device_put(np.ones((3, 8, 8), np.float32), P(None, "fsdp"))
+        x = jax.device_put(np.ones((4, 8), np.float32), P(sharding.BATCH))
+        step = lomo_jax.fused_step(loss, lomo_jax.lomo(0.1), remat="none")
+        jaxpr = jax.make_jaxpr(step)(params, step.init(params, x), x)
+    forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
+    assert {v.aval.shape for v in forward.outvars if v.aval.ndim == 3} == {(3, 4, 8)}
 
 
 @pytest.mark.parametrize("identity", ["copy", "name", "constraint"])
