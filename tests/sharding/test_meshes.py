@@ -101,7 +101,13 @@ def test_equals_one_device(shape, optimizer, on_one_device, assert_close, standa
     assert_close(actual, on_one_device(**case))
 
 
-@pytest.mark.parametrize("offload", [{"params": True, "activations": True}, {"state": True}])
+@pytest.mark.parametrize(
+    "offload",
+    [
+        {"params": True, "activations": True},
+        pytest.param({"state": True}, marks=pytest.mark.slow),
+    ],
+)
 def test_host_memory_changes_nothing(offload, on_one_device, assert_close):
     """Each device's shard of a weight is in host memory, and stays there."""
     case = {"optimizer": "adalomo", "tied": True, "clip_norm": 0.5, "microbatches": 2}
