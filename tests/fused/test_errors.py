@@ -223,6 +223,43 @@ def test_state_of_another_depth():
         step(deeper, state, batch)
 
 
+def test_names_of_parameters_are_unique():
+    params = {"a": {"b": jnp.ones(2)}, "a/b": jnp.ones(3), "c": [jnp.ones(1)]}
+    step = lomo_jax.reference_step(
+        lambda p, x: sum(map(jnp.sum, jax.tree.leaves(p))), optax.sgd(1.0)
+    )
+    assert step.init(params, None).optimizer.keys() == {"['a']['b']", "['a/b']", "['c'][0]"}
+
+
+def list_of_layers(params, x):
+    for w in params["layers"]:
+        x, _ = layer(x, w)
+    return x.sum()
+
+
+def test_a_model_without_a_layer_scan_warns_at_init():
+    params = {"layers": [jnp.zeros((512, 256)), jnp.zeros((256, 256))]}  # 0.75 MiB
+    x = jnp.ones((2, 512))
+    step = lomo_jax.fused_step(list_of_layers, lomo_jax.lomo(0.1))
+    message = r"^no trainable parameter is in a layer scan: .* all 0.75 MiB .* jax.lax.scan"
+    with pytest.warns(UserWarning, match=message) as caught:
+        state = step.init(params, x)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    # Warnings are errors: neither a call nor the reference warns.
+    step(params, state, x)
+    lomo_jax.reference_step(list_of_layers, lomo_jax.lomo(0.1)).init(params, x)
+
+
+def test_one_parameter_has_one_gradient_and_needs_no_scan():
+    step = lomo_jax.fused_step(list_of_layers, lomo_jax.lomo(0.1))
+    step.init({"layers": [jnp.zeros((6, 6))]}, jnp.ones((2, 6)))
+    step = lomo_jax.fused_step(
+        list_of_layers, lomo_jax.lomo(0.1), trainable={"layers": [False, True]}
+    )
+    step.init({"layers": [jnp.zeros((6, 6)), jnp.zeros((6, 6))]}, jnp.ones((2, 6)))
+
+
 def test_parameter_that_is_no_array():
     step = lomo_jax.fused_step(lambda p, x: p["gain"] * x.sum(), lomo_jax.lomo(0.1))
     with pytest.raises(TypeError, match=r"parameter gain is 1.5, not an array"):
@@ -257,3 +294,17 @@ def test_columns_of_a_matrix_with_as_many_rows_as_there_are_chunks_of_it(assert_
     step = lomo_jax.fused_step(loss, optax.sgd(1.0))
     new, _, _ = step(params, step.init(params, x), x)
     assert_close(new["head"], params["head"] - jax.grad(loss)(params, x)["head"])
+
+
+def test_rows_of_an_embedding_with_as_many_rows_as_the_loop_has_steps(assert_close):
+    """A gather from a matrix looks up rows, here one for each step; it takes no layer."""
+
+    def loss(params, tokens):
+        look_up = lambda total, row: (total + params["embedding"][row].sum(), None)  # noqa: E731
+        return jax.lax.scan(look_up, jnp.float32(0), tokens)[0]
+
+    params, tokens = {"embedding": jnp.ones((4, 8))}, jnp.array([[2, 2], [0, 1], [1, 1], [0, 0]])
+    step = lomo_jax.fused_step(loss, optax.sgd(1.0))
+    new, _, _ = step(params, step.init(params, tokens), tokens)
+    counts = jnp.array([3.0, 3.0, 2.0, 0.0])[:, None]
+    assert_close(new["embedding"], params["embedding"] - counts)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick_jit
 
 import lomo_jax
 from lomo_jax.fused.update import stochastic_round
@@ -78,7 +79,7 @@ def one_step(make_step, seed=0):
     step = make_step(loss, optax.sgd(2.0**-7 / 3), rounding="stochastic")
     state = step.init(params, x)
     state = state._replace(rounding=jax.random.key_data(jax.random.key(seed)))
-    new, new_state, _ = jax.jit(step)(params, state, x)
+    new, new_state, _ = quick_jit(step)(params, state, x)
     return np.asarray(new).astype(np.float32), new_state.rounding
 
 
@@ -93,6 +94,15 @@ def test_is_reproducible_and_differs_between_steps_and_layers():
     assert not np.array_equal(next_key, jax.random.key_data(jax.random.key(0)))
     assert not np.array_equal(new, one_step(lomo_jax.fused_step, seed=1)[0])
     assert not np.array_equal(new[0], new[1])
+
+
+def test_every_parameter_draws_its_own_numbers():
+    params = {name: jnp.ones((8, 32), jnp.bfloat16) for name in ("a", "b")}
+    loss = lambda p, x: (x * (p["a"] + p["b"])).sum().astype(jnp.float32)  # noqa: E731
+    step = lomo_jax.reference_step(loss, optax.sgd(2.0**-7 / 3), rounding="stochastic")
+    x = jnp.bfloat16(1.0)
+    new, _, _ = quick_jit(step)(params, step.init(params, x), x)
+    assert not np.array_equal(new["a"], new["b"])
 
 
 def fit(dtype, rounding):
