@@ -111,7 +111,7 @@ def test_the_tables_name_buffers_and_suggestions(plan, tmp_path):
         assert label in out
     assert "layers/mlp/down/kernel" in out
     # The saved layer inputs, in host memory.
-    assert re.search(r"layer inputs +6 +bfloat16\[6,2,2,256,1024\] +host", out)
+    assert re.search(r"layer inputs +12 +bfloat16\[6,2,2,256,1024\] +host", out)
     for change in ("offload.params=true", "microbatches=4", "batch_size=2", "sequence_length=128"):
         assert f"--config.{change}" in out
     assert "--config.microbatches=8" not in out
