@@ -154,8 +154,8 @@ def test_measuring_needs_that_gpu(plan):
         (["--json", "--suggest"], "h100", "--json prints only the plan"),
         (["--config.stepz=2"], "h100", "stepz: no such field"),
         (["--config.model.path=nowhere"], "h100", "nowhere does not exist"),
-        ([], "t4", "param_dtype: 'bfloat16' takes a GPU from Ampere on"),
-        (["--config.attention=cudnn"], "t4", "attention: 'cudnn' cannot be, the GPU is older"),
+        ([], "t4", "param_dtype: 'bfloat16'"),
+        (["--config.attention=cudnn"], "t4", "attention: 'cudnn'"),
     ],
 )
 def test_a_mistake_gets_one_line(plan, flags, gpu, message):
