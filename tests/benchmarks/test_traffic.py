@@ -1,4 +1,4 @@
-"""What an update is planned to move through a GPU's memory."""
+"""Planned memory traffic of an update."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.plan
-def test_an_update_takes_less_than_eight_hundredths_of_a_step_of_an_h100():
+def test_an_update_takes_less_than_8_percent_of_a_step_on_an_h100():
     pytest.importorskip("jax_cuda13_plugin")
     result = subprocess.run(
         [sys.executable, "benchmarks/traffic.py", "h100"],

@@ -112,7 +112,7 @@ def test_the_tables_name_buffers_and_suggestions(plan, tmp_path):
         assert label in out
     assert "layers/mlp/down/kernel" in out
     # The saved layer inputs, in host memory.
-    assert re.search(r"layer inputs +6 +bfloat16\[6,2,2,256,1024\] +host", out)
+    assert re.search(r"layer inputs +12 +bfloat16\[6,2,2,256,1024\] +host", out)
     for change in ("offload.params=true", "microbatches=4", "batch_size=2", "sequence_length=128"):
         assert f"--config.{change}" in out
     assert "--config.microbatches=8" not in out
@@ -155,8 +155,8 @@ def test_measuring_needs_that_gpu(plan):
         (["--json", "--suggest"], "h100", "--json prints only the plan"),
         (["--config.stepz=2"], "h100", "stepz: no such field"),
         (["--config.model.path=nowhere"], "h100", "nowhere does not exist"),
-        ([], "t4", "param_dtype: 'bfloat16' takes a GPU from Ampere on"),
-        (["--config.attention=cudnn"], "t4", "attention: 'cudnn' cannot be, the GPU is older"),
+        ([], "t4", "param_dtype: 'bfloat16'"),
+        (["--config.attention=cudnn"], "t4", "attention: 'cudnn'"),
     ],
 )
 def test_a_mistake_gets_one_line(plan, flags, gpu, message):

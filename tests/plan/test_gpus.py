@@ -18,12 +18,26 @@ def test_a_gpu_is_described_to_xla(name):
     gpu = find(name)
     text = gpu.target_config()
     assert f'device_description_str: "{gpu.device_kind}"' in text
-    memory = re.search(r"device_memory_size: (\d+)", text)
-    assert memory is not None
-    assert int(memory[1]) == pytest.approx(gpu.memory_gib * 2**30)
+    fields = {key: float(value) for key, value in re.findall(r"(\w+): ([\d.]+)", text)}
+    assert fields["device_memory_size"] == pytest.approx(gpu.memory_gib * 2**30)
+    assert fields["memory_bandwidth"] == gpu.bandwidth * 1e9
+    assert fields["l2_cache_size"] == gpu.l2_mib * 2**20
+    assert fields["core_count"] == gpu.cores
+    major, minor = gpu.compute_capability
+    assert f"cuda_compute_capability {{ major: {major} minor: {minor}" in text
+    # CUDA reserves 1 KiB of shared memory per block.
+    assert fields["shared_memory_per_core"] - fields["shared_memory_per_block_optin"] == 1024
     # A multiprocessor runs warps of 32 threads.
     assert gpu.threads % 32 == 0
-    assert gpu.usable_gib < gpu.memory_gib
+
+
+def test_the_accelerated_features_of_hopper_and_blackwell_are_on():
+    accelerated = {name for name in NAMES if "ACCELERATED_FEATURES" in find(name).target_config()}
+    assert accelerated == {"h100", "h200", "b200"}
+
+
+def test_jax_may_allocate_most_of_the_memory():
+    assert find("rtx3090").usable_gib == pytest.approx(22.08)
 
 
 def test_no_two_gpus_are_the_same():

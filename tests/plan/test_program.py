@@ -111,7 +111,6 @@ def test_the_inside_of_a_kernel_is_not_scheduled():
     fusions = {i.name for i in program.instructions().values() if i.opcode == "fusion"}
     assert fusions
     assert fusions <= set(names)
-    # No product runs outside of a loop, be it as a kernel or inside one.
     assert len(names) < len(program.instructions())
     computations = [instructions[0].name for instructions, _ in program.scheduled()]
     assert len(computations) == 3  # entry, condition and body
@@ -142,8 +141,8 @@ def test_sizes_and_names_of_dtypes(dtype):
 
 def test_collectives_of_several_devices():
     mesh = jax.make_mesh((8,), ("x",))
-    divided = NamedSharding(mesh, PartitionSpec("x"))
-    x = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=divided)
+    sharding = NamedSharding(mesh, PartitionSpec("x"))
+    x = jax.ShapeDtypeStruct((16, 4), jnp.float32, sharding=sharding)
     text = jax.jit(lambda x: x.sum()).lower(x).compile().as_text()
     program = Program.parse(text)
     assert program.devices == 8

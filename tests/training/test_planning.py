@@ -1,6 +1,7 @@
 """The plan of a run, and what it says when memory runs out."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +9,22 @@ import pytest
 
 from lomo_jax import Offload
 from lomo_jax.errors import ConfigError, OutOfMemoryError
+from lomo_jax.fused import StepState
+from lomo_jax.models import LlamaConfig
 from lomo_jax.plan import MemoryPlan
 from lomo_jax.sharding import abstract_mesh
-from lomo_jax.training import Config, MeshConfig
+from lomo_jax.training import Config, MeshConfig, ModelConfig
+from lomo_jax.training import model as model_lib
 from lomo_jax.training.config import set_fields, validate
-from lomo_jax.training.devices import check_batch
+from lomo_jax.training.devices import check_batch, make_mesh
 from lomo_jax.training.planning import (
+    CompiledRun,
     MemoryGuard,
     as_flags,
     describe,
     memory_savings,
     mesh_shape,
+    plan_step,
 )
 
 PLAN = MemoryPlan(12.0, 0.5, 1.0, 1.2, 0.0, 14.7, 12.0, 11.0, False, "GPU", 1)
@@ -120,7 +126,7 @@ def test_every_saving_is_a_config_that_runs(devices, microbatches):
         changed = set_fields(config, changes)
         assert changed != config
         validate(changed, for_plan=True)
-        check_batch(changed, mesh)
+        check_batch(mesh, changed.batch_size, changed.microbatches)
     assert repr(config) == before
 
 
@@ -163,3 +169,41 @@ def test_a_plan_is_described_in_one_line():
         "2.2 GiB planned for the step: weights 0.0, optimizer state 0.0, layer inputs 1.0, "
         "other temporaries 1.2; in host memory 12.5"
     )
+
+
+@pytest.mark.parametrize(("offloaded", "inputs"), [(False, 3 * 16 * 32 * 4), (True, 0)])
+def test_the_plan_of_a_run_is_for_one_of_its_devices(offloaded, inputs):
+    config = Config(
+        model=ModelConfig(init="random", architecture=LlamaConfig(64, 32, 64, 3, 2, 2, 16)),
+        batch_size=8,
+        sequence_length=16,
+        param_dtype="float32",
+        offload=Offload(activations=offloaded),
+    )
+    mesh = make_mesh(config.mesh, config.batch_size, config.microbatches)
+    model, params = model_lib.abstract(config.model, "float32", 16, mesh=mesh)
+    # A CPU reports no host memory; a GPU with offloaded arrays does.
+    sizes = ("argument", "output", "alias", "temp")
+    stats = {f"{prefix}{size}_size_in_bytes": 4096 for size in sizes for prefix in ("", "host_")}
+    executable = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**stats))
+    plan = plan_step(config, model, mesh, executable, params, StepState({}, None, None))
+    assert plan.devices == 8
+    assert plan.layer_inputs_gib * 2**30 == inputs  # one sequence of 16 tokens, in three layers
+    assert plan.total_gib * 2**30 == plan.host_gib * 2**30 == 2 * 4096
+
+
+def test_the_largest_buffers_come_first():
+    params = {"a": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    params |= {"b": jax.ShapeDtypeStruct((5,), jnp.float32)}
+    state = StepState({"a": jax.ShapeDtypeStruct((7,), jnp.float32)}, None, None)
+    function = jax.jit(lambda x: (jnp.outer(x, x).sum(0) * jnp.cumsum(x), jnp.sort(x)))
+    executable = function.lower(jax.ShapeDtypeStruct((50,), jnp.float32)).compile()
+    run = CompiledRun(PLAN, executable, params, state, Offload(state=True), 0)
+    assert [(b.size, b.on_host) for b in run.argument_buffers()] == [
+        (28, True),
+        (20, False),
+        (12, False),
+    ]
+    temporaries = [buffer.size for buffer in run.temporary_buffers()]
+    assert len(set(temporaries)) > 1
+    assert temporaries == sorted(temporaries, reverse=True)
