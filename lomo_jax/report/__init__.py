@@ -1,5 +1,5 @@
-"""One self-contained HTML page about a run of `train.py`, or about several side by side."""
+"""One self-contained HTML page about a run, or about several side by side."""
 
-from lomo_jax.report.page import make as make
-from lomo_jax.report.read import Run as Run
-from lomo_jax.report.read import read as read
+from lomo_jax.report.page import render as render
+from lomo_jax.report.runs import Run as Run
+from lomo_jax.report.runs import read as read

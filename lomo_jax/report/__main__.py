@@ -1,61 +1,56 @@
-"""Writes one HTML page about a run of `train.py`, or one that compares several.
+"""Writes one HTML page about a run, or one that compares several.
 
-    python -m lomo_jax.report runs/quickstart
-    python -m lomo_jax.report runs/lomo runs/adalomo --out compared.html
+    lomo-jax report runs/quickstart
+    lomo-jax report runs/lomo runs/adalomo --out compared.html
 
-The page needs no other file and asks the network for nothing. Of one run it is written to the
-run's folder as report.html, of several to the current folder. A run that has not ended yet is
-shown as far as it is. An error is one line.
+The page needs no other file and no network. The default place is report.html, in the folder of the
+run or, of several runs, in the current folder. The run may still be training.
 """
 
+import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from absl import flags
+from lomo_jax.errors import UserError
+from lomo_jax.report import read, render
+from lomo_jax.run_files import REPORT
 
-from lomo_jax import report
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help shows the options")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line `argv`; returns the exit status."""
+    """Runs the command line `argv`, program name first; returns the exit status."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(argv[0], description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page to write")
     try:
-        _report(argv)
-    except (ValueError, OSError, ImportError) as error:
-        if sys.flags.dev_mode:
-            raise
+        options = parser.parse_args(argv[1:])
+        folder = Path(options.runs[0] if len(options.runs) == 1 else "")
+        out = options.out or folder.expanduser() / REPORT
+        _write(out, render(read(options.runs)))
+    except (UserError, OSError) as error:  # an OSError names the file
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(out)
     return 0
 
 
-def _report(argv: Sequence[str]) -> None:
-    values = flags.FlagValues()
-    out = flags.DEFINE_string("out", None, "the page to write", flag_values=values)
-    wants_help = flags.DEFINE_bool("help", False, "print this", flag_values=values)
-    try:
-        workdirs = values(list(argv))[1:]
-    except flags.Error as error:
-        raise ValueError(str(error)) from error
-    if wants_help.value:
-        print(sys.modules["__main__"].__doc__, values.get_help(), sep="\n")
-        return
-    if not workdirs:
-        raise ValueError("no run: name the workdir of a run of train.py, such as runs/quickstart")
-    page = report.make(report.read(workdirs))
-    default = Path(workdirs[0] if len(workdirs) == 1 else ".") / "report.html"
-    path = default if out.value is None else Path(out.value)
-    _write(path, page)
-    print(path)
-
-
 def _write(path: Path, page: str) -> None:
-    """Writes the page as a whole: an earlier one stays where this cannot be written."""
+    """Writes the page atomically: an earlier one stays if this fails."""
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"--out {path} is not a regular file: choose another name")
     partial = path.with_name(f".{path.name}.partial")
     try:
-        # A name on a disk need not be UTF-8.
-        partial.write_bytes(page.encode("utf-8", "backslashreplace"))
+        # File names, and so configs, need not be UTF-8.
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -64,4 +59,4 @@ def _write(path: Path, page: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main(["lomo-jax report", *sys.argv[1:]]))

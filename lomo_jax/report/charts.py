@@ -1,203 +1,177 @@
-"""Which charts there are of some runs, and what is on each."""
+"""Draws the curves of runs with matplotlib, as SVG that takes its colours from the page."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import io
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+import matplotlib.style
 import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lomo_jax.report import words
-from lomo_jax.report.read import Run
-from lomo_jax.report.series import ceiling, series
+from lomo_jax.report.runs import Run
 
-_Format = Callable[[float], str]
+_NARROW = (440, 220)  # width and height in pixels
+_BOTH = ((920, 300), _NARROW)  # for a desktop and for a phone
+_STYLE: dict[str, Any] = {
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "black", "grid.alpha": 0.15},
+    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
+    **{"axes.xmargin": 0.01, "ytick.major.size": 0, "font.size": 13},
+    "path.simplify_threshold": 0.5,  # pixels: keeps the page of a long run small
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lomo_jax",  # the same runs give the same page
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
+class _Kind(NamedTuple):
+    title: str
+    keys: dict[str, str]  # of the records, and what to call their curves
+    form: str  # of a value in words
+    from_zero: bool = True
+    is_noisy: bool = True  # gets a running mean
+    sizes: tuple[tuple[int, int], ...] = (_NARROW,)
+
+
+_KINDS = (
+    _Kind("loss", {"loss": "training", "eval_loss": "held-out"}, ".3f", False, True, _BOTH),
+    _Kind("accuracy", {"accuracy": "training", "eval_accuracy": "held-out"}, ".1%", False),
+    _Kind("learning rate", {"learning_rate": ""}, ".3g", is_noisy=False),
+    _Kind("tokens per second", {"tokens_per_second": ""}, ",.0f"),
+    _Kind("share of peak compute", {"flop_utilisation": ""}, ".1%"),
+    _Kind("gradient norm", {"grad_norm": ""}, ".3g"),
+    _Kind("loss scale", {"loss_scale": ""}, ",.0f", is_noisy=False),
+)
+
+
+class Line(NamedTuple):
     """One curve."""
 
     label: str
-    colour: int  # of the palette; a run's number where runs are compared
+    number: int  # of its colour
     steps: np.ndarray
     values: np.ndarray  # NaN is a gap
-    marked: bool = False  # each point is shown
-    stairs: bool = False  # holds its value until the next point
+    is_held_out: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Chart:
-    """Curves over steps."""
+class Chart(NamedTuple):
+    """A chart over steps."""
 
-    name: str  # unique on the page
     title: str
-    lines: Sequence[Line]
-    form: _Format  # of a value, in words
-    ticks: Sequence[tuple[int, Sequence[int]]] = ()  # colour, steps: where runs went on
-    wide: bool = False  # takes the whole width of the page
-    smooth: bool = False  # noisy lines get their mean
-    percent: bool = False
-    from_zero: bool = False
-    log: int | None = None  # the base, if the axis is logarithmic
+    lines: list[Line]
+    drawings: list[tuple[int, int, Markup]]  # width, height, content of <svg>; for phones the last
+    alt: str
+    notes: list[str]  # what the drawings do not show
 
-    def span(self) -> tuple[float, float]:
-        """The lowest and the highest value that there is room for; outliers have none."""
-        every = np.concatenate([np.ravel(line.values) for line in self.lines])
-        every = every[np.isfinite(every)]
-        if len(every) == 0:
-            return 0.0, 1.0
-        lowest = float(every.min())
-        if self.log is not None:
-            return lowest, float(every.max())
-        highest = float(np.nanmax([ceiling(line.values) for line in self.lines]))
-        bottom = min(0.0, lowest) if self.from_zero else lowest
-        margin = 0.06 * (highest - bottom) or 0.1 * abs(highest) or 1.0
-        return (bottom if self.from_zero else bottom - margin), highest + margin
 
-    def alt(self) -> str:
-        """What a person who does not see the chart should know of it."""
-        said = " ".join(self._name(line) + self._describe(line) for line in self.lines)
-        return f"{self.title} over steps. {said}"
-
-    def notes(self) -> list[str]:
-        """What has to be told of the chart in words."""
-        return [
-            self._name(line) + note
-            for line in self.lines
-            for note in (*self._above(line), *self._gaps(line))
+def draw(runs: Sequence[Run]) -> list[Chart]:
+    """Draws the charts that the runs have values for, the most important first."""
+    kinds: Sequence[_Kind] = _KINDS
+    if len(runs) > 1:  # training and held-out curves of several runs in one chart are a tangle
+        kinds = [
+            kind._replace(title=f"{label} {kind.title}".strip(), keys={key: ""})
+            for kind in _KINDS
+            for key, label in reversed(kind.keys.items())
         ]
-
-    def _name(self, line: Line) -> str:
-        return f"{line.label}: " if len(self.lines) > 1 else ""
-
-    def _describe(self, line: Line) -> str:
-        finite = np.flatnonzero(np.isfinite(line.values))
-        if len(finite) == 0:
-            return "nothing finite."
-        first, last = (self._point(line, index) for index in (finite[0], finite[-1]))
-        return first + (f", {last}." if len(finite) > 1 else ".")
-
-    def _point(self, line: Line, index: int) -> str:
-        return f"{self.form(line.values[index])} at step {line.steps[index]:,.0f}"
-
-    def _above(self, line: Line) -> list[str]:
-        above = int(np.sum(line.values > self.span()[1]))
-        if above == 0:
-            return []
-        highest = self._point(line, int(np.nanargmax(line.values)))
-        points = "1 point is" if above == 1 else f"{above:,} points are"
-        return [f"{points} above the chart, the highest {highest}."]
-
-    def _gaps(self, line: Line) -> list[str]:
-        steps = line.steps[np.isnan(line.values)]
-        if len(steps) == 0:
-            return []
-        named = ", ".join(f"{step:,.0f}" for step in steps[:3])
-        more = f" and {len(steps) - 3:,} more" if len(steps) > 3 else ""
-        return [f"not finite at step {named}{more}."]
+    drawn = ((kind, _lines(kind, runs)) for kind in kinds)
+    return [_chart(kind, runs, lines) for kind, lines in drawn if lines]
 
 
-def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Returns the charts that these runs have the records for, most telling first."""
-    compared = len(runs) > 1
-    losses = _compared_losses(runs) if compared else [_losses(runs[0])]
-    plain = (
-        _chart(runs, "accuracy", "Accuracy", _accuracy(runs), _percent, percent=True, smooth=True),
-        _chart(runs, "rate", "Learning rate", _one(runs, "learning_rate"), _short, from_zero=True),
-        _chart(
-            *(runs, "speed", "Tokens per second", _one(runs, "tokens_per_second"), words.rate),
-            from_zero=True,
-            smooth=True,
-        ),
-        _chart(
-            *(runs, "flops", "Share of the device's peak FLOP/s"),
-            *(_one(runs, "flop_utilisation"), _percent),
-            percent=True,
-            from_zero=True,
-            smooth=True,
-        ),
-        _norms(runs),
-        _chart(
-            *(runs, "scale", "Loss scale", _one(runs, "loss_scale", stairs=True), _short), log=2
-        ),
-    )
-    return [chart for chart in (*losses, *plain) if chart.lines]
-
-
-def _losses(run: Run) -> Chart:
-    training = _line(run.train, "loss", "training", 0)
-    held_out = _line(run.evals, "eval_loss", "held out", 1, marked=True)
-    return _chart([run], "loss", "Loss", [*training, *held_out], words.loss, wide=True, smooth=True)
-
-
-def _compared_losses(runs: Sequence[Run]) -> list[Chart]:
-    held_out = _one(runs, "eval_loss", of="evals", marked=True)
-    return [
-        _chart(runs, "held-out", "Held-out loss", held_out, words.loss, wide=True),
-        _chart(
-            *(runs, "loss", "Training loss", _one(runs, "loss"), words.loss),
-            wide=True,
-            smooth=True,
-        ),
+def _lines(kind: _Kind, runs: Sequence[Run]) -> list[Line]:
+    pairs = ((run, key, label) for run in runs for key, label in kind.keys.items())
+    lines = [
+        Line(label or run.name, number, *run.series(key), key.startswith("eval_"))
+        for number, (run, key, label) in enumerate(pairs)
     ]
+    return [line for line in lines if np.isfinite(line.values).any()]
 
 
-def _accuracy(runs: Sequence[Run]) -> list[Line]:
-    if len(runs) > 1:
-        return _one(runs, "eval_accuracy", of="evals", marked=True) or _one(runs, "accuracy")
-    training = _line(runs[0].train, "accuracy", "training", 0)
-    return [*training, *_line(runs[0].evals, "eval_accuracy", "held out", 1, marked=True)]
+def _chart(kind: _Kind, runs: Sequence[Run], lines: list[Line]) -> Chart:
+    limits = _limits(lines, from_zero=kind.from_zero)
+    alt, notes = [], []
+    for label, _, steps, values, _ in lines:
+        finite = np.flatnonzero(np.isfinite(values))
+        first, top, last = (
+            f"{values[n]:{kind.form}} at step {steps[n]:,.0f}"
+            for n in (finite[0], np.nanargmax(values), finite[-1])
+        )
+        alt.append(f"{label}: {first} to {last}")
+        if above := np.sum(values > limits[1]):
+            notes.append(f"{label}: {above:,} values above the chart, up to {top}.")
+        if gaps := len(values) - len(finite):
+            step = steps[np.isnan(values)][0]
+            notes.append(f"{label}: {gaps:,} not finite, the first at step {step:,.0f}.")
+    resumes = {step for run in runs for step in run.resumes}
+    drawings = [(*size, _svg(kind, lines, limits, resumes, *size)) for size in kind.sizes]
+    title = kind.title.capitalize()
+    return Chart(title, lines, drawings, f"{title}. {'; '.join(alt)}.", notes)
 
 
-def _norms(runs: Sequence[Run]) -> Chart:
-    lines = _one(runs, "grad_norm")
-    every = np.concatenate([line.values for line in lines]) if lines else np.empty(0)
-    every = every[np.isfinite(every)]
-    # One spike of a norm may be a thousand times the rest.
-    spread = len(every) > 0 and every.min() > 0 and every.max() > 10 * np.median(every)
-    return _chart(
-        *(runs, "norm", "Gradient norm", lines, _short),
-        log=10 if spread else None,
-        from_zero=not spread,
-        smooth=True,
-    )
+def _limits(lines: Sequence[Line], *, from_zero: bool) -> tuple[float, float]:
+    """Returns the ends of the values' axis, without rare spikes that would flatten the rest."""
+    known = [line.values[np.isfinite(line.values)] for line in lines]
+    low, high = min(values.min() for values in known), max(values.max() for values in known)
+    usual = max(np.percentile(v, 95) if len(v) >= 20 else v.max() for v in known)
+    high = min(high, usual + 1.5 * (usual - low))
+    bottom = min(low, 0.0) if from_zero else low
+    margin = 0.05 * (high - bottom) or 0.05 * abs(high) or 1.0
+    return (bottom if from_zero else bottom - margin), high + margin
 
 
-def _one(runs: Sequence[Run], key: str, *, of: str = "train", **options: bool) -> list[Line]:
-    """One line a run that has the key."""
-    return [
-        line
-        for colour, run in enumerate(runs)
-        for line in _line(getattr(run, of), key, run.name, colour, **options)
-    ]
-
-
-def _line(records: Sequence[dict], key: str, label: str, colour: int, **options: bool):
-    steps, values = series(records, key)
-    return [Line(label, colour, steps, values, **options)] if len(steps) else []
-
-
-def _chart(
-    runs: Sequence[Run],
-    name: str,
-    title: str,
+def _svg(
+    kind: _Kind,
     lines: Sequence[Line],
-    form: _Format,
-    **options,
-) -> Chart:
-    resumed = [(colour, run.resumes) for colour, run in enumerate(runs) if run.resumes]
-    if len(runs) == 1:
-        resumed = [(_INK, steps) for _, steps in resumed]
-    return Chart(name, title, lines, form, ticks=resumed, **options)
+    limits: tuple[float, float],
+    resumes: Iterable[int],
+    width: int,
+    height: int,
+) -> Markup:
+    file = io.StringIO()
+    with matplotlib.style.context(["default", _STYLE]):  # not the user's matplotlibrc
+        figure = Figure(figsize=(width / 72, height / 72))
+        axes = figure.add_axes((52 / width, 42 / height, 1 - 64 / width, 1 - 62 / height))
+        for line in lines:
+            _plot(axes, line, is_noisy=kind.is_noisy)
+        for step in sorted(resumes):
+            axes.axvline(step, 0, 0.06, color="black", linewidth=1.5)
+        axes.set_ylim(limits)
+        is_percent = kind.form.endswith("%")
+        axes.yaxis.set_major_formatter(PercentFormatter(1) if is_percent else "{x:,.10g}")
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+        axes.xaxis.set_major_locator(MaxNLocator(width // 100, integer=True))
+        axes.set_xlabel("step", loc="right")
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    svg = re.sub(r"(?s)^.*?<svg.*?>|<style.*?</style>|</svg>\s*$", "", file.getvalue())
+    svg = re.sub(r"#00c0d(\d)", r"var(--c\1)", svg.replace("#000000", "currentColor"))
+    # An id is unique on the page, not only in its drawing.
+    name = f"{kind.title}-{width}".replace(" ", "-")
+    return Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg))
 
 
-def _percent(value: float) -> str:
-    return f"{value:.1%}"
+def _plot(axes: Axes, line: Line, *, is_noisy: bool) -> None:
+    colour, values = f"#00c0d{line.number % 8}", line.values  # the page's variables --c0 to --c7
+    if is_noisy and not line.is_held_out and len(values) >= 40:
+        axes.plot(line.steps, values, color=colour, alpha=0.35, linewidth=0.8)
+        values = _running_mean(values)
+    gap = np.isnan(np.pad(values, 1, constant_values=np.nan))
+    marked = ~gap[1:-1] & gap[:-2] & gap[2:]  # a single point is invisible without a marker
+    marked |= line.is_held_out and len(values) <= 50
+    axes.plot(line.steps, values, color=colour, marker="o", markevery=marked, markersize=5)
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-_INK = -1  # the colour of the text
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Returns the mean over the twentieth of the line around each point; NaN stays NaN."""
+    place = np.arange(len(values))
+    # Symmetric at the ends too, so that the mean of a steep line stays on the line.
+    half = np.minimum(len(values) // 40, np.minimum(place, place[::-1]))
+    return np.array(
+        [
+            np.nan if np.isnan(value) else np.nanmean(values[n - k : n + k + 1])
+            for n, (value, k) in enumerate(zip(values, half, strict=True))
+        ]
+    )
