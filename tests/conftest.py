@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick_jit
 
 import lomo_jax
 
@@ -18,19 +19,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 @pytest.fixture
 def standard_promotion():
-    """Lets dtypes mix: for code of others that does so, such as `optax.adamw`."""
+    """Lets dtypes mix, as `optax.adamw` does."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
-def quick_jit(function):
-    """`jax.jit` without LLVM's optimisations, which take most of the time of a small test."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @pytest.fixture
 def assert_close():
-    """Leaves equal to `tolerance` times the largest magnitude of the expected leaf."""
+    """Compares leaves up to `tolerance` times the largest magnitude in the expected leaf."""
 
     def check(actual, expected, tolerance=1e-5):
         chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
@@ -50,35 +46,58 @@ def assert_close():
     return check
 
 
-@pytest.fixture
-def assert_steps_agree(assert_close):
-    """Makes steps with fused_step and with reference_step and compares all that they return."""
+def run_steps(make_step, loss_fn, tx, params, batches, **options):
+    """Makes a step for each batch; returns the first and last (params, state), and all outputs."""
+    step = make_step(loss_fn, tx, **options)
+    offload = options.get("offload") or lomo_jax.Offload()
+    host, device = jax.memory.Space.Host, jax.memory.Space.Device
+    # Committed to a memory like the results of a step, or the second step compiles again.
+    params, batches = jax.device_put((params, batches), jax.devices()[0])
+    params = jax.device_put(params, host if offload.params else device)
+    first = last = (params, step.init(params, batches[0]))
+    run, outs = quick_jit(step), []
+    for batch in batches:
+        *last, out = run(*last, batch)
+        outs.append(out)
+    for tree, on_host in ((last[0], offload.params), (last[1].optimizer, offload.state)):
+        kinds = {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+        assert kinds <= {"pinned_host" if on_host else "device"}
+    return *jax.device_put((first, tuple(last)), device), outs
 
-    def check(loss_fn, tx, params, batches, *, tolerance=1e-5, **options):
-        fused = lomo_jax.fused_step(loss_fn, tx, **options)
-        # What is kept, and where, must not change the result.
+
+@pytest.fixture(scope="session")
+def run_reference():
+    """Runs `reference_step`, once for each key."""
+    cache = {}
+
+    def run(key, *args, **options):
+        if key is None:
+            return run_steps(lomo_jax.reference_step, *args, **options)
+        if key not in cache:
+            cache[key] = run_steps(lomo_jax.reference_step, *args, **options)
+        return cache[key]
+
+    return run
+
+
+@pytest.fixture
+def assert_steps_agree(assert_close, run_reference):
+    """Makes steps with `fused_step` and with `reference_step`, and compares all their results.
+
+    With a `key`, tests that pass the same one share the results of `reference_step`.
+    """
+
+    def check(loss_fn, tx, params, batches, *, tolerance=1e-5, key=None, **options):
+        # What is saved, and in which memory, must not change the result.
         plain = {k: v for k, v in options.items() if k not in ("offload", "remat")}
-        reference = lomo_jax.reference_step(loss_fn, tx, **plain)
-        run_fused, run_reference = quick_jit(fused), quick_jit(reference)
-        offload = options.get("offload") or lomo_jax.Offload()
-        host, device = jax.memory.Space.Host, jax.memory.Space.Device
-        # Committed to a memory, as what a step returns: otherwise the second step compiles again.
-        params, batches = jax.device_put((params, batches), jax.devices()[0])
-        placed = jax.device_put(params, host if offload.params else device)
-        actual = (placed, fused.init(placed, batches[0]))
-        expected = (params, reference.init(params, batches[0]))
-        chex.assert_trees_all_equal(jax.device_put(actual, device), expected)
-        for batch in batches:
-            *actual, actual_out = run_fused(*actual, batch)
-            *expected, expected_out = run_reference(*expected, batch)
-            assert_close(actual_out, expected_out, tolerance)
-        for tree, is_on_host in ((actual[0], offload.params), (actual[1].optimizer, offload.state)):
-            kinds = {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
-            assert kinds <= {"pinned_host" if is_on_host else "device"}
-        actual = jax.device_put(tuple(actual), device)
-        assert_close(actual, tuple(expected), tolerance)
+        args = loss_fn, tx, params, batches
+        first, last, outs = run_steps(lomo_jax.fused_step, *args, **options)
+        expected_first, expected_last, expected_outs = run_reference(key, *args, **plain)
+        chex.assert_trees_all_equal(first, expected_first)
+        assert_close(outs, expected_outs, tolerance)
+        assert_close(last, expected_last, tolerance)
         with pytest.raises(AssertionError):  # a step that does nothing would agree too
-            assert_close(actual[0], params, tolerance)
-        return actual, actual_out
+            assert_close(last[0], first[0], tolerance)
+        return last, outs[-1]
 
     return check

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -130,6 +132,18 @@ def test_state_is_factored():
     assert state.moments["w"].col.shape == (5,)
     assert state.moments["b"].shape == (5,)
     assert {x.dtype for x in jax.tree.leaves(state.moments)} == {jnp.dtype("float32")}
+
+
+def test_schedule_sees_the_number_of_updates_made():
+    constant = lomo_jax.adalomo(1.0)
+    scheduled = lomo_jax.adalomo(lambda count: 1.0 + 2.0 * count.astype(jnp.float32))
+    state = same = constant.init(params())
+    for step, factor in enumerate((1.0, 3.0, 5.0)):
+        expected, state = constant.update(grads(step), state, params())
+        updates, same = scheduled.update(grads(step), same, params())
+        scaled = jax.tree.map(functools.partial(jnp.multiply, factor), expected)
+        chex.assert_trees_all_close(updates, scaled, rtol=1e-6)
+    assert same.count == 3
 
 
 def test_needs_params():

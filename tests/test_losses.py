@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import quick_jit
 from jax.extend.core import JaxprEqn, jaxprs_in_params
 
 from lomo_jax.losses import Metrics, next_token_loss
@@ -56,7 +57,7 @@ def gradients(loss_fn, inputs: Inputs, scale: float = 1.0, **kwargs: Any):
         inputs_ = inputs._replace(x=x_BxTxD, head=head_DxV)
         return scale * loss_fn(*inputs_, **kwargs)[0]
 
-    grads = jax.jit(jax.grad(scaled, (0, 1)))(*inputs[:2])
+    grads = quick_jit(jax.grad(scaled, (0, 1)))(*inputs[:2])
     assert [g.dtype for g in grads] == [x.dtype for x in inputs[:2]]
     return [g.astype(jnp.float32) / scale for g in grads]
 
@@ -73,7 +74,7 @@ def test_equals_all_logits(chunk: int):
     inputs = inputs._replace(
         targets=jnp.where(jnp.arange(T) % 2 == 0, likeliest_BxT, inputs.targets)
     )
-    actual = jax.jit(next_token_loss, static_argnames="chunk")(*inputs, chunk=chunk)
+    actual = quick_jit(next_token_loss, static_argnames="chunk")(*inputs, chunk=chunk)
     chex.assert_trees_all_close(actual, plain_loss(*inputs), rtol=1e-6)
     ours, plain = gradients(next_token_loss, inputs, chunk=chunk), gradients(plain_loss, inputs)
     assert max(map(error, ours, plain)) < 1e-6
@@ -86,8 +87,8 @@ def test_half_precision_is_as_good_as_all_logits(dtype: str):
     ours = gradients(next_token_loss, inputs, chunk=10)
     plain = gradients(plain_loss, inputs)
     for our, their, true in zip(ours, plain, exact, strict=True):
-        # JAX keeps the logits' gradient in float32; ours is rounded for the products to be fast, so
-        # that there are two roundings, not one: sqrt(2) times the error.
+        # JAX keeps the gradient of the logits in float32. Ours is rounded, to make the products
+        # fast: two roundings instead of one, so sqrt(2) times the error.
         assert error(our, true) < 1.5 * error(their, true)
     loss, _ = next_token_loss(*inputs)
     assert loss.dtype == jnp.float32
@@ -111,7 +112,7 @@ def test_gradient_keeps_a_loss_scale():
 def test_weights_are_a_mask_and_a_mean():
     inputs = make_inputs()
     loss, metrics = next_token_loss(*inputs)
-    # Neither the size of the weights nor what lies under a weight of 0 matters.
+    # Neither the scale of the weights nor the targets of weight 0 matter.
     unknown_BxT = jnp.where(inputs.weights == 0, -100, inputs.targets)
     same, double = next_token_loss(
         *inputs._replace(targets=unknown_BxT, weights=2 * inputs.weights)
@@ -165,10 +166,10 @@ def test_all_logits_never_exist(dtype: str):
         for equation in equations(jax.make_jaxpr(step)(*inputs).jaxpr)
         for variable in equation.outvars
     ]
-    # Equality: the walk did find the logits of a chunk.
+    # Equality shows that `equations` found the logits of a chunk.
     assert max(map(math.prod, shapes)) == batch * length * chunk
 
-    stats = jax.jit(step).lower(*inputs).compile().memory_analysis()
+    stats = quick_jit(step).lower(*inputs).compile().memory_analysis()
     assert stats is not None
     logits_of_a_chunk = 4 * batch * length * chunk
     assert stats.temp_size_in_bytes < 3 * logits_of_a_chunk  # all the logits would be 16

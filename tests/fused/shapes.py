@@ -1,14 +1,10 @@
-"""Shapes of model in plain JAX whose layers are scanned, for `test_shapes.py`."""
+"""Small losses in plain JAX whose layers are scanned, each with another structure."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from helpers import normal
 
 L, B, T, D, F, V = 4, 2, 3, 6, 8, 11
-
-
-def normal(seed, *shape, scale=0.4):
-    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def stack(seed=0, length=L):

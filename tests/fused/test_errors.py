@@ -223,6 +223,35 @@ def test_state_of_another_depth():
         step(deeper, state, batch)
 
 
+def list_of_layers(params, x):
+    for w in params["layers"]:
+        x, _ = layer(x, w)
+    return x.sum()
+
+
+def test_a_model_without_a_layer_scan_warns_at_init():
+    params = {"layers": [jnp.zeros((512, 256)), jnp.zeros((256, 256))]}  # 0.75 MiB
+    x = jnp.ones((2, 512))
+    step = lomo_jax.fused_step(list_of_layers, lomo_jax.lomo(0.1))
+    message = r"^no trainable parameter is in a layer scan: .* all 0.75 MiB .* jax.lax.scan"
+    with pytest.warns(UserWarning, match=message) as caught:
+        state = step.init(params, x)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    # Warnings are errors: neither a call nor the reference warns.
+    step(params, state, x)
+    lomo_jax.reference_step(list_of_layers, lomo_jax.lomo(0.1)).init(params, x)
+
+
+def test_one_parameter_has_one_gradient_and_needs_no_scan():
+    step = lomo_jax.fused_step(list_of_layers, lomo_jax.lomo(0.1))
+    step.init({"layers": [jnp.zeros((6, 6))]}, jnp.ones((2, 6)))
+    step = lomo_jax.fused_step(
+        list_of_layers, lomo_jax.lomo(0.1), trainable={"layers": [False, True]}
+    )
+    step.init({"layers": [jnp.zeros((6, 6)), jnp.zeros((6, 6))]}, jnp.ones((2, 6)))
+
+
 def test_parameter_that_is_no_array():
     step = lomo_jax.fused_step(lambda p, x: p["gain"] * x.sum(), lomo_jax.lomo(0.1))
     with pytest.raises(TypeError, match=r"parameter gain is 1.5, not an array"):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import quick_jit
 
 import lomo_jax
 
@@ -22,6 +23,9 @@ RULES = {
     "lion": lambda: optax.lion(1e-3),
     "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=1),
 }
+
+# The others are slow: "all" contains the other options.
+QUICK = ("lomo", "adalomo", "adamw", "dynamic_layers", "all")
 
 
 def loss(params, tokens):
@@ -49,7 +53,7 @@ def compiled(make_step, tx, num_layers, dtype=jnp.float32):
     tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
     step = make_step(loss, tx)
     state = jax.eval_shape(step.init, params, tokens)
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, tokens).compile()
+    return quick_jit(step, donate_argnums=(0, 1)).lower(params, state, tokens).compile()
 
 
 OPTIONS = {
@@ -89,13 +93,17 @@ def assert_one_layer_of_gradient(make_step, tx, layers_at_once):
     assert memory.alias_size_in_bytes > 0.99 * (memory.argument_size_in_bytes - B * T * 4)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, marks=() if r in QUICK else pytest.mark.slow) for r in RULES]
+)
 def test_temporaries_grow_with_depth_by_the_layer_inputs_only(rule, standard_promotion):
     # Parameters, gradient, and temporaries of the rule.
     assert_one_layer_of_gradient(lomo_jax.fused_step, RULES[rule](), layers_at_once=6)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in OPTIONS]
+)
 def test_options_hold_one_layer_of_gradient_too(name):
     step = functools.partial(lomo_jax.fused_step, **OPTIONS[name])
     assert_one_layer_of_gradient(step, lomo_jax.adalomo(1e-2), layers_at_once=8)
@@ -123,5 +131,7 @@ def test_the_search_for_copies_finds_one():
 
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
     stack = {"up": shape(8, D, F), "down": shape(8, F, D)}
-    lowered = jax.jit(naive, donate_argnums=(0, 2)).lower(stack, shape(8, B, T, D), shape(B, T, D))
+    lowered = quick_jit(naive, donate_argnums=(0, 2)).lower(
+        stack, shape(8, B, T, D), shape(B, T, D)
+    )
     assert copies_of_stacks(lowered.compile(), 8)

@@ -5,14 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import normal, quick_jit
 
 import lomo_jax
+from lomo_jax.fused.microbatches import split
 
 L, B, T, D, F, V = 3, 32, 5, 6, 8, 11
-
-
-def normal(seed, *shape):
-    return jnp.asarray(0.4 * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def make_params(dtype=jnp.float32):
@@ -57,7 +55,7 @@ def run(make_step, loss_fn, steps=5, tx=None, **options):
     step = make_step(loss_fn, tx or lomo_jax.adalomo(0.05), **options)
     params = make_params()
     state = step.init(params, make_batch())
-    jitted = jax.jit(step)
+    jitted = quick_jit(step)
     losses = []
     for seed in range(steps):
         params, state, out = jitted(params, state, make_batch(seed))
@@ -71,6 +69,14 @@ def test_microbatches_equal_the_whole_batch(make_step, loss_fn, assert_close):
     expected = run(make_step, loss_fn)
     for microbatches in (2, 8):
         assert_close(run(make_step, loss_fn, microbatches=microbatches), expected)
+
+
+def test_microbatch_k_has_every_kth_row():
+    batch = {"x": jnp.arange(12).reshape(6, 2), "scale": jnp.float32(2.0)}
+    parts = split(batch, 3)
+    np.testing.assert_array_equal(parts["x"][:, :, 0], [[0, 6], [2, 8], [4, 10]])
+    np.testing.assert_array_equal(parts["x"][:, :, 1], parts["x"][:, :, 0] + 1)
+    np.testing.assert_array_equal(parts["scale"], [2.0, 2.0, 2.0])
 
 
 def test_uneven_microbatches_need_weights():
@@ -88,7 +94,7 @@ def test_no_weight_at_all():
     batch = make_batch() | {"weights": np.zeros((B, T - 1), np.float32)}
     step = lomo_jax.fused_step(weighted_loss, lomo_jax.lomo(0.1), microbatches=4)
     params = make_params()
-    new, _, out = jax.jit(step)(params, step.init(params, batch), batch)
+    new, _, out = quick_jit(step)(params, step.init(params, batch), batch)
     assert out.loss == 0
     for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -110,7 +116,7 @@ def test_the_sum_is_in_float32():
         lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), keep
     )
     step = lomo_jax.fused_step(loss, tx, microbatches=257)
-    _, state, _ = jax.jit(step)(params, step.init(params, batch), batch)
+    _, state, _ = quick_jit(step)(params, step.init(params, batch), batch)
     (total,) = jax.tree.leaves(state.optimizer)
     assert float(total.item()) == pytest.approx(512 / 257, rel=1e-2)
 
@@ -134,7 +140,7 @@ def test_every_step_layer_and_microbatch_draws_its_own_numbers(microbatches):
     draws = []
     for seed in range(2):
         batch = {"key": jax.random.key(seed), "tokens": jnp.zeros(8)}
-        new, _, out = jax.jit(step)(params, step.init(params, batch), batch)
+        new, _, out = quick_jit(step)(params, step.init(params, batch), batch)
         assert out.aux.shape == ((L,) if microbatches == 1 else (microbatches, L))
         # The layer that was computed again drew the same numbers.
         np.testing.assert_allclose(-new, out.aux.reshape(microbatches, L).mean(0), rtol=1e-6)
@@ -156,7 +162,7 @@ def test_one_microbatch_at_a_time_needs_less_memory():
         }
         batch = {"tokens": jax.ShapeDtypeStruct((32, 64), jnp.int32)}
         state = jax.eval_shape(step.init, params, batch)
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch)
+        lowered = quick_jit(step, donate_argnums=(0, 1)).lower(params, state, batch)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     layer_inputs = 8 * 32 * 64 * 64 * 4

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick_jit
 
 import lomo_jax
 from lomo_jax.fused.update import stochastic_round
@@ -78,7 +79,7 @@ def one_step(make_step, seed=0):
     step = make_step(loss, optax.sgd(2.0**-7 / 3), rounding="stochastic")
     state = step.init(params, x)
     state = state._replace(rounding=jax.random.key_data(jax.random.key(seed)))
-    new, new_state, _ = jax.jit(step)(params, state, x)
+    new, new_state, _ = quick_jit(step)(params, state, x)
     return np.asarray(new).astype(np.float32), new_state.rounding
 
 

@@ -1,9 +1,10 @@
-"""Every shape of model that the fused step takes, against the plain computation.
+"""The gradient of losses of every structure, against `jax.value_and_grad`.
 
-With `optax.sgd(1.0)` the new parameters are the old ones less the gradient, so a wrong gradient of
-any of them shows. Here are Flax modules and odd shapes; those of plain JAX are in `shapes.py`.
+With a learning rate of 1 the first step of SGD subtracts the gradient. `shapes.py` has losses in
+plain JAX; Flax modules and odd cases are here.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import linen, nnx
+from helpers import quick_jit
 from shapes import SHAPES, D, F, L, block, inputs, normal, shape, squared, stack
 
 import lomo_jax
+
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
 @shape
@@ -132,18 +136,47 @@ def nnx_in_a_jax_scan():
     return nnx_model(run)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_gradient(name, assert_steps_agree, assert_close):
+UNSCANNED = ("unscanned", "scan_over_time")  # shapes without a layer scan
+
+
+@functools.cache
+def expected(name):
+    """Returns the loss, and the parameters less the gradient, as JAX computes them."""
     loss, params, batch = SHAPES[name]()
-    (new, _), _ = assert_steps_agree(loss, optax.sgd(1.0), params, [batch])
-    # The reference shares code with the fused step; the gradient itself does not.
+    value, grads = quick_jit(jax.value_and_grad(loss, allow_int=True))(params, batch)
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
-    descent = jax.tree.map(
-        lambda p, g: p - g if is_float(p) else p,
-        params,
-        jax.grad(loss, allow_int=True)(params, batch),
-    )
-    assert_close(new, descent)
+    return value, jax.tree.map(lambda p, g: p - g if is_float(p) else p, params, grads)
+
+
+def check_gradient(name, make_step, assert_close, **options):
+    loss, params, batch = SHAPES[name]()
+    step = make_step(loss, optax.sgd(1.0, momentum=0.9), **options)
+    on_host = options.get("offload") is not None
+    params = jax.device_put(params, HOST if on_host else DEVICE)
+    warns = make_step is lomo_jax.fused_step and name in UNSCANNED
+    with pytest.warns(UserWarning, match="layer scan") if warns else contextlib.nullcontext():
+        state = step.init(params, batch)
+    new, new_state, out = quick_jit(step)(params, state, batch)
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves((new, new_state.optimizer))}
+    assert kinds == {"pinned_host" if on_host else "device"}
+    assert_close((out.loss, jax.device_put(new, DEVICE)), expected(name))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradient(name, assert_close):
+    check_gradient(name, lomo_jax.fused_step, assert_close)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradient_from_host_memory_and_saved_residuals(name, assert_close):
+    offload = lomo_jax.Offload(params=True, activations=True, state=True)
+    check_gradient(name, lomo_jax.fused_step, assert_close, offload=offload, remat="none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradient_of_the_reference(name, assert_close):
+    check_gradient(name, lomo_jax.reference_step, assert_close)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +226,7 @@ def test_aux(assert_steps_agree):
 
 
 def test_prints_of_a_stack(assert_steps_agree, capfd):
-    """What is printed takes no gradient."""
+    """A use of the stack for printing needs no gradient."""
 
     def loss(params, x):
         jax.debug.print("norm {}", jnp.sum(params["up"] ** 2))

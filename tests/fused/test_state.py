@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from helpers import quick_jit
 
 import lomo_jax
 
@@ -51,7 +52,7 @@ def make_step(make=lomo_jax.fused_step, tx=None):
 
 
 def run(step, params, state, seeds):
-    jitted = jax.jit(step)
+    jitted = quick_jit(step)
     for seed in seeds:
         params, state, _ = jitted(params, state, make_batch(seed))
     return params, state

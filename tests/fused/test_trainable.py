@@ -8,14 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import normal, quick_jit
 
 import lomo_jax
 
 L, B, D = 3, 4, 6
-
-
-def normal(seed, *shape):
-    return jnp.asarray(0.4 * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def make_params():
@@ -74,7 +71,7 @@ def test_frozen_parameters_stay_as_they_are(make_step, choice):
     )
     state = step.init(params, x)
     assert state.optimizer.keys() == {"upper/w", "out"}
-    run = jax.jit(step)
+    run = quick_jit(step)
     new = params
     for _ in range(3):
         new, state, _ = run(new, state, x)
@@ -128,7 +125,7 @@ def test_only_the_inputs_of_frozen_layers_in_between_are_saved():
             "layers": jax.ShapeDtypeStruct((num_layers, 32, 128), jnp.float32),
         }
         x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
-        lowered = jax.jit(step).lower(params, jax.eval_shape(step.init, params, x), x)
+        lowered = quick_jit(step).lower(params, jax.eval_shape(step.init, params, x), x)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     growth = temporaries(32) - temporaries(8)
@@ -161,11 +158,17 @@ def test_a_frozen_stack_may_be_used_in_any_way(assert_steps_agree):
 @pytest.mark.parametrize(
     ("trainable", "message"),
     [
-        (lambda name: False, "none of the 6 parameters .*'count'.* is both floating-point and trainable"),
+        (
+            lambda name: False,
+            "none of the 6 parameters .*'count'.* floating-point and trainable",
+        ),
         (lambda name: name == "count", "none of the 6 parameters .* floating-point and trainable"),
         (lambda name: None, "must be True or False for each parameter, got None for count"),
-        ({"in": True}, "trainable has the structure .*, which is neither that of params nor a prefix"),
-        (["in"], "trainable has the structure .*, which is neither that of params nor a prefix"),
+        (
+            {"in": True},
+            "trainable has the structure .*, which is neither that of params",
+        ),
+        (["in"], "trainable has the structure .*, which is neither that of params"),
     ],
 )
 @pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import quick_jit
 
 import lomo_jax
 
@@ -101,7 +102,7 @@ def test_as_optax_itself_does(name, assert_close, standard_promotion):
     start = stacked_params()
     params, state = start, step.init(start, batches[0])
 
-    @jax.jit
+    @quick_jit
     def plain(params, state, batch):
         grads = jax.grad(loss_of(unrolled))(params, batch)
         updates, state = tx.update(grads, state, params)
@@ -109,7 +110,7 @@ def test_as_optax_itself_does(name, assert_close, standard_promotion):
 
     expected = unstack(start)
     plain_state = tx.init(expected)
-    run = jax.jit(step)
+    run = quick_jit(step)
     for batch in batches:
         params, state, _ = run(params, state, batch)
         expected, plain_state = plain(expected, plain_state, batch)
@@ -126,7 +127,7 @@ def test_clipping_by_norm_as_optax_does(assert_close):
     norm = optax.tree.norm(grads)
     for clip_norm in (0.3 * float(norm), 2.0 * float(norm), float("inf")):
         step = lomo_jax.fused_step(loss_of(scanned), optax.sgd(1.0), clip_norm=clip_norm)
-        new, _, out = jax.jit(step)(start, step.init(start, batch), batch)
+        new, _, out = quick_jit(step)(start, step.init(start, batch), batch)
         assert out.grad_norm == pytest.approx(float(norm), rel=1e-5)
         clipped, _ = optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())
         assert_close(unstack(new), jax.tree.map(jnp.subtract, unstack(start), clipped))
@@ -140,7 +141,7 @@ def test_the_norm_counts_a_tied_parameter_once():
     params = {"tied": stacked_params()["in"], "layers": stacked_params()["layers"]}
     batch = normal(np.random.default_rng(1), B, D)
     step = lomo_jax.fused_step(loss, optax.sgd(0.1), clip_norm=float("inf"))
-    _, _, out = jax.jit(step)(params, step.init(params, batch), batch)
+    _, _, out = quick_jit(step)(params, step.init(params, batch), batch)
     expected = optax.tree.norm(jax.grad(loss)(params, batch))
     assert out.grad_norm == pytest.approx(float(expected), rel=1e-5)
 
@@ -172,7 +173,7 @@ def test_state_keeps_its_dtype(standard_promotion):
     )
     step = lomo_jax.fused_step(loss_of(scanned), tx)
     state = step.init(params, batch)
-    new, new_state, _ = jax.jit(step)(params, state, batch)
+    new, new_state, _ = quick_jit(step)(params, state, batch)
     assert seen == {jnp.dtype("float32")}
     dtypes = functools.partial(jax.tree.map, lambda x: x.dtype)
     assert dtypes(new_state) == dtypes(state)

@@ -1,4 +1,4 @@
-"""A mesh of devices changes no result: ten steps on eight devices equal ten steps on one."""
+"""Results do not depend on the mesh: steps on eight devices equal steps on one."""
 
 import itertools
 
@@ -7,13 +7,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import quick_jit, tiny_llama
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lomo_jax
 from lomo_jax import losses, models, sharding
 
-SHAPES = [  # the quick ones split over one axis, or over all
+SHAPES = [  # the quick ones shard over one axis, or over all
     pytest.param(s, marks=pytest.mark.slow if s.count(1) == 1 else ())
     for s in itertools.product((1, 2, 4, 8), repeat=3)
     if np.prod(s) == 8
@@ -27,19 +28,7 @@ OPTIMIZERS = {
 
 
 def make_loss(tied):
-    config = models.LlamaConfig(
-        vocab_size=V,
-        width=32,
-        mlp_width=40,
-        num_layers=3,
-        num_heads=8,
-        num_kv_heads=8,
-        head_dim=4,
-        rope_theta=1e4,
-        norm_eps=1e-6,
-        max_length=T,
-        tie_embeddings=tied,
-    )
+    config = tiny_llama(num_heads=8, num_kv_heads=8, head_dim=4, tie_embeddings=tied)
     graphdef, params = models.init(config, seed=0)
 
     def loss(params, batch):
@@ -76,11 +65,7 @@ def run(mesh, make, optimizer, tied, steps=10, **options):
             params = jax.device_put(params, jax.memory.Space.Host)
         batches = (jax.device_put(b, NamedSharding(mesh, P(sharding.BATCH))) for b in batches)
     first = jax.tree.map(lambda x: x.sharding, params)
-    update, state, outs = (
-        jax.jit(step, compiler_options={"xla_backend_optimization_level": 0}),
-        None,
-        [],
-    )
+    update, state, outs = quick_jit(step), None, []
     for batch in batches:
         state = step.init(params, batch) if state is None else state
         params, state, out = update(params, state, batch)
@@ -118,7 +103,7 @@ def test_equals_one_device(shape, optimizer, on_one_device, assert_close, standa
 
 @pytest.mark.parametrize("offload", [{"params": True, "activations": True}, {"state": True}])
 def test_host_memory_changes_nothing(offload, on_one_device, assert_close):
-    """Each device's part of a weight is in host memory, and the step leaves it there."""
+    """Each device's shard of a weight is in host memory, and stays there."""
     case = {"optimizer": "adalomo", "tied": True, "clip_norm": 0.5, "microbatches": 2}
     mesh = sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):
