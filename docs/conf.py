@@ -41,7 +41,7 @@ nitpick_ignore_regex = [
     # Types in signatures that other projects document.
     ("py:.*", r"(collections|dataclasses|flax|grain|jax|ml_collections|nnx|np|numpy|optax)\..*"),
     ("py:.*", r"(os|pathlib|transformers|types|typing)\..*"),
-    ("py:class", r"[A-Z]\w*"),  # imported for type checkers only, or a type variable of optax
+    ("py:(class|exc)", r"[A-Z]\w*"),  # named without their module
     ("py:class", r"lomo_jax\.models\.llama\.Context"),  # passed from one method to another only
 ]
 

@@ -80,7 +80,7 @@ def adalomo(
       >>> tx = lomo_jax.adalomo(0.1)
       >>> params, grads = {"w": jnp.ones((2, 3))}, {"w": jnp.full((2, 3), 1e-4)}
       >>> updates, state = tx.update(grads, tx.init(params), params)
-      >>> [round(float(u), 3) for u in updates["w"][0]]  # the sign of the gradient, not its size
+      >>> [round(float(u), 3) for u in updates["w"][0]]  # the scale of the gradient does not matter
       [-0.1, -0.1, -0.1]
       >>> state.moments["w"].row.shape, state.moments["w"].col.shape
       ((2,), (3,))
