@@ -143,6 +143,14 @@ def test_clipping_a_zero_gradient_leaves_it_zero():
     assert all(map(np.array_equal, jax.tree.leaves(new), jax.tree.leaves(params)))
 
 
+def test_clipping_adds_1e_6_to_the_norm():
+    """As `torch.nn.utils.clip_grad_norm_` does."""
+    step = lomo_jax.fused_step(lambda p, x: p * x, optax.sgd(1.0), clip_norm=1e-6)
+    params, x = jnp.float32(0.0), jnp.float32(1e-6)
+    new, _, _ = step(params, step.init(params, x), x)
+    assert new == pytest.approx(-0.5e-6, rel=1e-4)
+
+
 def test_the_norm_counts_a_tied_parameter_once():
     def loss(params, x):
         y = scanned(x @ params["tied"], params["layers"])
