@@ -27,7 +27,7 @@ def model():
     return graphdef, jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.4, x.shape)), params)
 
 
-def test_greedy_takes_the_likeliest_token_each_time(model):
+def test_greedy_chooses_the_most_likely_tokens(model):
     expected_BxN = jnp.array(PROMPT_BxT)
     logits_of = jax.jit(nnx.merge(*model).__call__)
     for _ in range(4):
@@ -38,24 +38,24 @@ def test_greedy_takes_the_likeliest_token_each_time(model):
     )
 
 
-def test_drawn_tokens_follow_the_distribution_at_the_temperature(model):
+def test_samples_follow_the_distribution_at_the_temperature(model):
     logits_V = nnx.merge(*model)(jnp.array(PROMPT_BxT[:1]))[0, -1]
     probability_V = jax.nn.softmax(logits_V / 2.0)
     copies = np.repeat(PROMPT_BxT[:1], 20_000, axis=0)
-    drawn = models.generate(model[0], model[1], copies, 1, temperature=2.0)[:, -1]
-    frequency_V = np.bincount(drawn, minlength=CONFIG.vocab_size) / len(drawn)
+    sampled = models.generate(model[0], model[1], copies, 1, temperature=2.0)[:, -1]
+    frequency_V = np.bincount(sampled, minlength=CONFIG.vocab_size) / len(sampled)
     # Four standard deviations of a frequency near 1 / 2.
     chex.assert_trees_all_close(frequency_V, np.array(probability_V), atol=4 * 0.5 / 20_000**0.5)
 
 
-def test_drawing_depends_on_the_seed_alone(model):
-    def draw(seed):
+def test_sampling_depends_on_the_seed_alone(model):
+    def sample(seed):
         return models.generate(
             model[0], model[1], PROMPT_BxT, 12, temperature=3.0, seed=seed
         ).tolist()
 
-    assert draw(0) == draw(0)
-    assert draw(0) != draw(1)
+    assert sample(0) == sample(0)
+    assert sample(0) != sample(1)
 
 
 def test_bad_prompts_are_reported(model):

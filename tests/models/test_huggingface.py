@@ -10,30 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from small_models import CONFIG, TIED, random_params
 
 from lomo_jax import models
+from lomo_jax.errors import UserError
 
-CONFIG = models.LlamaConfig(
-    vocab_size=31,
-    width=16,
-    mlp_width=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    bos_id=1,
-    eos_id=(2, 3),
-)
-TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 WEIGHTS = "model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
-
-
-def random_params(config, seed=0, dtype=jnp.float32):
-    """Like `models.init`, without compiling it."""
-    rng = np.random.default_rng(seed)
-    _, params = models.abstract(config, dtype)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), dtype), params)
 
 
 @pytest.fixture
@@ -52,7 +35,7 @@ def rewrite(path, change):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("config", [CONFIG, TIED])
-def test_what_is_saved_loads_bit_for_bit(tmp_path, config, dtype):
+def test_saved_weights_load_bit_for_bit(tmp_path, config, dtype):
     params = random_params(config, 0, dtype)
     models.save(tmp_path / "export", config, params)
     loaded_config, loaded = models.load(tmp_path / "export", dtype)
@@ -63,7 +46,7 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path, config, dtype):
     )
 
 
-def test_weights_are_cast_to_the_asked_dtype_both_ways(tmp_path):
+def test_weights_are_cast_on_saving_and_on_loading(tmp_path):
     params = random_params(CONFIG, 0)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     models.save(tmp_path / "float32", CONFIG, params)
@@ -73,7 +56,7 @@ def test_weights_are_cast_to_the_asked_dtype_both_ways(tmp_path):
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_a_large_model_is_split_over_files(tmp_path, with_index):
+def test_a_large_model_is_sharded(tmp_path, with_index):
     params = random_params(CONFIG, 0)
     models.save(tmp_path / "export", CONFIG, params, max_shard_bytes=4096)
     files = sorted((tmp_path / "export").glob("*.safetensors"))
@@ -88,7 +71,7 @@ def test_a_large_model_is_split_over_files(tmp_path, with_index):
     chex.assert_trees_all_equal(models.load(tmp_path / "export")[1], params)
 
 
-def test_repeated_heads_of_tied_models_and_old_rotary_tensors_are_passed_over(tmp_path):
+def test_repeated_heads_of_tied_models_and_old_rotary_tensors_are_skipped(tmp_path):
     params = random_params(TIED, 0)
     models.save(tmp_path / "export", TIED, params)
 
@@ -100,96 +83,31 @@ def test_repeated_heads_of_tied_models_and_old_rotary_tensors_are_passed_over(tm
     chex.assert_trees_all_equal(models.load(tmp_path / "export")[1], params)
 
 
-class BrokenTokenizer:
-    def save_pretrained(self, path):
-        (Path(path) / "tokenizer.json").write_text("{}")
-        raise OSError("disk full")
-
-
-def test_a_failed_save_leaves_the_earlier_export(export):
-    before = {file.name: file.read_bytes() for file in export.iterdir()}
-    params = random_params(CONFIG, 1)
-    with pytest.raises(OSError, match="disk full"):
-        models.save(export, CONFIG, params, tokenizer=BrokenTokenizer())
-    assert {file.name: file.read_bytes() for file in export.iterdir()} == before
-    assert list(export.parent.iterdir()) == [export]
-
-
-def test_a_save_replaces_the_earlier_export_whole(export):
-    (export / "model-00001-of-00002.safetensors").write_bytes(b"from an older export")
-    params = random_params(TIED, 1)
-    models.save(export, TIED, params)
-    assert {file.name for file in export.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        WEIGHTS,
-    }
-    chex.assert_trees_all_equal(models.load(export)[1], params)
-    assert list(export.parent.iterdir()) == [export]
-
-
-def test_an_export_that_was_killed_loses_nothing(export):
-    """Between two renamings the earlier export lies aside; the next one finds it."""
-    earlier = {file.name: file.read_bytes() for file in export.iterdir()}
-    aside = export.parent / ".export.writing"
-    (aside / "new").mkdir(parents=True)
-    export.rename(aside / "old")
-    with pytest.raises(OSError, match="disk full"):
-        models.save(export, CONFIG, random_params(CONFIG, 1), tokenizer=BrokenTokenizer())
-    assert {file.name: file.read_bytes() for file in export.iterdir()} == earlier
-    assert list(export.parent.iterdir()) == [export]
-
-
-@pytest.mark.parametrize("name", ["thesis.tex", "pytorch_model.bin", "checkpoints/4/params/d/0"])
-def test_what_no_export_has_written_is_not_replaced(export, name):
-    """A model directory that was downloaded has more in it, the workdir of a run a config.json."""
-    (export / name).parent.mkdir(parents=True, exist_ok=True)
-    (export / name).write_text("years of work")
-    before = sorted(export.rglob("*"))
-    message = rf"export holds {name.split('/')[0]}, which is of no export and would be lost; choose"
-    with pytest.raises(ValueError, match=message):
-        models.save(export, CONFIG, random_params(CONFIG, 0))
-    assert sorted(export.rglob("*")) == before
-
-
-def test_a_config_without_weights_is_not_replaced(export):
-    (export / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match="export exists and is not an export; choose another path"):
-        models.save(export, CONFIG, random_params(CONFIG, 0))
-    assert (export / "config.json").exists()
-
-
-def test_a_file_is_not_replaced(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file exists and is not an export; choose another path"):
-        models.save(tmp_path / "file", CONFIG, random_params(CONFIG, 0))
-
-
-def test_what_is_missing_is_named(export, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere does not exist; give a model"):
+def test_missing_files_are_named(export, tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist; give a model"):
         models.load(tmp_path / "nowhere")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"notes\.txt is neither a Hugging Face directory nor"):
+    with pytest.raises(UserError, match=r"notes\.txt is no model; give a model directory"):
         models.load(tmp_path / "notes.txt")
     (export / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"export has no \.safetensors file"):
+    with pytest.raises(UserError, match=r"export has no \.safetensors file"):
         models.load(export)
     (export / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
         models.load(export)
 
 
 def test_a_missing_shard_is_named(tmp_path):
     models.save(tmp_path / "export", CONFIG, random_params(CONFIG, 0), max_shard_bytes=4096)
     next(iter((tmp_path / "export").glob("model-00002-*"))).unlink()
-    with pytest.raises(FileNotFoundError, match=r"model-00002-of-.* is missing, but .*index"):
+    with pytest.raises(UserError, match=r"model-00002-of-.* is missing, but .*index"):
         models.load(tmp_path / "export")
 
 
-def test_an_index_without_its_map_is_reported(tmp_path):
+def test_an_index_without_a_weight_map_is_reported(tmp_path):
     models.save(tmp_path / "export", CONFIG, random_params(CONFIG), max_shard_bytes=4096)
     (tmp_path / "export/model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index\.json has no weight_map"):
+    with pytest.raises(UserError, match=r"index\.json has no weight_map"):
         models.load(tmp_path / "export")
 
 
@@ -197,18 +115,21 @@ def test_an_index_without_its_map_is_reported(tmp_path):
 def test_truncated_weights_are_reported(export, kept_bytes):
     content = (export / WEIGHTS).read_bytes()
     (export / WEIGHTS).write_bytes(content[:kept_bytes])
-    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not .*again"):
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated or not .*again"):
         models.load(export)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(Q0), f"lacks the tensor {Q0}$"),
-        (lambda t: (t.pop(Q0), t.pop("model.norm.weight")), f"lacks the tensor {Q0} and 1 more"),
+        (lambda t: t.pop(Q0), f"lacks the tensor {Q0}; download"),
+        (
+            lambda t: (t.pop(Q0), t.pop("model.norm.weight")),
+            f"lacks the tensor {Q0} and 1 more; download",
+        ),
         (
             lambda t: t.update({"model.layers.3.mlp.up_proj.weight": np.ones(1, np.float32)}),
-            r"has the tensor model\.layers\.3\.mlp\.up_proj\.weight, for which",
+            r"has the tensor model\.layers\.3\.mlp\.up_proj\.weight, which a model of this",
         ),
         (
             lambda t: t.update({Q0: np.ones((16, 8), np.float32)}),
@@ -220,9 +141,9 @@ def test_truncated_weights_are_reported(export, kept_bytes):
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(export, change, message):
+def test_wrong_tensors_are_named(export, change, message):
     rewrite(export, change)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         models.load(export)
     assert "\n" not in str(caught.value)
 
@@ -235,27 +156,23 @@ def test_tensors_that_do_not_fit_are_named(export, change, message):
         ('"llama"', r"config\.json is not a JSON object"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_named(export, content, message):
+def test_an_unusable_config_is_named(export, content, message):
     (export / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         models.load(export)
-
-
-def test_a_directory_without_a_tokenizer_is_reported(export):
-    with pytest.raises(FileNotFoundError, match=r"has no tokenizer \(tokenizer\.json"):
-        models.tokenizer(export)
 
 
 PEAK_OF_LOADING = """
 import sys
 import jax.numpy as jnp
 from lomo_jax import models
+from lomo_jax.errors import UserError
 
 def status(field):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
-models.load(sys.argv[1], jnp.bfloat16)  # brings in the imports and the compiler
+models.load(sys.argv[1], jnp.bfloat16)  # imports modules and compiles
 before = status("VmRSS")
 _, params = models.load(sys.argv[2], jnp.bfloat16)
 print(status("VmHWM") - before)
@@ -263,7 +180,7 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
-def test_loading_takes_one_copy_of_the_model(tmp_path):
+def test_loading_needs_memory_for_one_copy_of_the_model(tmp_path):
     def saved(name, width, num_layers):
         config = dataclasses.replace(
             CONFIG, width=width, mlp_width=4 * width, num_layers=num_layers, head_dim=width // 4
@@ -274,12 +191,12 @@ def test_loading_takes_one_copy_of_the_model(tmp_path):
         return tmp_path / name, sum(x.nbytes for x in jax.tree.leaves(params))
 
     warm_up, _ = saved("small", 64, 12)
-    large, model_bytes = saved("large", 1024, 12)
+    large, model_bytes = saved("large", 512, 12)
     output = subprocess.run(
         [sys.executable, "-c", PEAK_OF_LOADING, warm_up, large],
         check=True,
         capture_output=True,
         text=True,
     ).stdout
-    # The largest tensor is 3 % of the model; two copies, or float32 on the way, would be 2 or 3.
+    # The largest tensor is 4 % of the model; a second copy, or one in float32, would give 2 or 3.
     assert 0.95 < int(output) / model_bytes < 1.3

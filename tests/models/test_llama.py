@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from lomo_jax import models
+from lomo_jax.models import llama
 
 CONFIG = models.LlamaConfig(
     vocab_size=61,
@@ -30,7 +31,7 @@ ROPE_SCALED = dataclasses.replace(
 
 @functools.cache
 def build(config=CONFIG):
-    """Returns a model whose weights are large enough for every part of it to matter."""
+    """Returns a model whose weights are large enough for every part to matter."""
     graphdef, params = models.abstract(config)
     rng = np.random.default_rng(0)
     return nnx.merge(
@@ -64,7 +65,7 @@ def test_shapes_and_dtypes(config, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_low_precision_model_follows_the_float32_one(dtype):
+def test_a_low_precision_model_is_close_to_the_float32_one(dtype):
     rounded = jax.tree.map(lambda x: x.astype(dtype), build())
     logits = logits_of(build(), tokens_of(2, 7))
     error = logits_of(rounded, tokens_of(2, 7)) - logits
@@ -137,7 +138,7 @@ def test_tied_embeddings_are_one_parameter():
     chex.assert_trees_all_equal(model.head(), model.embedding[...].T)
 
 
-def test_the_stacks_enter_the_layer_scan_as_they_are():
+def test_stacked_parameters_are_scanned_unchanged():
     graphdef, params = models.abstract(CONFIG)
     jaxpr = jax.make_jaxpr(lambda p, t: nnx.merge(graphdef, p)(t))(params, tokens_of(1, 4)).jaxpr
     (scan,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "scan"]
@@ -148,7 +149,7 @@ def test_the_stacks_enter_the_layer_scan_as_they_are():
         assert slices[stack].shape == stack.aval.shape[1:]
 
 
-def test_plain_gradients_store_one_input_a_layer():
+def test_plain_gradients_store_one_input_per_layer():
     def residual_bytes(num_layers):
         config = dataclasses.replace(CONFIG, num_layers=num_layers)
         graphdef, params = models.abstract(config)
@@ -166,7 +167,7 @@ def test_plain_gradients_store_one_input_a_layer():
     assert residual_bytes(6) - residual_bytes(2) == 4 * layer_input_bytes
 
 
-def test_init_is_what_abstract_says_and_depends_on_the_seed():
+def test_init_matches_abstract_and_depends_on_the_seed():
     abstract_graphdef, abstract_params = models.abstract(CONFIG, jnp.bfloat16)
     graphdef, params = models.init(CONFIG, 0, jnp.bfloat16)
     assert graphdef == abstract_graphdef
@@ -180,3 +181,33 @@ def test_init_is_what_abstract_says_and_depends_on_the_seed():
     assert np.std(up(0)) == pytest.approx(0.02, rel=0.05)
     assert len(np.unique(up(0)[:, 0, 0])) == CONFIG.num_layers
     assert (up(1) != up(0)).mean() > 0.9
+
+
+def test_rotary_frequencies():
+    frequencies = llama._frequencies(dataclasses.replace(CONFIG, head_dim=8, rope_theta=10_000.0))
+    np.testing.assert_allclose(frequencies, [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
+    assert frequencies.dtype == np.float32
+
+
+def test_scaled_rotary_frequencies():
+    """The factor divides frequencies below 1 turn in 400 tokens; those above 4 turns stay."""
+    scaling = models.RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=400
+    )
+    config = dataclasses.replace(CONFIG, head_dim=8, rope_theta=160_000.0, rope_scaling=scaling)
+    # Unscaled 1, 0.05, 0.0025 and 0.000125 radians per token: 64, 3.18, 0.16 and 0.008 turns.
+    share = (400 * 0.05 / (2 * np.pi) - 1) / 3
+    between = share * 0.05 + (1 - share) * 0.05 / 8
+    np.testing.assert_allclose(
+        llama._frequencies(config), [1.0, between, 0.0025 / 8, 0.000125 / 8], rtol=1e-6
+    )
+
+
+def test_rms_norm_near_its_epsilon():
+    """The epsilon is added to the mean square: it matters where that is as small."""
+    norm = llama.RMSNorm(4, eps=1e-4, param_dtype=jnp.float32)
+    norm.scale.set_value(jnp.array([1.0, 2.0, 3.0, 4.0]))
+    x_BxTxD = np.array([[[0.01, -0.01, 0.02, 0.0]]], np.float32)
+    mean_square = (1 + 1 + 4) * 1e-4 / 4
+    expected = x_BxTxD / np.sqrt(mean_square + 1e-4) * [1, 2, 3, 4]
+    np.testing.assert_allclose(norm(jnp.asarray(x_BxTxD)), expected, rtol=1e-5)

@@ -1,8 +1,11 @@
 import dataclasses
 
+import jax
 import pytest
+from flax import nnx
 
 from lomo_jax import models
+from lomo_jax.errors import UserError
 
 LLAMA3 = {
     "architectures": ["LlamaForCausalLM"],
@@ -56,7 +59,7 @@ def test_reads_the_keys_of_transformers_4_and_5():
     assert models.LlamaConfig.from_hf(as_5) == LLAMA3_CONFIG
 
 
-def test_the_first_llama_needs_no_later_key():
+def test_a_config_of_the_first_llama_is_complete():
     later = ("architectures", "num_key_value_heads", "rope_theta", "rope_scaling")
     config = models.LlamaConfig.from_hf(without(LLAMA3, *later, "tie_word_embeddings"))
     assert config.num_kv_heads == 32
@@ -66,7 +69,7 @@ def test_the_first_llama_needs_no_later_key():
 
 
 @pytest.mark.parametrize("changes", [{}, {"rope_scaling": None, "eos_id": 2, "head_dim": 128}])
-def test_what_is_written_reads_back(changes):
+def test_a_written_config_reads_back(changes):
     config = dataclasses.replace(LLAMA3_CONFIG, **changes)
     assert models.LlamaConfig.from_hf(config.to_hf("bfloat16")) == config
 
@@ -85,18 +88,49 @@ def test_what_is_written_reads_back(changes):
         ({"num_key_value_heads": 5}, "num_heads=32 must be a multiple of num_kv_heads=5"),
         ({"head_dim": 63}, "head_dim=63 must be even"),
         ({"num_hidden_layers": 0}, "num_layers=0 must be greater than 0"),
+        ({"num_hidden_layers": 2.5}, "num_layers=2.5 must be an integer"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf must be greater than 0 and finite"),
+        ({"rms_norm_eps": "small"}, "norm_eps='small' must be a number"),
+        ({"tie_word_embeddings": "false"}, "tie_embeddings='false' must be true or false"),
+        ({"num_attention_heads": [32]}, "wrong type or size"),
+        ({"num_attention_heads": 0}, "wrong type or size"),
+        ({"rope_scaling": "linear"}, "wrong type or size"),
+        ({"architectures": [1, 2]}, "architecture 1, 2 is not supported"),
+        ({"architectures": {"LlamaForCausalLM": 1}}, "is not supported"),
     ],
 )
-def test_what_is_not_supported_is_named(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_unsupported_features_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
         models.LlamaConfig.from_hf({**LLAMA3, **changes})
 
 
 def test_a_missing_key_is_named():
-    with pytest.raises(ValueError, match="key 'vocab_size' is missing"):
+    with pytest.raises(UserError, match="key 'vocab_size' is missing"):
         models.LlamaConfig.from_hf(without(LLAMA3, "vocab_size"))
 
 
-def test_rope_scaling_needs_a_band():
-    with pytest.raises(ValueError, match=r"high_freq_factor=1\.0 must be greater"):
+def test_the_frequencies_of_rope_scaling_are_in_order():
+    with pytest.raises(UserError, match=r"high_freq_factor=1\.0 must be greater"):
         models.RopeScaling(8.0, 1.0, 1.0, 8192)
+
+
+def test_the_defaults_are_llama_7b():
+    _, params = models.abstract(models.LlamaConfig())
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 6_738_415_616
+    assert models.LlamaConfig().norm_eps == 1e-6
+
+
+def test_a_config_is_checked_when_it_is_used():
+    config = models.LlamaConfig()
+    config.num_kv_heads = 5
+    for use in (config.validate, lambda: models.abstract(config), lambda: models.init(config, 0)):
+        with pytest.raises(UserError, match="must be a multiple of num_kv_heads=5"):
+            use()
+
+
+def test_a_model_does_not_follow_later_changes_of_its_config():
+    config = models.LlamaConfig(31, 16, 24, 1, 2, 2, 8)
+    graphdef, params = models.abstract(config)
+    config.num_heads = 1
+    assert nnx.merge(graphdef, params).config.num_heads == 2
+    assert hash(graphdef) == hash(models.abstract(models.LlamaConfig(31, 16, 24, 1, 2, 2, 8))[0])

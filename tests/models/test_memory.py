@@ -1,4 +1,4 @@
-"""Weights that go straight to host memory, and come back from there."""
+"""Weights that are loaded into host memory and saved from there."""
 
 import chex
 import jax
@@ -18,15 +18,15 @@ def spaces(tree):
 
 
 @pytest.mark.parametrize(("config", "dtype"), [(CONFIG, jnp.float32), (TIED, jnp.bfloat16)])
-def test_weights_drawn_layer_by_layer_are_those_of_init(config, dtype):
-    drawn = models.init_layer_by_layer(config, 3, dtype, on_host=True)
-    assert spaces(drawn) == {HOST}
+def test_init_layer_by_layer_equals_init(config, dtype):
+    layerwise = models.init_layer_by_layer(config, 3, dtype, on_host=True)
+    assert spaces(layerwise) == {HOST}
     expected = models.init(config, 3, dtype)[1]
-    chex.assert_trees_all_equal_shapes_and_dtypes(drawn, expected)
-    chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (drawn, expected)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(layerwise, expected)
+    chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (layerwise, expected)))
 
 
-def test_a_checkpoint_goes_to_host_memory_and_is_saved_from_there(tmp_path):
+def test_a_checkpoint_is_loaded_into_host_memory_and_saved_from_there(tmp_path):
     params = models.init(CONFIG, 0)[1]
     models.save(tmp_path / "first", CONFIG, params)
     _, on_host = models.load(tmp_path / "first", jnp.float32, on_host=True)
@@ -55,7 +55,7 @@ def test_stacks_in_host_memory_are_filled_in_place(monkeypatch):
     monkeypatch.setattr(weights, "_fill", watched)
     config = models.LlamaConfig(31, 16, 24, 3, 1, 1, 4)
     models.init_layer_by_layer(config, 0, jnp.float32, on_host=True)
-    # Of that shape there is one stack, which every layer was written to.
+    # One stack has this shape, and every layer was written to it.
     assert len(pointers[(id(np.dtype("float32")), 3, 24, 16)]) == 1
 
 

@@ -1,4 +1,4 @@
-"""`python -m lomo_jax.export`: any checkpoint of a run, as a Hugging Face directory."""
+"""`lomo-jax export`: any checkpoint of a run as a Hugging Face directory."""
 
 import json
 import shutil
@@ -7,15 +7,16 @@ import jax
 import numpy as np
 import pytest
 import runs
+from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
-from lomo_jax import export, models
-from lomo_jax.training import loop
+from lomo_jax import models
+from lomo_jax.training import export, loop
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The workdir of a run with the checkpoints 4, 8 (the best) and 12."""
+    """The folder of a run with checkpoints of the steps 4, 8 (the best) and 12."""
     folder = tmp_path_factory.mktemp("made")
     text = runs.write_text(folder / "text.jsonl")
     fields = {"keep_checkpoints": 3, "eval_every": 4, "learning_rate": 0.3, "schedule": "constant"}
@@ -25,14 +26,15 @@ def made(tmp_path_factory):
 
 
 def _export(*arguments) -> int:
-    return export.main(["export", *map(str, arguments)])
+    return export.main(["lomo-jax export", *map(str, arguments)])
 
 
-def test_the_last_checkpoint_is_what_the_run_exported(made, tmp_path, capsys):
+def test_the_last_checkpoint_equals_the_export_of_the_run(made, tmp_path, capsys):
     assert _export(made, tmp_path / "out") == 0
     assert capsys.readouterr().out == f"exported  step 12 of {made} to {tmp_path / 'out'}\n"
     of_run, files = made / "export", {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {path.name for path in of_run.iterdir()}
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.tags == ["lomo_jax", "adalomo"]
     assert files >= {"README.md", "config.json", "generation_config.json", "tokenizer.json"}
     for name in files - {"model.safetensors"}:
         assert (tmp_path / "out" / name).read_text() == (of_run / name).read_text()
@@ -63,7 +65,7 @@ def test_the_best_checkpoint(made, tmp_path, capsys):
     assert f"step {best} " in capsys.readouterr().out
 
 
-def test_large_models_are_written_in_shards(made, tmp_path):
+def test_large_models_are_sharded(made, tmp_path):
     config, params = models.load(made / "export")
     models.save(tmp_path / "out", config, params, card="# A card", max_shard_bytes=50_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -75,12 +77,15 @@ def test_large_models_are_written_in_shards(made, tmp_path):
     ("arguments", "message"),
     [
         (("{made}", "{tmp}/out", "--step=5"), "{made} has no checkpoint of step 5: there is 12, "),
-        (("{tmp}", "{tmp}/out"), "{tmp} is not the workdir of a run: it has no folder model"),
-        (("{made}", "{tmp}"), "{tmp} exists and is not an export; choose another path"),
-        (("{made}", "{made}"), "{made} would replace what the run in {made} keeps; choose another"),
-        (("{made}", "{made}/model"), "{made}/model would replace what the run in {made} keeps; "),
-        (("{made}", "{made}/checkpoints/5"), "{made}/checkpoints/5 would replace what the run "),
-        (("{made}", "{tmp}/out", "--step=\u00b2"), "--step: '\u00b2' is neither a number nor best"),
+        (("{tmp}", "{tmp}/out"), "{tmp} is not the folder of a run: it has no folder model"),
+        (("{made}", "{tmp}"), "{tmp} exists and is not an export of lomo_jax (it has no"),
+        (("{made}", "{made}"), "{made} would replace files of the run in {made}; choose another"),
+        (("{made}", "{made}/model"), "{made}/model would replace files of the run in {made}; "),
+        (
+            ("{made}", "{made}/checkpoints/5"),
+            "{made}/checkpoints/5 would replace files of the run ",
+        ),
+        (("{made}", "{tmp}/out", "--step=\u00b2"), "--step: '\u00b2' must be a number or best"),
     ],
 )
 def test_a_mistake_gets_one_line(made, tmp_path, capsys, arguments, message):
@@ -97,3 +102,15 @@ def test_the_export_of_the_run_may_be_replaced(made, tmp_path):
     shutil.copytree(made, tmp_path / "run")
     assert _export(tmp_path / "run", tmp_path / "run" / "export", "--step=4") == 0
     assert "| steps | 4 of 12" in (tmp_path / "run" / "export" / "README.md").read_text()
+
+
+def test_another_model_is_not_replaced(made, tmp_path, capsys):
+    """It is refused before the checkpoint is read."""
+    shutil.copytree(made / "export", tmp_path / "model")
+    (tmp_path / "model" / "lomo_jax_export.json").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert _export(made, tmp_path / "model") == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/model exists and is not an export of lomo_jax")
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before

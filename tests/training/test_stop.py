@@ -16,8 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import runs
 
-from lomo_jax import export
-from lomo_jax.training import MeshConfig, loop
+from lomo_jax.training import MeshConfig, export, loop
 from lomo_jax.training import evaluate as evaluate_lib
 from lomo_jax.training.stop import Stop
 
@@ -125,7 +124,9 @@ def test_a_signal_during_the_last_evaluation(text, whole, tmp_path, monkeypatch,
         runs.assert_same_run(tmp_path, whole)
     # The second time there is no new evaluation.
     assert sum("eval_loss" in record for record in runs.records(tmp_path)) == 4
-    assert export.main(["export", str(tmp_path), str(tmp_path / "best"), "--step=best"]) == 0
+    assert (
+        export.main(["lomo-jax export", str(tmp_path), str(tmp_path / "best"), "--step=best"]) == 0
+    )
     assert "after step 12 |" in (tmp_path / "best" / "README.md").read_text()
 
 

@@ -1,0 +1,227 @@
+"""An export replaces an unchanged export, whole or not at all, and nothing else ever."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+from small_models import CONFIG, TIED, random_params, word_tokenizer
+
+from lomo_jax import models
+from lomo_jax.errors import UserError
+
+MANIFEST = "lomo_jax_export.json"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    path = tmp_path_factory.mktemp("made") / "export"
+    models.save(path, CONFIG, random_params(CONFIG), tokenizer=word_tokenizer(), card="# A card")
+    return path
+
+
+@pytest.fixture
+def export(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "export")
+
+
+@pytest.fixture
+def other_params():
+    return random_params(CONFIG, 1)
+
+
+def contents(path):
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes()
+        for file in path.rglob("*")
+        if file.is_file()
+    }
+
+
+class BrokenTokenizer:
+    def save_pretrained(self, path):
+        (Path(path) / "tokenizer.json").write_text("{}")
+        raise OSError("disk full")
+
+
+def test_an_export_lists_its_files(export):
+    manifest = json.loads((export / MANIFEST).read_text())
+    files = contents(export)
+    del files[MANIFEST]
+    assert manifest["files"] == {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+    assert files.keys() >= {"README.md", "config.json", "tokenizer.json", WEIGHTS}
+
+
+def test_a_save_replaces_every_file_of_the_earlier_export(export, other_params):
+    models.save(export, CONFIG, other_params, max_shard_bytes=8192)
+    names = set(contents(export))
+    assert names.isdisjoint({"README.md", "tokenizer.json", WEIGHTS})
+    assert "model.safetensors.index.json" in names
+    assert set(json.loads((export / MANIFEST).read_text())["files"]) == names - {MANIFEST}
+    models.save(export, CONFIG, other_params)
+    assert set(contents(export)) == {"config.json", "generation_config.json", WEIGHTS, MANIFEST}
+    assert list(export.parent.iterdir()) == [export]
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_new_or_empty_folder_is_filled(tmp_path, other_params, is_empty):
+    path = tmp_path / "a" / "b"
+    if is_empty:
+        path.mkdir(parents=True)
+    models.save(path, CONFIG, other_params)
+    assert models.load_config(path) == CONFIG
+
+
+def test_a_link_to_a_folder_is_followed(export, other_params):
+    link = export.parent / "link"
+    link.symlink_to(export)
+    models.save(link, TIED, random_params(TIED))
+    assert link.is_symlink()
+    assert models.load_config(export) == TIED
+
+
+def test_another_model_is_not_replaced(tmp_path, other_params):
+    """A model of another program, with the names of an export."""
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "README.md").write_text("# Years of work")
+    safetensors.numpy.save_file({}, path / WEIGHTS)
+    before = contents(path)
+    message = rf"model exists and is not an export of lomo_jax \(it has no {MANIFEST}\); choose"
+    for attempt in (
+        lambda: models.check_save_path(path),
+        lambda: models.save(path, CONFIG, other_params),
+    ):
+        with pytest.raises(UserError, match=message):
+            attempt()
+    assert contents(path) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_not_replaced(tmp_path, other_params):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file exists and is not an export of lomo_jax"):
+        models.save(tmp_path / "file", CONFIG, other_params)
+
+
+@pytest.mark.parametrize("name", ["README.md", WEIGHTS, "config.json", "tokenizer.json"])
+def test_a_changed_file_of_an_export_is_not_replaced(export, other_params, name):
+    content = bytearray((export / name).read_bytes())
+    content[-1] ^= 1  # the size stays
+    (export / name).write_bytes(content)
+    before = contents(export)
+    with pytest.raises(UserError, match=rf"export/{name} was changed after its export and would"):
+        models.save(export, CONFIG, other_params)
+    assert contents(export) == before
+
+
+def test_a_deleted_file_of_an_export_is_no_obstacle(export, other_params):
+    (export / "README.md").unlink()
+    models.save(export, CONFIG, other_params)
+    assert models.load_config(export) == CONFIG
+
+
+FOREIGN = [
+    "vocab_thesis.tex",
+    "tokenizer_training_data/corpus.txt",
+    "model-00009-of-00009.safetensors",
+    "notes/.hidden",
+]
+
+
+def test_files_of_users_stay_in_an_export(export, other_params):
+    for name in FOREIGN:
+        (export / name).parent.mkdir(exist_ok=True)
+        (export / name).write_text(f"years of work: {name}")
+    (export / "link").symlink_to("nowhere")
+    (export / "empty").mkdir()
+    inodes = [(export / name).stat().st_ino for name in FOREIGN]
+    for _ in range(2):
+        models.save(export, CONFIG, other_params)
+        assert [(export / name).read_text() for name in FOREIGN] == [
+            f"years of work: {name}" for name in FOREIGN
+        ]
+    assert [(export / name).stat().st_ino for name in FOREIGN] == inodes
+    assert (export / "link").is_symlink()
+    assert (export / "empty").is_dir()
+    assert not (export / "tokenizer.json").exists()
+    assert list(export.parent.iterdir()) == [export]
+
+
+def test_a_file_of_a_user_beside_ones_in_a_folder_of_the_export_stays(tmp_path, other_params):
+    """Several chat templates are files in a folder."""
+
+    class Tokenizer:
+        def save_pretrained(self, path):
+            folder = Path(path) / "additional_chat_templates"
+            folder.mkdir()
+            (folder / "tool_use.jinja").write_text("ours")
+
+    path = tmp_path / "export"
+    models.save(path, CONFIG, other_params, tokenizer=Tokenizer())
+    (path / "additional_chat_templates" / "mine.jinja").write_text("mine")
+    models.save(path, CONFIG, other_params)
+    assert [file.name for file in (path / "additional_chat_templates").iterdir()] == ["mine.jinja"]
+
+
+def test_a_file_of_a_user_with_a_name_of_the_new_export_is_not_replaced(tmp_path, other_params):
+    path = tmp_path / "export"
+    models.save(path, CONFIG, other_params)
+    (path / "tokenizer.json").write_text("mine")
+    before = contents(path)
+    with pytest.raises(UserError, match=r"export/tokenizer\.json is not part of the earlier expor"):
+        models.save(path, CONFIG, other_params, tokenizer=word_tokenizer())
+    assert contents(path) == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "manifest", ["{", "[]", '{"format": 2}', '{"format": 1, "files": {"../x": {}}}']
+)
+def test_a_damaged_manifest_is_reported(export, other_params, manifest):
+    (export / MANIFEST).write_text(manifest)
+    before = contents(export)
+    with pytest.raises(UserError, match=MANIFEST) as caught:
+        models.save(export, CONFIG, other_params)
+    assert "\n" not in str(caught.value)
+    assert contents(export) == before
+
+
+def test_a_failed_save_leaves_the_earlier_export(export, other_params):
+    (export / "thesis.tex").write_text("mine")
+    before = contents(export)
+    with pytest.raises(OSError, match="disk full"):
+        models.save(export, CONFIG, other_params, tokenizer=BrokenTokenizer())
+    assert contents(export) == before
+    assert list(export.parent.iterdir()) == [export]
+
+
+@pytest.mark.parametrize("killed", ["before the swap", "in the swap", "after the swap"])
+def test_a_killed_save_loses_nothing(made, export, other_params, killed):
+    """The next save, even if it fails, completes or undoes the swap."""
+    (export / "thesis.tex").write_text("mine")
+    aside = export.parent / ".export.writing"
+    aside.mkdir()
+    expected = contents(export)
+    if killed != "before the swap":
+        export.rename(aside / "old")
+    if killed == "after the swap":
+        models.save(export, CONFIG, other_params, card="# The new one")
+        # That removed the folder of the killed save.
+        expected = contents(export)
+        shutil.copytree(made, aside / "old")
+        (aside / "old" / "notes.txt").write_text("mine")
+        expected["notes.txt"] = b"mine"
+    else:
+        shutil.copytree(made, aside / "new")
+    with pytest.raises(OSError, match="disk full"):
+        models.save(export, CONFIG, other_params, tokenizer=BrokenTokenizer())
+    assert contents(export) == expected
+    assert list(export.parent.iterdir()) == [export]
