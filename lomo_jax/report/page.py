@@ -73,7 +73,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "Training loss", f"{_loss(first)} \N{RIGHTWARDS ARROW} {_loss(last)}"
     _, speeds = run.series("tokens_per_second")
     if np.isfinite(speeds).any():
-        yield "Median throughput", f"{np.nanmedian(speeds):,.4g} tokens/s"
+        yield "Median throughput", f"{np.nanmedian(speeds):,.0f} tokens/s"
     if run.started is not None:
         started = datetime.datetime.fromtimestamp(run.started, datetime.UTC)
         yield "Started", f"{started:%-d %B %Y, %H:%M} UTC"
