@@ -178,7 +178,7 @@ def test_null_leaves_a_gap_and_is_reported(page):
 def test_a_spike_is_reported_and_does_not_flatten_the_rest(page):
     losses = [step(n, 1000.0 if n == 50 else 3 - n / 100) for n in range(101)]
     _, reader = page((losses, {}))
-    assert "training: 1 values above the chart, up to 1000.000 at step 50." in reader.said
+    assert "training: 1 above the chart, up to 1000.000 at step 50." in reader.said
 
 
 def test_the_latest_sample_comes_first(page):
