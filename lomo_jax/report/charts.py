@@ -101,7 +101,7 @@ def _chart(kind: _Kind, runs: Sequence[Run], lines: list[Line]) -> Chart:
         )
         alt.append(f"{label}: {first} to {last}")
         if above := np.sum(values > limits[1]):
-            notes.append(f"{label}: {above:,} values above the chart, up to {top}.")
+            notes.append(f"{label}: {above:,} above the chart, up to {top}.")
         if gaps := len(values) - len(finite):
             step = steps[np.isnan(values)][0]
             notes.append(f"{label}: {gaps:,} not finite, the first at step {step:,.0f}.")

@@ -73,7 +73,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "Training loss", f"{_loss(first)} \N{RIGHTWARDS ARROW} {_loss(last)}"
     _, speeds = run.series("tokens_per_second")
     if np.isfinite(speeds).any():
-        yield "Median throughput", f"{np.nanmedian(speeds):,.4g} tokens/s"
+        yield "Median throughput", f"{np.nanmedian(speeds):,.0f} tokens/s"
     if run.started is not None:
         started = datetime.datetime.fromtimestamp(run.started, datetime.UTC)
         yield "Started", f"{started:%-d %B %Y, %H:%M} UTC"
@@ -83,8 +83,9 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "Device", f"{run.info.devices} \N{MULTIPLICATION SIGN} {run.info.device}"
     if run.resumes:
         yield "Resumed", f"at step {', '.join(f'{step:,}' for step in run.resumes[-5:])}"
-    if skipped := run.logged and run.logged[-1].get("skipped"):
-        yield "Skipped updates", f"{skipped:,}, gradient not finite"
+    _, skipped = run.series("skipped")
+    if np.any(skipped > 0):
+        yield "Skipped updates", f"{np.nanmax(skipped):,.0f}, gradient not finite"
     if run.unreadable:
         yield "Unreadable lines", f"{run.unreadable:,} in metrics.jsonl"
 

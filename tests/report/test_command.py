@@ -1,13 +1,15 @@
 """`python -m lomo_jax.report` as a person uses it."""
 
+import os
 import resource
 import subprocess
 import sys
 
 import pytest
-from workdirs import CONFIG, evaluation, sample, step, write
+from workdirs import evaluation, sample, step, write
 
 from lomo_jax.report.__main__ import main
+from lomo_jax.training.config import Config
 
 
 @pytest.fixture
@@ -46,12 +48,12 @@ def test_errors_are_one_line(run, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
     for arguments, said in (
-        ((), "no run: name the workdir"),
-        ((tmp_path / "nowhere",), "no such folder"),
-        ((empty,), "has no metrics.jsonl: give the workdir of a run of train.py"),
-        ((run, "--ou", "x"), "'ou'"),
-        ((run, run), "named twice"),
-        ((run / "metrics.jsonl",), "metrics.jsonl: is a file; give the workdir"),
+        ((), "required: RUN"),
+        ((tmp_path / "nowhere",), "is not a folder: give the folder of a run"),
+        ((empty,), "has no metrics.jsonl: give the folder of a run"),
+        ((run, "--ou", "x"), "unrecognized arguments: --ou"),
+        ((run, run), "given twice"),
+        ((run / "metrics.jsonl",), "metrics.jsonl is not a folder"),
         ((run, "--out", tmp_path / "nowhere" / "page.html"), "No such file or directory"),
     ):
         status, out, error = _report(capsys, *arguments)
@@ -75,36 +77,41 @@ def test_an_earlier_page_stays_where_a_new_one_cannot_be_written(run, capsys):
 
 
 def test_names_that_are_not_utf_8(tmp_path, capsys):
-    config = CONFIG | {"prompt": "caf\udce9"}
+    config = Config(workdir="caf\udce9")
     run = write(tmp_path / "run", [step(1, 3.0), sample(1, "more")], config=config)
     assert _report(capsys, run)[0] == 0
     assert r"caf\udce9" in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_without_matplotlib_the_error_says_what_to_install(run, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_a_missing_package_is_named(run, capsys, monkeypatch, package):
+    monkeypatch.delitem(sys.modules, "lomo_jax.report.charts", raising=False)
+    monkeypatch.delattr("lomo_jax.report.charts", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
     status, _, error = _report(capsys, run)
-    assert (status, error) == (
-        1,
-        "error: a report needs matplotlib: pip install 'lomo_jax[plot]'\n",
-    )
+    expected = f"error: a report needs {package}: pip install 'lomo_jax[plot]'\n"
+    assert (status, error) == (1, expected)
 
 
-def test_help_and_module(run):
-    command = [sys.executable, "-m", "lomo_jax.report"]
-    asked = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
-    assert "python -m lomo_jax.report runs/quickstart" in asked.stdout
-    assert "--out" in asked.stdout
-    made = subprocess.run([*command, str(run)], capture_output=True, text=True, check=False)
-    assert (made.returncode, made.stderr) == (0, "")
-    assert (run / "report.html").exists()
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_out_has_to_be_a_regular_file(run, tmp_path, capsys, kind):
+    out = tmp_path / "out"
+    (os.mkfifo if kind == "pipe" else os.mkdir)(out)
+    status, _, error = _report(capsys, run, "--out", out)
+    assert (status, error.count("\n")) == (1, 1)
+    assert f"{out} is not a regular file" in error
+    assert out.is_fifo() == (kind == "pipe")
 
 
-def test_the_report_does_not_load_the_trainer():
+def test_as_a_module_without_the_trainer(run):
     code = (
-        "import sys, lomo_jax.report.__main__; "
-        "print([m for m in ('flax', 'orbax', 'transformers', 'lomo_jax.training', 'matplotlib') "
-        "if m in sys.modules])"
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end: assert not end.code\n"
+        "names = ('flax', 'orbax', 'transformers', 'lomo_jax.training')\n"
+        "print([name for name in names if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    command = [sys.executable, "-c", code, "lomo_jax.report", str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{run / 'report.html'}\n[]\n"

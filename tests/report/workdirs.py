@@ -1,49 +1,46 @@
-"""Writes folders like those that runs of `train.py` leave."""
+"""Writes the folders of runs with the writers that the trainer uses."""
 
-import json
+from lomo_jax.plan import MemoryPlan
+from lomo_jax.run_files import CONFIG, MetricsWriter, RunInfo, write_json
+from lomo_jax.training.config import Config, to_dict
 
-CONFIG = {
-    "model": {"path": "/models/llama-7b", "init": "checkpoint"},
-    "optimizer": "adalomo",
-    "optimizer_kwargs": {},
-    "learning_rate": 0.001,
-    "schedule": "cosine",
-    "clip_norm": None,
-    "batch_size": 8,
-    "sequence_length": 512,
-    "steps": 30,
-    "param_dtype": "bfloat16",
-    "seed": 0,
-    "prompt": "Once <i>upon</i>",
-    "workdir": "runs/default",
-}
-FACTS = {
-    "source": "/models/llama-7b",
-    "parameters": 6738415616,
-    "device": "NVIDIA H100",
-    "devices": 2,
-    "processes": 1,
-    "versions": {"python": "3.12.3", "jax": "0.12.0", "lomo_jax": "0.1.0"},
-    "plan": {
-        "total_gib": 14.17,
-        "usable_gib": 71.25,
-        "weights_gib": 12.55,
-        "state_gib": 0.01,
-        "layer_inputs_gib": 1.0,
-        "temporaries_gib": 0.61,
-        "host_gib": 0.25,
-    },
-}
+PLAN = MemoryPlan(
+    weights_gib=12.55,
+    state_gib=0.01,
+    layer_inputs_gib=1.0,
+    temporaries_gib=0.61,
+    host_gib=0.25,
+    total_gib=14.17,
+    device_gib=80.0,
+    usable_gib=71.25,
+    fits=True,
+    gpu="NVIDIA H100",
+    devices=2,
+)
+INFO = RunInfo(
+    source="/models/llama-7b",
+    parameters=6_738_415_616,
+    device="NVIDIA H100",
+    devices=2,
+    processes=1,
+    versions={"python": "3.12.3", "jax": "0.12.0", "lomo_jax": "0.1.0"},
+    memory=PLAN,
+)
 
 
-def write(folder, records, *, config=CONFIG, facts=FACTS, end="\n"):
+def write(folder, records, *, config=None, info=INFO, end=""):
     """Writes a run; `end` follows its last record."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in (("config.json", config), ("run.json", facts)):
-        if value is not None:
-            (folder / name).write_text(json.dumps(value))
-    lines = "\n".join(json.dumps(record) for record in records)
-    (folder / "metrics.jsonl").write_text(lines + end)
+    write_json(folder / CONFIG, to_dict(config or Config(steps=30)))
+    if info is not None:
+        info.write(folder)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    writer = MetricsWriter(folder)
+    for record in records:
+        writer.write(record)
+    writer.close()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(end)
     return folder
 
 
@@ -56,8 +53,8 @@ def evaluation(number, loss, time=0.0):
     return {"step": number, "time": time, "eval_loss": loss, "eval_accuracy": 0.4}
 
 
-def sample(number, text, time=0.0):
-    return {"step": number, "time": time, "sample": text}
+def sample(number, text, time=0.0, prompt="Once <i>upon</i> "):
+    return {"step": number, "time": time, "prompt": prompt, "sample": text}
 
 
 def resumed(number, time=0.0):
