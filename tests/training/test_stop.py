@@ -92,9 +92,7 @@ def test_a_signal_during_an_evaluation_postpones_it(text, whole, tmp_path, monke
     runs.assert_same_run(tmp_path, whole)
 
 
-def test_the_best_checkpoint_is_kept_if_its_evaluation_was_postponed(
-    text, tmp_path, monkeypatch
-):
+def test_the_best_checkpoint_is_kept_if_its_evaluation_was_postponed(text, tmp_path, monkeypatch):
     # Step 6 is the best of 3, 6, 9, 12; see test_damage.py.
     fields = {"optimizer": "lion", "learning_rate": 0.3, "schedule": "constant"}
     fields |= {"eval_every": 3, "checkpoint_every": 2}
