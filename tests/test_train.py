@@ -1,8 +1,8 @@
 """The command line as a person uses it."""
 
 import ast
-import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,8 +17,12 @@ import pytest
 from flax import nnx
 
 from lomo_jax import models
+from lomo_jax.__main__ import COMMANDS
+from lomo_jax.__main__ import main as command
 from lomo_jax.data import package_path
-from lomo_jax.training.config import validate
+from lomo_jax.training import loop
+from lomo_jax.training.__main__ import main
+from lomo_jax.training.config import read_config, validate
 
 _ROOT = Path(__file__).parent.parent
 _CONFIGS = sorted((_ROOT / "configs").glob("*.py"))
@@ -29,24 +33,15 @@ def _train(*args: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=_ROOT, check=False)
 
 
-def _load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _records(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_valid_and_its_docstring_is_a_recipe(path):
-    config = _load(path).get_config()
+    config = read_config(str(path))
     config.model.path = config.model.path or "a model"
-    config.data.path = config.data.path or "a text"
+    config.data.path = config.data.path or "a dataset"
     validate(config)
     recipe = ast.get_docstring(ast.parse(path.read_text()))
     assert recipe is not None
@@ -62,14 +57,6 @@ def test_llama7b_says_what_is_missing():
     assert result.stderr.startswith("error: model.path: missing; ")
     assert "--config.model.init=random" in result.stderr
     assert result.stderr.count("\n") == 1
-
-
-def test_llama7b_is_llama_7b():
-    config = _load(_ROOT / "configs" / "llama7b.py").get_config()
-    shape = models.LlamaConfig(**vars(config.model.architecture))
-    _, params = models.abstract(shape)
-    # Touvron et al., arXiv 2302.13971, table 2: 6.7B parameters.
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 6_738_415_616
 
 
 @pytest.fixture
@@ -118,11 +105,69 @@ def test_a_run_writes_metrics_and_export(tiny, tmp_path):
 def test_a_failure_is_one_line_and_a_status(tiny, tmp_path, capsys, text, flags, message):
     if text is not None:
         (tmp_path / "text.txt").write_text(text)
-    assert _load(_ROOT / "train.py").main(["train.py", *tiny, *flags]) == 1
+    assert main(["train.py", *tiny, *flags]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_without_a_dataset_the_command_says_so():
+    flags = ["--config=configs/llama7b.py", "--config.model.init=random"]
+    result = _train(*flags)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: data.path: missing; set --config.data.path to ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_error_inside_jax_is_no_error_of_the_user(tiny, tmp_path, capsys, monkeypatch):
+    """One line that names the error and the log with its traceback."""
+
+    def fail(*args):
+        jax.numpy.zeros((2, 3)) @ jax.numpy.zeros((2, 3))
+
+    monkeypatch.setattr(loop, "_make_steps", fail)
+    assert main(["train.py", *tiny]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: TypeError: dot_general requires contracting dimensions")
+    log = tmp_path / "run" / "log.txt"
+    assert line.endswith(f"; the traceback is in {log}")
+    assert "Traceback (most recent call last):" in log.read_text()
+    assert "in fail" in log.read_text()
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_an_error_before_there_is_a_log_is_raised(tiny, monkeypatch):
+    monkeypatch.setattr(loop, "_set_up", lambda *args: [][0])
+    with pytest.raises(IndexError):
+        main(["train.py", *tiny])
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["help"]])
+def test_the_command_alone_shows_its_commands(argv, capsys):
+    assert command(["lomo-jax", *argv]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"lomo-jax {name} " in shown for name in COMMANDS)
+
+
+def test_an_unknown_command_gets_one_line(capsys):
+    assert command(["lomo-jax", "trian", "--config=quickstart"]) == 1
+    assert capsys.readouterr().err == "error: 'trian' is not a command; did you mean 'train'?\n"
+
+
+def test_the_command_runs_a_config_by_its_name_in_any_folder(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "lomo_jax", "train", "--config", "quickstart", "--print_config"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["workdir"] == "runs/quickstart"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +196,7 @@ def test_quickstart_learns_within_its_budget(quickstart):
     assert float((quickstart / "seconds").read_text()) < 8 * 60
     # In KiB, of the largest process that this one has waited for: no other run is near.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20
-    prompt = _load(_ROOT / "configs" / "quickstart.py").get_config().prompt.splitlines()[0]
+    prompt = read_config("quickstart").prompt.splitlines()[0]
     assert (quickstart / "stdout").read_text().count(prompt) == 4  # before, twice on the way, after
 
 

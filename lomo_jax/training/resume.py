@@ -9,6 +9,7 @@ A run starts from the first of these that there is:
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,24 +181,19 @@ def check_start(model_path: str | None, workdir: Path) -> None:
 
 def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns (saved, now) by name for each field that both have and that differs."""
-    before, now = _flat(saved), _flat(json.loads(json.dumps(config)))  # tuples become lists
-    return {
-        name: (before[name], now[name])
-        for name in before
-        if name in now and _absolute(name, before[name]) != _absolute(name, now[name])
-    }
+
+    def compare(before: dict[str, Any], now: dict[str, Any], prefix: str) -> Iterator[Any]:
+        for key in before.keys() & now.keys():
+            name, old, new = prefix + key, before[key], now[key]
+            if isinstance(old, dict) and isinstance(new, dict) and key != "optimizer_kwargs":
+                yield from compare(old, new, f"{name}.")
+            elif _absolute(name, old) != _absolute(name, new):
+                yield name, (old, new)
+
+    found = dict(compare(saved, json.loads(json.dumps(config)), ""))  # tuples become lists
+    return {name: found[name] for name in sorted(found)}
 
 
 def _absolute(name: str, value: Any) -> Any:
     """Returns a path as an absolute one, and any other value as it is."""
     return os.path.abspath(os.path.expanduser(value)) if name.endswith("path") and value else value
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and key != "optimizer_kwargs":
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -196,19 +196,19 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path):
 def test_an_error_in_one_process_ends_all(tmp_path):
     """Also after a checkpoint was begun, of whose end they have not agreed yet."""
     code = """
-from lomo_jax.training import record
+from lomo_jax.training import log
 
-take = record.Recorder.step
+record = log.Recorder.step
 
-def step(self, number, *given):
-    take(self, number, *given)
+def step(self, number, *outputs):
+    record(self, number, *outputs)
     if number == 8:
         raise OSError("no such luck")
 
-record.Recorder.step = step
+log.Recorder.step = step
 """
     running = train(tmp_path, 2, "--config.checkpoint_every=4", code=code)
     first, second = finish(running, seconds=150)
     assert [p.returncode for p in running] == [1, 1], first + second
-    assert "error: no such luck" in second
+    assert "OSError: no such luck" in second
     assert "has lost another one" in first

@@ -10,9 +10,13 @@ def _compilation_cache(tmp_path_factory):
     """Runs compile the same few programs again and again."""
     folder, seconds = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, folder), getattr(jax.config, seconds)
-    jax.config.update(folder, str(tmp_path_factory.mktemp("cache")))
-    jax.config.update(seconds, 0.2)
-    yield
+    cache = str(tmp_path_factory.mktemp("cache"))
+    jax.config.update(folder, cache)
+    jax.config.update(seconds, 0.0)
+    with pytest.MonkeyPatch.context() as patch:  # for the processes that tests start
+        patch.setenv(folder.upper(), cache)
+        patch.setenv(seconds.upper(), "0")
+        yield
     jax.config.update(folder, before[0])
     jax.config.update(seconds, before[1])
 

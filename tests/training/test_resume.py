@@ -1,4 +1,4 @@
-"""Where a run starts, and what it keeps of an earlier one."""
+"""Resuming a run, starting from another one, and the files that a run writes."""
 
 import dataclasses
 import json
@@ -13,20 +13,22 @@ import runs
 import lomo_jax
 from lomo_jax import models
 from lomo_jax.errors import CheckpointError, ConfigError
-from lomo_jax.training import DataConfig, ModelConfig, loop
+from lomo_jax.training import Config, DataConfig, ModelConfig, loop, resume, to_dict
 from lomo_jax.training.checkpoint import Checkpoints, read_params
+from lomo_jax.training.config import _leaves, set_fields
+from lomo_jax.training.resume import IDENTITY_FIELDS
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
 @pytest.fixture(scope="module")
 def made(text, tmp_path_factory):
-    """The workdir of a run of six steps, with the checkpoints 3 and 6, from a model in a folder."""
+    """The workdir of a run of six steps from a model folder, with the checkpoints 3 and 6."""
     folder = tmp_path_factory.mktemp("made")
     loop.train(runs.make_config(text, folder / "model", steps=1))
     config = _config(text, folder / "run", folder / "model" / "export")
     loop.train(config)
-    shutil.rmtree(folder / "model")  # it is not needed again
+    shutil.rmtree(folder / "model")  # a resumed run does not need it
     return folder / "run"
 
 
@@ -54,7 +56,7 @@ def _lines(text: str, label: str) -> list[str]:
     return [line[10:] for line in text.splitlines() if line.startswith(f"{label:<9} ")]
 
 
-def test_a_run_that_is_complete_makes_its_export_again(again, made, tmp_path, capsys):
+def test_a_finished_run_is_exported_again(again, made, tmp_path, capsys):
     shutil.rmtree(tmp_path / "run" / "export")
     before = runs.records(tmp_path / "run")
     loop.train(again())
@@ -65,7 +67,7 @@ def test_a_run_that_is_complete_makes_its_export_again(again, made, tmp_path, ca
     runs.assert_same_run(tmp_path / "run", made)
 
 
-def test_what_may_change_is_told(again, tmp_path, capsys):
+def test_other_fields_may_change_and_are_logged(again, tmp_path, capsys):
     loop.train(again(steps=7, learning_rate=1e-3, microbatches=2, rounding="stochastic"))
     assert _lines(capsys.readouterr().out, "changed") == [
         "learning_rate: 0.03 until step 6, now 0.001",
@@ -78,7 +80,7 @@ def test_what_may_change_is_told(again, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_skipping_can_be_switched_on_where_a_run_has_stopped(again, tmp_path):
+def test_a_resumed_run_may_start_to_skip_updates(again, tmp_path):
     loop.train(again(steps=7, dynamic_loss_scale=True))
     assert runs.column(tmp_path / "run", "loss_scale") == {7: 2.0**16}
     loop.train(again(steps=8, skip_nonfinite=2))
@@ -91,22 +93,54 @@ def test_skipping_can_be_switched_on_where_a_run_has_stopped(again, tmp_path):
     assert skipping[8] == pytest.approx(plain[8], rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"optimizer": "lomo"}, "optimizer"),
-        ({"param_dtype": "bfloat16"}, "param_dtype"),
-        ({"seed": 1}, "seed"),
-        ({"batch_size": 8}, "batch_size"),
-        ({"model": ModelConfig("elsewhere")}, "model.path"),
-    ],
-)
-def test_a_config_of_another_run_is_refused(again, changes, name):
-    with pytest.raises(ConfigError, match=rf"^{name}: .*, but the checkpoint in .* is of a run"):
-        loop.train(again(**changes))
+# Another value of each field that makes another run.
+_ANOTHER = {
+    "optimizer": "lomo",
+    "optimizer_kwargs": {"b1": 0.5},
+    "param_dtype": "bfloat16",
+    "seed": 1,
+    "batch_size": 8,
+    "sequence_length": 16,
+    "data.eval_fraction": 0.2,
+    "model.path": "elsewhere",
+    "model.init": "checkpoint",
+    **{
+        f"model.architecture.{name}": value
+        for name, value in {
+            **{"vocab_size": 258, "width": 64, "mlp_width": 32, "num_layers": 3, "num_heads": 2},
+            **{"num_kv_heads": 4, "head_dim": 16, "max_length": 128, "rope_theta": 5e5},
+            **{"norm_eps": 1e-5, "tie_embeddings": True, "bos_id": 1, "eos_id": 2},
+            "rope_scaling": models.RopeScaling(8.0, 1.0, 4.0, 64),
+        }.items()
+    },
+}
 
 
-def test_text_may_move_but_not_change(again, text, tmp_path):
+def test_all_fields_that_make_another_run_are_listed():
+    fields = {name for name, _, _ in _leaves(Config())}
+    identity = {
+        name
+        for name in fields
+        if any(name == own or name.startswith(f"{own}.") for own in IDENTITY_FIELDS)
+    }
+    assert set(_ANOTHER) == identity
+
+
+@pytest.mark.parametrize("name", _ANOTHER)
+def test_another_value_of_an_identity_field_is_refused(text, name):
+    config = runs.make_config(text, Path("workdir"))
+    changed = set_fields(config, {name: _ANOTHER[name]})
+    resume.check_same_run(to_dict(config), to_dict(config))
+    with pytest.raises(ConfigError, match=rf"^{name}: .*, but the checkpoint in 'workdir' is of a"):
+        resume.check_same_run(to_dict(config), to_dict(changed))
+
+
+def test_a_config_of_another_run_is_refused(again):
+    with pytest.raises(ConfigError, match=r"^seed: 1, but the checkpoint in .* is of a run with 0"):
+        loop.train(again(seed=1))
+
+
+def test_the_dataset_may_move_but_not_change(again, text, tmp_path):
     moved = shutil.copy(text, tmp_path / "moved.jsonl")
     loop.train(again(steps=7, data=DataConfig(str(moved), eval_fraction=0.1)))
     runs.write_text(moved, documents=61)
@@ -114,19 +148,19 @@ def test_text_may_move_but_not_change(again, text, tmp_path):
         loop.train(again(steps=8, data=DataConfig(str(moved), eval_fraction=0.1)))
 
 
-def test_never_moves_an_earlier_run_aside(again, text, made, tmp_path, capsys):
+def test_resume_never_moves_an_earlier_run_aside(again, text, made, tmp_path, capsys):
     loop.train(runs.make_config(text, tmp_path / "run", resume="never", steps=1))
     assert "to earlier-1" in capsys.readouterr().out
     runs.assert_same_run(tmp_path / "run" / "earlier-1", made)
     assert runs.last_step(tmp_path / "run") == 1
-    # The earlier one can go on where it is now.
+    # The earlier run can be resumed from its new folder.
     aside = dataclasses.replace(again(), workdir=str(tmp_path / "run" / "earlier-1"), steps=7)
     loop.train(aside)
     assert runs.last_step(tmp_path / "run" / "earlier-1") == 7
 
 
 @pytest.mark.parametrize("renamings", [1, 4])
-def test_a_run_that_is_killed_while_it_moves_another_aside_loses_none_of_it(
+def test_a_kill_while_moving_an_earlier_run_aside_loses_nothing(
     again, text, made, tmp_path, monkeypatch, renamings
 ):
     rename, left = Path.rename, iter(range(renamings))
@@ -148,8 +182,8 @@ def test_a_run_that_is_killed_while_it_moves_another_aside_loses_none_of_it(
     assert {path.name for path in (tmp_path / "run").iterdir()} == names | {".lock", "earlier-1"}
 
 
-def test_a_checkpoint_that_the_run_removes_while_it_is_read(again, made, tmp_path, monkeypatch):
-    """As one does that goes on; the one that there is then is read."""
+def test_a_checkpoint_that_is_removed_while_it_is_read(again, made, tmp_path, monkeypatch):
+    """As by a run that is still training: the one that exists then is read."""
     folder, metadata = tmp_path / "run" / "checkpoints", Checkpoints.metadata
     _, params = models.load(made / "export")
 
@@ -166,7 +200,7 @@ def test_a_checkpoint_that_the_run_removes_while_it_is_read(again, made, tmp_pat
 
 
 @pytest.mark.parametrize(("place", "step"), [("", 6), ("checkpoints/6", 6), ("checkpoints/3", 3)])
-def test_a_checkpoint_is_a_model_to_start_from(text, made, tmp_path, place, step):
+def test_a_run_may_start_from_a_checkpoint(text, made, tmp_path, place, step):
     config = _config(text, tmp_path, made / place, steps=1, optimizer="lomo")
     loop.train(config)
     first = runs.column(tmp_path, "eval_loss")[0]
@@ -182,7 +216,7 @@ def test_a_checkpoint_in_another_dtype(text, made, tmp_path):
 
 @pytest.mark.slow
 def test_into_host_memory_and_back(again, made, text, tmp_path):
-    """A run that is offloaded on its way ends like one that is not."""
+    """A run that is offloaded for some steps equals one that is not."""
     offload = lomo_jax.Offload(params=True, state=True)
     loop.train(again(steps=9, offload=offload))
     loop.train(again(steps=12))
@@ -200,7 +234,7 @@ def test_a_checkpoint_by_time(text, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "10", "12"}
 
 
-def test_what_is_written_beside_the_metrics(made):
+def test_run_info_log_and_model_card(made):
     run = json.loads((made / "run.json").read_text())
     size = sum(leaf.size for leaf in runs.weights(made).values())
     assert (run["parameters"], run["device"], run["devices"]) == (size, "cpu", 1)
@@ -231,7 +265,7 @@ def test_tensorboard_has_the_losses(made):
             assert found[name, step] == pytest.approx(value, rel=1e-6)
 
 
-def test_the_loop_transfers_nothing_behind_its_back(text, tmp_path, monkeypatch):
+def test_the_loop_makes_no_implicit_transfers(text, tmp_path, monkeypatch):
     make_steps = loop._make_steps
 
     def guarded(*args):
@@ -255,7 +289,7 @@ def test_weights_and_biases(text, tmp_path, monkeypatch):
     assert len(offline) == 2
 
 
-def test_names(made):
+def test_the_files_in_the_workdir(made):
     assert {path.name for path in Path(made).iterdir()} == {
         *(".lock", "checkpoints", "config.json", "export", "log.txt", "metrics.jsonl", "model"),
         *("run.json", "tensorboard"),

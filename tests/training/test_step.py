@@ -1,0 +1,170 @@
+"""The step of a run: every option of the config reaches it, and padding counts for nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lomo_jax
+from lomo_jax import models
+from lomo_jax.training import Config, ModelConfig
+from lomo_jax.training import model as model_lib
+from lomo_jax.training.config import validate
+from lomo_jax.training.step import make_step
+
+_SHAPE = models.LlamaConfig(32, 8, 16, 2, 2, 1, 4, max_length=16)
+# Each option of a step: a config that sets it, the field of the step, and its value there.
+_OPTIONS = {
+    "clip_norm": ({"clip_norm": 0.25}, "clip_norm", 0.25),
+    "microbatches": ({"microbatches": 4}, "microbatches", 4),
+    "rounding": ({"rounding": "stochastic"}, "rounding", "stochastic"),
+    "remat": ({"remat": "attention"}, "remat", "attention"),
+    **{
+        f"offload.{name}": (
+            {"offload": lomo_jax.Offload(**{name: True})},
+            "offload",
+            lomo_jax.Offload(**{name: True}),
+        )
+        for name in ("params", "activations", "state")
+    },
+    "dynamic_loss_scale": (
+        {"dynamic_loss_scale": True},
+        "loss_scale",
+        lomo_jax.DynamicLossScale(),
+    ),
+}
+
+
+def _config(**changes) -> Config:
+    fields = {
+        "model": ModelConfig(init="random", architecture=_SHAPE),
+        "param_dtype": "float32",
+        "sequence_length": 16,
+        "batch_size": 4,
+        "steps": 4,
+        "warmup": 0,
+        "schedule": "constant",
+    }
+    return Config(**fields | changes)
+
+
+def _model(config: Config) -> model_lib.Model:
+    return model_lib.abstract(config.model, config.param_dtype, config.sequence_length)[0]
+
+
+def _make(**changes) -> lomo_jax.Step:
+    config = _config(**changes)
+    validate(config, for_plan=True)
+    return make_step(config, _model(config))
+
+
+@pytest.mark.parametrize("option", _OPTIONS)
+def test_an_option_reaches_the_step(option):
+    changes, field, value = _OPTIONS[option]
+    assert getattr(_make(**changes), field) == value
+    assert getattr(_make(), field) != value
+
+
+def test_the_options_are_all_those_of_a_step():
+    """Except for those that the trainer sets itself."""
+    fields = {field.name for field in dataclasses.fields(lomo_jax.Step)}
+    own = {"loss_fn", "tx", "has_aux", "trainable"}
+    assert {field for _, field, _ in _OPTIONS.values()} == fields - own
+
+
+def test_a_config_chooses_the_fused_step_or_the_reference():
+    tx = lomo_jax.lomo(0.1)
+    makers = {True: lomo_jax.fused_step, False: lomo_jax.reference_step}
+    for fused, maker in makers.items():
+        assert type(_make(fused=fused)) is type(maker(lambda params, batch: 0.0, tx))
+    assert type(_make(fused=True)) is not type(_make(fused=False))
+
+
+def _batch(weights: np.ndarray) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(32, size=(4, 17), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(16, dtype=np.int32), (4, 16))
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": positions,
+        "segments": np.ones_like(positions),
+        "weights": weights,
+    }
+
+
+def _update(batch, **changes):
+    """Returns the parameters, and the output, of a step on `batch`."""
+    config = _config(**changes)
+    model = _model(config)
+    params = model_lib.load_params(config.model, model, config.param_dtype)
+    step = make_step(config, model)
+    params, _, out = jax.jit(step)(params, step.init(params, batch), batch)
+    return params, out
+
+
+def _padded() -> dict[str, np.ndarray]:
+    """Two rows are nearly all padding."""
+    weights = np.ones((4, 16), np.float32)
+    weights[1::2, 2:] = 0
+    return _batch(weights)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_padding_counts_for_nothing_however_the_batch_is_split(assert_close):
+    fields = {"optimizer": "sgd", "learning_rate": 0.5}
+    whole, out = _update(_padded(), microbatches=1, **fields)
+    split, split_out = _update(_padded(), microbatches=4, **fields)
+    assert_close(split, whole)
+    assert float(split_out.loss) == pytest.approx(float(out.loss), rel=1e-5)
+    unweighted, _ = _update(_batch(np.ones((4, 16), np.float32)), **fields)
+    with pytest.raises(AssertionError):
+        assert_close(unweighted, whole)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer", "lomo"),
+        ("optimizer_kwargs", {"weight_decay": 0.5}),
+        ("learning_rate", 0.125),
+        ("schedule", "linear"),
+        ("warmup", 2),
+    ],
+)
+def test_a_field_of_the_optimizer_changes_the_update(field, value, assert_close):
+    plain, _ = _update(_padded())
+    changed, _ = _update(_padded(), **{field: value})
+    is_first_step_the_same = field == "schedule"  # it differs from the second step on
+    if is_first_step_the_same:
+        assert_close(changed, plain, tolerance=0)
+    else:
+        with pytest.raises(AssertionError):
+            assert_close(changed, plain)
+
+
+def test_clipping_bounds_the_update():
+    fields = {"optimizer": "lomo", "learning_rate": 1.0, "clip_norm": 0.01}
+    config = _config(**fields)
+    before = model_lib.load_params(config.model, _model(config), config.param_dtype)
+    after, out = _update(_padded(), **fields)
+    assert float(out.grad_norm) > 0.01
+    squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), after, before)
+    assert float(sum(jax.tree.leaves(squares))) ** 0.5 == pytest.approx(0.01, rel=1e-3)
+
+
+def test_skipping_keeps_a_scale_of_one():
+    """After a step that is not finite parameters and scale are as before."""
+    config = _config(skip_nonfinite=2, optimizer="lomo")
+    model = _model(config)
+    params = model_lib.load_params(config.model, model, config.param_dtype)
+    step = make_step(config, model)
+    state = step.init(params, _padded())
+    bad = _padded() | {"weights": np.full((4, 16), np.nan, np.float32)}
+    for batch, is_finite in ((bad, False), (_padded(), True)):
+        new_params, state, out = jax.jit(step)(params, state, batch)
+        assert bool(out.finite) == is_finite
+        assert float(state.loss_scale.scale) == 1.0
+        is_same = jax.tree.map(lambda a, b: bool((a == b).all()), new_params, params)
+        assert all(jax.tree.leaves(is_same)) != is_finite
