@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import TIED as TIED_SMALL
 
 from lomo_jax import models
 from lomo_jax.models import llama
@@ -39,7 +40,8 @@ def build(config=CONFIG):
     )
 
 
-@jax.jit
+# Without LLVM's optimisations, which take most of the time of a small test.
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 def logits_of(model, *arguments):
     return model(*arguments)
 
@@ -168,18 +170,18 @@ def test_plain_gradients_store_one_input_per_layer():
 
 
 def test_init_matches_abstract_and_depends_on_the_seed():
-    abstract_graphdef, abstract_params = models.abstract(CONFIG, jnp.bfloat16)
-    graphdef, params = models.init(CONFIG, 0, jnp.bfloat16)
+    abstract_graphdef, abstract_params = models.abstract(TIED_SMALL, jnp.bfloat16)
+    graphdef, params = models.init(TIED_SMALL, 0, jnp.bfloat16)
     assert graphdef == abstract_graphdef
     chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params)
-    chex.assert_trees_all_equal(params, models.init(CONFIG, 0, jnp.bfloat16)[1])
+    chex.assert_trees_all_equal(params, models.init(TIED_SMALL, 0, jnp.bfloat16)[1])
 
     def up(seed):
-        kernel = nnx.merge(*models.init(CONFIG, seed, jnp.bfloat16)).layers.mlp.up.kernel
+        kernel = nnx.merge(*models.init(TIED_SMALL, seed, jnp.bfloat16)).layers.mlp.up.kernel
         return np.asarray(kernel[...], np.float32)
 
     assert np.std(up(0)) == pytest.approx(0.02, rel=0.05)
-    assert len(np.unique(up(0)[:, 0, 0])) == CONFIG.num_layers
+    assert len(np.unique(up(0)[:, 0, 0])) == TIED_SMALL.num_layers
     assert (up(1) != up(0)).mean() > 0.9
 
 

@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import CONFIG, TIED
 
 from lomo_jax import models
 
-CONFIG = models.LlamaConfig(31, 16, 24, 3, 4, 2, 4)
-TIED = models.LlamaConfig(31, 16, 24, 3, 4, 2, 4, tie_embeddings=True)
 HOST = jax.memory.Space.Host
 
 
@@ -53,8 +52,7 @@ def test_stacks_in_host_memory_are_filled_in_place(monkeypatch):
         return filled
 
     monkeypatch.setattr(weights, "_fill", watched)
-    config = models.LlamaConfig(31, 16, 24, 3, 1, 1, 4)
-    models.init_layer_by_layer(config, 0, jnp.float32, on_host=True)
+    models.init_layer_by_layer(CONFIG, 0, jnp.float32, on_host=True)
     # One stack has this shape, and every layer was written to it.
     assert len(pointers[(id(np.dtype("float32")), 3, 24, 16)]) == 1
 
