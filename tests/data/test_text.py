@@ -212,6 +212,13 @@ def test_several_paths(tokenizer, tmp_path):
     assert seen == {*range(1, 50), *range(101, 150), END}
 
 
+def test_text_key(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "w9", "body": "w1 w2 w3"}))
+    train, _ = load(path, tokenizer, sequence_length=3, eval_fraction=0, text_key="body")
+    assert targets([next(train)]) == [2, 3, END]
+
+
 @pytest.mark.parametrize("name", ["tokenizer", "bracketing_tokenizer"])
 def test_special_tokens(name, request, tmp_path):
     path = tmp_path / "a.txt"

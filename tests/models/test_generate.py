@@ -58,6 +58,14 @@ def test_sampling_depends_on_the_seed_alone(model):
     assert sample(0) != sample(1)
 
 
+def test_samples_at_different_positions_are_independent(model):
+    uniform = jax.tree.map(jnp.zeros_like, model[1])  # every token is equally likely
+    prompts = np.repeat(PROMPT_BxT[:1], 20_000, axis=0)
+    sampled = models.generate(model[0], uniform, prompts, 2, temperature=1.0)
+    equal = np.mean(sampled[:, -1] == sampled[:, -2])
+    assert equal == pytest.approx(1 / CONFIG.vocab_size, abs=4 * (1 / 13 / 20_000) ** 0.5)
+
+
 def test_bad_prompts_are_reported(model):
     with pytest.raises(ValueError, match="are 41 tokens, more than the model's max_length=40"):
         models.generate(model[0], model[1], PROMPT_BxT, 36)

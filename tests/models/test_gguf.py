@@ -17,7 +17,7 @@ from small_models import random_params
 from lomo_jax import models
 from lomo_jax.errors import UserError
 
-CONFIG = dataclasses.replace(SHAPE, num_layers=2, head_dim=6, eos_id=2)
+CONFIG = dataclasses.replace(SHAPE, num_layers=2, head_dim=6, max_length=96, eos_id=2)
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 LINEARS = {
     "attn_q": ("attention", "q"),

@@ -58,11 +58,13 @@ def ask_inside_a_composite_tokenizer(directory):
     (nested / "evil.py").write_text((directory / "evil.py").read_text())
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "RagTokenizer"}')
     part = {"model_type": "unknown", "auto_map": AUTO_MAP}
-    parts = {"question_encoder": {"model_type": "bert"}, "generator": {"model_type": "bart"}}
+    parts = {"question_encoder": {"model_type": "resnet"}, "generator": {"model_type": "bart"}}
     edit(directory / "config.json", model_type="rag", **parts)
     edit(nested / "config.json", **part)
 
 
+# A warning that is an error would end the reading before it comes to the code.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "ask",
     [

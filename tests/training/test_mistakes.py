@@ -94,11 +94,11 @@ INPUTS = {
     ),
     "empty text": (
         *(_write("a.txt", ""), _TEXT + "a.txt"),
-        "{tmp}/a.txt has no text: it is empty or blank",
+        "{tmp}/a.txt has no text, it is empty or blank: add text",
     ),
     "text in Latin-1": (
         *(_write("a.txt", b"caf\xe9 " * 99), _TEXT + "a.txt"),
-        "{tmp}/a.txt is not UTF-8 text (byte 0xe9): convert it, or name the files to read with a "
+        "{tmp}/a.txt is not UTF-8 text (byte 0xe9): convert it, or select the files to read with a "
         "glob",
     ),
     "a line that is no JSON": (

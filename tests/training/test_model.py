@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lomo_jax import models
-from lomo_jax.errors import ConfigError
+from lomo_jax.errors import ConfigError, UserError
 from lomo_jax.training import ModelConfig
 from lomo_jax.training import model as model_lib
 
@@ -36,7 +36,7 @@ def test_any_other_path_is_that_of_a_file():
 
 
 def test_a_package_without_that_file():
-    with pytest.raises(FileNotFoundError, match="'rich' has no 'nothing/here'"):
+    with pytest.raises(UserError, match="'rich' has no 'nothing/here'"):
         model_lib.resolve("package://rich/nothing/here")
 
 
