@@ -22,13 +22,12 @@ from lomo_jax.flops import flops_per_token
 from lomo_jax.fused import REMAT_POLICIES
 from lomo_jax.models import LlamaConfig
 from lomo_jax.plan import find
-from lomo_jax.training import LLAMA_7B, Config, ModelConfig
+from lomo_jax.training import Config, ModelConfig
 from lomo_jax.training.planning import compile_run
 
 LLAMA_3 = {"vocab_size": 128256, "num_kv_heads": 8, "rope_theta": 5e5, "max_length": 8192}
 MODELS = {
-    "Llama-3.2-1B": dataclasses.replace(
-        LLAMA_7B,
+    "Llama-3.2-1B": LlamaConfig(
         width=2048,
         mlp_width=8192,
         num_layers=16,
@@ -36,8 +35,7 @@ MODELS = {
         tie_embeddings=True,
         **LLAMA_3,
     ),
-    "Llama-3.2-3B": dataclasses.replace(
-        LLAMA_7B,
+    "Llama-3.2-3B": LlamaConfig(
         width=3072,
         mlp_width=8192,
         num_layers=28,
@@ -45,16 +43,16 @@ MODELS = {
         tie_embeddings=True,
         **LLAMA_3,
     ),
-    "LLaMA-7B": LLAMA_7B,
-    "Llama-3-8B": dataclasses.replace(LLAMA_7B, mlp_width=14336, **LLAMA_3),
-    "LLaMA-13B": dataclasses.replace(
-        LLAMA_7B, width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40
+    "LLaMA-7B": LlamaConfig(),
+    "Llama-3-8B": LlamaConfig(mlp_width=14336, **LLAMA_3),
+    "LLaMA-13B": LlamaConfig(
+        width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40
     ),
-    "LLaMA-30B": dataclasses.replace(
-        LLAMA_7B, width=6656, mlp_width=17920, num_layers=60, num_heads=52, num_kv_heads=52
+    "LLaMA-30B": LlamaConfig(
+        width=6656, mlp_width=17920, num_layers=60, num_heads=52, num_kv_heads=52
     ),
-    "LLaMA-65B": dataclasses.replace(
-        LLAMA_7B, width=8192, mlp_width=22016, num_layers=80, num_heads=64, num_kv_heads=64
+    "LLaMA-65B": LlamaConfig(
+        width=8192, mlp_width=22016, num_layers=80, num_heads=64, num_kv_heads=64
     ),
 }
 CARDS = {"12 GB": "rtx3060", "16 GB": "rtx4080", "24 GB": "rtx3090"}
@@ -115,7 +113,7 @@ def print_remat(batch_size: int, length: int) -> None:
     print("| remat | device memory, GiB | FLOPs |")
     print("|---|---|---|")
     for remat in REMAT_POLICIES:
-        model = dataclasses.replace(LLAMA_7B, max_length=max(2048, length))
+        model = LlamaConfig(max_length=max(2048, length))
         config = Config(
             model=ModelConfig(init="random", architecture=model),
             batch_size=batch_size,

@@ -40,7 +40,7 @@ class RopeScaling:
 
 # Mutable, so that command line flags can set its fields one by one; hashable, as a static argument
 # of jit and a part of a graphdef must be.
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a LLaMA-family decoder; the defaults are those of LLaMA-7B.
 

@@ -15,7 +15,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -154,7 +153,7 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         config.validate()
-        self.config = dataclasses.replace(config)  # later changes of the caller's have no effect
+        self.config = config
         self.embedding = nnx.Param(
             _NORMAL(rngs.params(), (config.vocab_size, config.width), param_dtype)
         )

@@ -1,6 +1,5 @@
 """Training: config, loop, checkpoints, logging, evaluation, export."""
 
-from lomo_jax.training.config import LLAMA_7B as LLAMA_7B
 from lomo_jax.training.config import Config as Config
 from lomo_jax.training.config import DataConfig as DataConfig
 from lomo_jax.training.config import MeshConfig as MeshConfig

@@ -32,18 +32,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "xla", "cudnn")
 RESUMES = ("auto", "must", "never")
 
-# Touvron et al., arXiv 2302.13971, table 2.
-LLAMA_7B = LlamaConfig(
-    vocab_size=32000,
-    width=4096,
-    mlp_width=11008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    norm_eps=1e-6,
-)
-
 
 @dataclasses.dataclass
 class ModelConfig:
@@ -53,7 +41,9 @@ class ModelConfig:
     # (its last checkpoint), or one checkpoint of such a run.
     path: str | None = None
     init: str = "checkpoint"  # or "random": new weights, and `path` only gives the tokenizer
-    architecture: LlamaConfig = LLAMA_7B  # used with random weights, and for plans without a path
+    architecture: LlamaConfig = (
+        LlamaConfig()
+    )  # used with random weights, and for plans without a path
 
 
 @dataclasses.dataclass
