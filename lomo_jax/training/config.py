@@ -41,9 +41,8 @@ class ModelConfig:
     # (its last checkpoint), or one checkpoint of such a run.
     path: str | None = None
     init: str = "checkpoint"  # or "random": new weights, and `path` only gives the tokenizer
-    architecture: LlamaConfig = (
-        LlamaConfig()
-    )  # used with random weights, and for plans without a path
+    # Used with random weights, and for plans without a path.
+    architecture: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
 
 
 @dataclasses.dataclass
