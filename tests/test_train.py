@@ -95,7 +95,7 @@ def test_a_run_writes_metrics_and_export(tiny, tmp_path):
     [
         (None, ["--config.steps=0"], "steps: 0 is not allowed; it must be a positive number"),
         (None, ["--config.sequence_length=33"], "sequence_length: 33 is longer than the model"),
-        ("", [], "text.txt has no text: it is empty or blank"),
+        ("", [], "text.txt has no text, it is empty or blank"),
         (None, ["--config.optimizer=sgd", "--config.learning_rate=1e38"], "loss is nan at step 2:"),
         (None, ["--config.workdir=/dev/null/x"], "workdir: '/dev/null/x' cannot be written: Not a"),
         (None, ["--config.model.architecture.head_dim=7"], "head_dim=7 must be even"),

@@ -38,13 +38,13 @@ class RopeScaling:
             )
 
 
-# Mutable, so that command line flags can set its fields one by one; hashable, as a static argument
-# of jit and a part of a graphdef must be.
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a LLaMA-family decoder; the defaults are those of LLaMA-7B.
 
-    Values are checked when the config is used, by `validate`.
+    Raises:
+      UserError: A size is not a positive integer, `num_heads` is not a multiple of `num_kv_heads`,
+        or `head_dim` is odd.
     """
 
     vocab_size: int = 32000  # V
@@ -62,13 +62,7 @@ class LlamaConfig:
     bos_id: int | None = None  # token that begins a text
     eos_id: int | tuple[int, ...] | None = None  # token or tokens that end a text
 
-    def validate(self) -> None:
-        """Checks the values.
-
-        Raises:
-          UserError: A size is not a positive integer, `num_heads` is not a multiple of
-            `num_kv_heads`, or `head_dim` is odd.
-        """
+    def __post_init__(self) -> None:
         sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads")
         for name in (*sizes, "head_dim", "max_length"):
             _require_positive(self, name, int)
@@ -125,7 +119,6 @@ class LlamaConfig:
             raise UserError(f"the key {error} is missing") from None
         except (AttributeError, ArithmeticError, TypeError) as error:
             raise UserError(f"a value has the wrong type or size: {error}") from None
-        config.validate()
         return config
 
     def to_hf(self, dtype: DTypeLike) -> dict[str, Any]:

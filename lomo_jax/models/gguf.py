@@ -127,7 +127,6 @@ def _config(metadata: _Metadata, tensors: list[gguf.ReaderTensor]) -> LlamaConfi
             bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
             eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
         )
-        config.validate()
     except UserError as error:
         raise UserError(f"{metadata.path}: {error}") from None
     except (ArithmeticError, TypeError) as error:

@@ -152,7 +152,6 @@ class Llama(nnx.Module):
         attention: str = "xla",
         rngs: nnx.Rngs,
     ) -> None:
-        config.validate()
         self.config = config
         self.embedding = nnx.Param(
             _NORMAL(rngs.params(), (config.vocab_size, config.width), param_dtype)

@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
     model: Model
     tokenizer: Any
-    dataset: data.Text
+    dataset: data.TextSplits
     held_out: list[Any]  # batches, in host memory
     send: Callable[[Any], Any]  # sends a batch to the devices
     update: jax.stages.Compiled  # the compiled step
@@ -201,7 +201,9 @@ def _source(model: ModelConfig) -> str:
     return "random weights" if model.init == "random" else str(model.path)
 
 
-def _load_dataset(config: Config, tokenizer: Any, rows: list[int]) -> tuple[data.Text, list[Any]]:
+def _load_dataset(
+    config: Config, tokenizer: Any, rows: list[int]
+) -> tuple[data.TextSplits, list[Any]]:
     """Returns the dataset and its held-out batches."""
     assert config.data.path is not None, "validate() requires it"
     with os_errors_are_the_users():

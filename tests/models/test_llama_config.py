@@ -2,7 +2,6 @@ import dataclasses
 
 import jax
 import pytest
-from flax import nnx
 
 from lomo_jax import models
 from lomo_jax.errors import UserError
@@ -120,17 +119,6 @@ def test_the_defaults_are_llama_7b():
     assert models.LlamaConfig().norm_eps == 1e-6
 
 
-def test_a_config_is_checked_when_it_is_used():
-    config = models.LlamaConfig()
-    config.num_kv_heads = 5
-    for use in (config.validate, lambda: models.abstract(config), lambda: models.init(config, 0)):
-        with pytest.raises(UserError, match="must be a multiple of num_kv_heads=5"):
-            use()
-
-
-def test_a_model_does_not_follow_later_changes_of_its_config():
-    config = models.LlamaConfig(31, 16, 24, 1, 2, 2, 8)
-    graphdef, params = models.abstract(config)
-    config.num_heads = 1
-    assert nnx.merge(graphdef, params).config.num_heads == 2
-    assert hash(graphdef) == hash(models.abstract(models.LlamaConfig(31, 16, 24, 1, 2, 2, 8))[0])
+def test_a_config_is_checked_when_it_is_made():
+    with pytest.raises(UserError, match="must be a multiple of num_kv_heads=5"):
+        models.LlamaConfig(num_kv_heads=5)

@@ -184,7 +184,7 @@ def test_float16_with_a_loss_scale_and_stochastic_rounding(text, tmp_path):
 def test_the_memory_of_the_step_is_shown(finished):
     (line,) = (line for line in finished.output.splitlines() if line.startswith("memory"))
     number = r"\d+\.\d"
-    parts = "weights N, optimizer state N, layer inputs N, temporaries N"
+    parts = "weights N, optimizer state N, layer inputs N, other temporaries N"
     pattern = f"memory    N GiB planned for the step: {parts}".replace("N", number)
     assert re.fullmatch(pattern, line)
 
