@@ -99,7 +99,7 @@ class LlamaConfig:
             width, num_heads = hf["hidden_size"], hf["num_attention_heads"]
             eos_id = hf.get("eos_token_id")
             rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-            config = cls(
+            return cls(
                 vocab_size=hf["vocab_size"],
                 width=width,
                 mlp_width=hf["intermediate_size"],
@@ -119,7 +119,6 @@ class LlamaConfig:
             raise UserError(f"the key {error} is missing") from None
         except (AttributeError, ArithmeticError, TypeError) as error:
             raise UserError(f"a value has the wrong type or size: {error}") from None
-        return config
 
     def to_hf(self, dtype: DTypeLike) -> dict[str, Any]:
         """Returns the contents of a config.json for weights of `dtype`.
