@@ -23,37 +23,22 @@ from lomo_jax.fused import REMAT_POLICIES
 from lomo_jax.models import LlamaConfig
 from lomo_jax.plan import find
 from lomo_jax.training import Config, ModelConfig
+from lomo_jax.training.config import read_config
 from lomo_jax.training.planning import compile_run
 
-LLAMA_3 = {"vocab_size": 128256, "num_kv_heads": 8, "rope_theta": 5e5, "max_length": 8192}
+LLAMA_3_8B = read_config("llama3_8b").model.architecture
 MODELS = {
-    "Llama-3.2-1B": LlamaConfig(
-        width=2048,
-        mlp_width=8192,
-        num_layers=16,
-        head_dim=64,
-        tie_embeddings=True,
-        **LLAMA_3,
+    "Llama-3.2-1B": dataclasses.replace(
+        LLAMA_3_8B, width=2048, mlp_width=8192, num_layers=16, head_dim=64, tie_embeddings=True
     ),
-    "Llama-3.2-3B": LlamaConfig(
-        width=3072,
-        mlp_width=8192,
-        num_layers=28,
-        num_heads=24,
-        tie_embeddings=True,
-        **LLAMA_3,
+    "Llama-3.2-3B": dataclasses.replace(
+        LLAMA_3_8B, width=3072, mlp_width=8192, num_layers=28, num_heads=24, tie_embeddings=True
     ),
     "LLaMA-7B": LlamaConfig(),
-    "Llama-3-8B": LlamaConfig(mlp_width=14336, **LLAMA_3),
-    "LLaMA-13B": LlamaConfig(
-        width=5120, mlp_width=13824, num_layers=40, num_heads=40, num_kv_heads=40
-    ),
-    "LLaMA-30B": LlamaConfig(
-        width=6656, mlp_width=17920, num_layers=60, num_heads=52, num_kv_heads=52
-    ),
-    "LLaMA-65B": LlamaConfig(
-        width=8192, mlp_width=22016, num_layers=80, num_heads=64, num_kv_heads=64
-    ),
+    "Llama-3-8B": LLAMA_3_8B,
+    "LLaMA-13B": read_config("llama13b").model.architecture,
+    "LLaMA-30B": read_config("llama30b").model.architecture,
+    "LLaMA-65B": read_config("llama65b").model.architecture,
 }
 CARDS = {"12 GB": "rtx3060", "16 GB": "rtx4080", "24 GB": "rtx3090"}
 SETTINGS = {

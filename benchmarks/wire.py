@@ -19,7 +19,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +31,6 @@ from lomo_jax.training import MeshConfig
 from lomo_jax.training.config import parse
 from lomo_jax.training.planning import CompiledRun, compile_run
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 LENGTH = 1024
 MACHINE = 8  # GPUs
 # (data, fsdp). 512 does not divide the width of LLaMA-7B's MLP, 11008.
@@ -129,7 +127,7 @@ def count(run: CompiledRun, num_layers: int) -> dict[str, Any]:
 def rows(model: str, *, overlap: bool) -> Iterator[dict[str, Any]]:
     """Yields `count` of the fused and the reference step for each mesh, or a compiler error."""
     options = {"xla_gpu_enable_latency_hiding_scheduler": True} if overlap else None
-    base = parse(["wire", "--config", str(CONFIGS / f"{model}.py")], for_plan=True)
+    base = parse(["wire", "--config", model], for_plan=True)
     for (data, fsdp), fused in ((mesh, fused) for mesh in MESHES[model] for fused in (True, False)):
         shape = {"batch_size": data * fsdp, "sequence_length": LENGTH}
         config = dataclasses.replace(

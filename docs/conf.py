@@ -39,7 +39,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
     # Types in signatures that other projects document.
-    ("py:.*", r"(collections|dataclasses|flax|grain|jax|ml_collections|nnx|np|numpy|optax)\..*"),
+    ("py:.*", r"(collections|dataclasses|flax|grain|jax|nnx|np|numpy|optax)\..*"),
     ("py:.*", r"(os|pathlib|transformers|types|typing)\..*"),
     ("py:(class|exc)", r"[A-Z]\w*"),  # named without their module
     ("py:class", r"lomo_jax\.models\.llama\.Context"),  # passed from one method to another only

@@ -6,7 +6,7 @@ import dataclasses
 
 from lomo_jax.errors import UserError, did_you_mean
 
-# The fraction of a GPU's memory that `train.py` lets JAX allocate. The CUDA context and libraries
+# The fraction of a GPU's memory that the trainer lets JAX allocate. The CUDA context and libraries
 # need the rest: some hundred MiB, more on larger GPUs. JAX's default of 0.75 leaves a quarter idle.
 MEMORY_FRACTION = 0.92
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lomo_jax import run_files
+from lomo_jax._json import read_json
 from lomo_jax.errors import UserError
 from lomo_jax.run_files import Record, RunInfo
 
@@ -79,7 +80,7 @@ def _read(path: Path, name: str) -> Run:
     has_config = (path / run_files.CONFIG).exists()
     return Run(
         name=name,
-        config=run_files.read_json(path / run_files.CONFIG) if has_config else {},
+        config=read_json(path / run_files.CONFIG) if has_config else {},
         info=RunInfo.read(path),
         **dict(zip(("logged", "evaluations", "samples"), records, strict=True)),
         resumes=[record["step"] for record in history if "resumed" in record],

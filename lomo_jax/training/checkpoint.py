@@ -23,6 +23,7 @@ from flax import nnx
 
 import lomo_jax
 from lomo_jax import run_files
+from lomo_jax._json import write_json
 from lomo_jax.errors import CheckpointError
 from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import is_on_host
@@ -193,9 +194,7 @@ class Checkpoints:
         if metadata.progress != progress and jax.process_index() == 0:
             metadata.progress = progress
             try:
-                run_files.write_json(
-                    self._folder / str(step) / _METADATA, dataclasses.asdict(metadata)
-                )
+                write_json(self._folder / str(step) / _METADATA, dataclasses.asdict(metadata))
             except OSError as error:  # a full disk
                 self._warn(f"the checkpoint of step {step} lacks its evaluation, {reason(error)}")
 

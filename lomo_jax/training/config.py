@@ -21,10 +21,10 @@ from typing import Any
 
 from absl import flags
 
+from lomo_jax._json import read_json
 from lomo_jax.errors import ConfigError, did_you_mean
 from lomo_jax.fused import REMAT_POLICIES, ROUNDINGS, Offload
 from lomo_jax.models.config import LlamaConfig
-from lomo_jax.run_files import read_json
 from lomo_jax.training.optimizer import make_optimizer, make_schedule
 
 INITS = ("checkpoint", "random")

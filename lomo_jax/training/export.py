@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 import lomo_jax
 from lomo_jax import models, run_files, sharding
+from lomo_jax._json import read_json
 from lomo_jax.errors import CheckpointError, UserError
 from lomo_jax.training import workdir as workdir_lib
 
@@ -80,14 +81,14 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
             f"{workdir} is not the folder of a run: it has no folder {model.name}"
         )
     config = models.load_config(model)
-    dtype = jnp.dtype(run_files.read_json(workdir / run_files.CONFIG)["param_dtype"])
+    dtype = jnp.dtype(read_json(workdir / run_files.CONFIG)["param_dtype"])
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     shapes = models.abstract(config, dtype)[1]
     shapes = sharding.with_shardings(shapes, models.shardings(config, shapes, mesh))
-    params, facts = read_params(workdir, step, shapes)
-    card = model_card(facts.config, facts.progress)
+    params, metadata = read_params(workdir, step, shapes)
+    card = model_card(metadata.config, metadata.progress)
     models.save(out, config, params, tokenizer=models.tokenizer(model), card=card)
-    return facts.progress.step
+    return metadata.progress.step
 
 
 def model_card(config: dict[str, Any], progress: Progress) -> str:

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 import lomo_jax
 from lomo_jax import data, models, run_files
+from lomo_jax._json import write_json
 from lomo_jax.errors import CheckpointError, NonFiniteError, os_errors_are_the_users
 from lomo_jax.plan import MemoryPlan
-from lomo_jax.run_files import RunInfo, write_json
+from lomo_jax.run_files import RunInfo
 from lomo_jax.training import devices, resume
 from lomo_jax.training import model as model_lib
 from lomo_jax.training import workdir as workdir_lib
@@ -69,7 +70,8 @@ def train(config: Config) -> None:
       NonFiniteError: The loss, a gradient or a parameter became NaN or infinite.
       OutOfMemoryError: The device's memory is too small for the run.
       LostProcessError: Another process of the run ended.
-      UserError: The model or the dataset cannot be read, or the export not be written.
+      UserError: The model or the dataset cannot be read, or the export not be written: a resumed
+        run refuses to replace an earlier export that was changed.
       UnexpectedError: Anything else, from the exception whose traceback is in log.txt.
       KeyboardInterrupt: A second SIGINT.
     """
@@ -122,17 +124,20 @@ def _set_up(
         resume.check_start(source.path, workdir)
     else:  # which has only the weights, and `model.path` may be gone
         source = ModelConfig(path=str(workdir / run_files.MODEL))
+        with os_errors_are_the_users():  # now, and not only after the training
+            models.check_save_path(workdir / run_files.EXPORT)
     model, shapes, tokenizer = _load_model(config, source, mesh, display)
     params: Any = None
     if checkpoint is None:
-        params = model_lib.load_params(
-            source,
-            model,
-            config.param_dtype,
-            seed=config.seed,
-            on_host=config.offload.params,
-            mesh=mesh,
-        )
+        with os_errors_are_the_users():
+            params = model_lib.load_params(
+                source,
+                model,
+                config.param_dtype,
+                seed=config.seed,
+                on_host=config.offload.params,
+                mesh=mesh,
+            )
 
     display.status("reading the dataset")
     dataset, held_out = _load_dataset(

@@ -1,7 +1,8 @@
 """Writes the folders of runs with the writers that the trainer uses."""
 
+from lomo_jax._json import write_json
 from lomo_jax.plan import MemoryPlan
-from lomo_jax.run_files import CONFIG, MetricsWriter, RunInfo, write_json
+from lomo_jax.run_files import CONFIG, MetricsWriter, RunInfo
 from lomo_jax.training.config import Config, to_dict
 
 PLAN = MemoryPlan(

@@ -12,7 +12,7 @@ import runs
 
 import lomo_jax
 from lomo_jax import models
-from lomo_jax.errors import CheckpointError, ConfigError
+from lomo_jax.errors import CheckpointError, ConfigError, UserError
 from lomo_jax.training import Config, DataConfig, ModelConfig, loop, resume, to_dict
 from lomo_jax.training.checkpoint import Checkpoints, read_params
 from lomo_jax.training.config import _leaves, set_fields
@@ -65,6 +65,13 @@ def test_a_finished_run_is_exported_again(again, made, tmp_path, capsys):
     assert kept == before
     assert (resumed["step"], resumed["resumed"]) == (6, True)
     runs.assert_same_run(tmp_path / "run", made)
+
+
+def test_a_changed_export_is_refused_before_the_training(again, tmp_path):
+    (tmp_path / "run" / "export" / "README.md").write_text("notes")
+    with pytest.raises(UserError, match=r"export/README\.md was changed after its export"):
+        loop.train(again(steps=7))
+    assert 7 not in runs.column(tmp_path / "run", "loss")
 
 
 def test_other_fields_may_change_and_are_logged(again, tmp_path, capsys):
