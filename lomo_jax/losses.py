@@ -17,7 +17,7 @@ from lomo_jax import sharding
 
 
 class Metrics(NamedTuple):
-    """Metrics that `next_token_loss` returns beside the loss."""
+    """Metrics that `next_token_loss` returns in addition to the loss."""
 
     accuracy: jax.Array  # float32 [], weighted share of targets that are the likeliest token
     weight: jax.Array  # float32 [], sum of the weights: weight batches by it to average them

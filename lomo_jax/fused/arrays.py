@@ -19,7 +19,7 @@ def names(params: Params) -> list[str]:
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     simple = [jax.tree_util.keystr(p, simple=True, separator="/") or "params" for p in paths]
-    if len(set(simple)) < len(simple):  # a key contains a slash, or 0 stands beside "0"
+    if len(set(simple)) < len(simple):  # a key contains a slash, or keys are 0 and "0"
         return [jax.tree_util.keystr(path) for path in paths]
     return simple
 

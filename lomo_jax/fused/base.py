@@ -37,7 +37,7 @@ class StepState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a step returns beside parameters and state."""
+    """What a step returns in addition to parameters and state."""
 
     loss: jax.Array  # [], dtype of the loss, computed with the parameters before the update
     # The second result of loss_fn. With K > 1 microbatches every leaf has an axis [K] in front.
