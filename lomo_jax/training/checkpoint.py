@@ -443,8 +443,8 @@ def _of_array(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     if x.ndim < 3 or arrays.partition_spec(x)[0] is not None:
         return of_part(x)
-    # One layer of a stack at a time: a whole array in host memory may not fit on the device, and XLA
-    # for CPUs converts each number to uint32 before it sums.
+    # One layer of a stack at a time: a whole array in host memory may not fit on the device, and
+    # XLA for CPUs converts each number to uint32 before it sums.
     return jax.lax.scan(add, (jnp.uint32(0), jnp.array(True)), x)[0]
 
 

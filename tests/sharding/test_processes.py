@@ -53,7 +53,7 @@ def finish(processes, seconds=300):
 
 
 def worker(processes, first, last, restore="-", save="-"):
-    """Runs steps `first` to `last`; checks that all processes print the same losses; returns them."""
+    """Runs some steps; checks that all processes print the same losses; returns them."""
     where, path = f"localhost:{free_port()}", Path(__file__).with_name("worker.py")
     running = start(
         [path, where, processes, i, first, last, restore, save] for i in range(processes)
@@ -129,9 +129,8 @@ def test_several_processes_train_like_one(tmp_path):
         records = list(map(json.loads, lines))
         losses = [r.get("loss", r.get("eval_loss")) for r in records if "sample" not in r]
         found[processes] = losses, load_file(folder / "export" / "model.safetensors")
-        assert [path.name for path in folder.glob(".*")] == [
-            ".lock"
-        ]  # no temporary folder of the export
+        # The export leaves no temporary folder.
+        assert [path.name for path in folder.glob(".*")] == [".lock"]
         # Only the first process prints.
         assert "step 10" in outputs[0]
         assert all("loss" not in output for output in outputs[1:])

@@ -148,7 +148,7 @@ def test_the_dataset_may_move_but_not_change(again, text, tmp_path):
         loop.train(again(steps=8, data=DataConfig(str(moved), eval_fraction=0.1)))
 
 
-def test_resume_never_sets_an_earlier_run_aside(again, text, made, tmp_path, capsys):
+def test_resume_set_to_never_moves_the_earlier_run_aside(again, text, made, tmp_path, capsys):
     loop.train(runs.make_config(text, tmp_path / "run", resume="never", steps=1))
     assert "to earlier-1" in capsys.readouterr().out
     runs.assert_same_run(tmp_path / "run" / "earlier-1", made)
