@@ -1,4 +1,4 @@
-"""Lists of values beside lists of flags: select the flagged ones, put others in their place."""
+"""Lists of values with lists of flags: selecting and replacing the flagged values."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

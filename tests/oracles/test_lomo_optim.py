@@ -84,9 +84,7 @@ def losses_of_jax(checkpoint, batches, tx, **options):
 
 @pytest.mark.parametrize(("clip_value", "weight_decay"), [(None, 0.0), (1e-3, 0.1)])
 @pytest.mark.parametrize("rule", ["lomo", "adalomo"])
-def test_all_losses_agree(
-    rule, clip_value, weight_decay, checkpoint, batches, monkeypatch
-):
+def test_all_losses_agree(rule, clip_value, weight_decay, checkpoint, batches, monkeypatch):
     peak = {"lomo": 0.3, "adalomo": 0.05}[rule]
     learning_rates = peak * np.linspace(1.0, 0.5, STEPS)
     schedule = lambda count: jnp.asarray(learning_rates)[count]  # noqa: E731

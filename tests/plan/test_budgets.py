@@ -1,8 +1,8 @@
 """The memory budgets of the project: XLA's plans of the runs in `configs/` on an RTX 3090.
 
 Budgets are in GiB, for the whole training step with AdaLomo in bfloat16. On a GPU, XLA times each
-matmul with a library and with its own kernel, and uses the faster one. Without a GPU it uses its own
-kernel. A library needs its operands in memory, so the tests plan both.
+matmul with a library and with its own kernel, and uses the faster one. Without a GPU it uses its
+own kernel. A library needs its operands in memory, so the tests plan both.
 """
 
 import dataclasses
