@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A config that cannot run; the message names the field, its value and what is allowed."""
+    """A config that cannot run; the message names the field, its value and the allowed ones."""
 
 
 class NonFiniteError(UserError):

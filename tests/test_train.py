@@ -257,5 +257,5 @@ def test_quickstart_export_is_the_same_model_in_transformers(quickstart):
     assert distance(ours("float32"), exact) <= 1e-4
     # In bfloat16, rounding in thirty layers puts either implementation 1.5 to 6 % from the exact
     # logits of a sentence, depending on chance and the CPU's kernels. Over all sentences our error
-    # must not be larger than that of transformers.
+    # must not exceed that of transformers.
     assert distance(ours("bfloat16"), exact) <= 1.2 * distance(theirs("bfloat16"), exact) <= 0.04

@@ -66,7 +66,7 @@ class Consumer(Protocol):
         """Returns the part of the last carry that `store` needs."""
 
     def store(self, result: PyTree, indices: Sequence[int]) -> None:
-        """Stores what `finish` returned."""
+        """Stores the result of `finish`."""
 
 
 def backward(forward: ForwardPass, consumer: Consumer) -> None:

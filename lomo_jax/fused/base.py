@@ -114,7 +114,8 @@ class Step:
         pytree of bool that is a prefix of `params`. Frozen parameters have no gradient and no
         state, and the backward pass stops at the first trainable parameter. None: all.
       offload: an `Offload`: the arrays to store in host memory.
-      remat: what the forward pass saves of each layer; the backward pass recomputes the rest.
+      remat: the residuals of each layer that the forward pass saves; the backward pass recomputes
+        the rest.
         ``"full"``: the layer's input only. ``"attention"``: also the results of attention: of
         cuDNN's flash attention, and of values named by
         ``jax.ad_checkpoint.checkpoint_name(x, "attention")``. ``"none"``: all residuals of

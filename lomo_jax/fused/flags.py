@@ -12,7 +12,7 @@ def select(items: Iterable[Any], flags: Iterable[bool]) -> list[Any]:
 
 
 def scatter(items: Sequence[Any], new: Iterable[Any], flags: Flags) -> list[Any]:
-    """Returns `items` with the flagged ones replaced by those of `new`, in order."""
+    """Returns `items` with the flagged ones replaced by the items of `new`, in order."""
     replacements = iter(new)
     return [next(replacements) if flag else item for item, flag in zip(items, flags, strict=True)]
 

@@ -14,7 +14,7 @@ class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_v
     """A step like `fused_step`, computed without fusion.
 
     Computes the whole gradient with `jax.value_and_grad`, then applies `tx`, to stacked parameters
-    under `jax.vmap` over their layers. Arguments, state and results are those of `fused_step`.
+    under `jax.vmap` over their layers. Arguments, state and results are as for `fused_step`.
     """
 
     def _run(

@@ -28,13 +28,13 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
     Jit the step with parameters and state donated. Otherwise XLA copies both before it writes.
 
     With loss :math:`\ell`, loss scale :math:`s`, microbatches :math:`b_1 \dots b_K` and their
-    shares :math:`w_k` of the loss (:math:`1/K`, or those of `WeightedLoss`), `tx` gets
+    shares :math:`w_k` of the loss (:math:`1/K`, or from `WeightedLoss`), `tx` gets
 
     .. math::
         g = c \, \frac{1}{s} \sum_k \nabla \left( s\, w_k\, \ell(\theta, b_k) \right), \qquad
         c = \min\left(1, \frac{\mathrm{clip\_norm}}{\lVert g / c \rVert + 10^{-6}}\right)
 
-    in float32, and the result equals that of `reference_step` up to rounding. A stacked parameter
+    in float32, and the result equals `reference_step` up to rounding. A stacked parameter
     [L, ...] is L parameters to `tx`: AdaLomo's root mean square, for example, is taken per layer.
     Every array of its state has the layer axis in front.
 

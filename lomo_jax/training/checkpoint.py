@@ -265,7 +265,7 @@ class Checkpoints:
           CheckpointError: The checkpoint is damaged.
         """
         found = self._read(metadata, _items(params, state))
-        for step in reversed(self.steps()):  # so that the best one is kept
+        for step in reversed(self.steps()):  # so that the best one stays
             with contextlib.suppress(CheckpointError):
                 self._preserve.best(self.metadata(step).progress.best_step)
         rounding = found.get("rounding", {"key": None})["key"]

@@ -81,8 +81,8 @@ class Config:
     dynamic_loss_scale: bool = False  # for float16: skips steps that overflow; as slow as clip_norm
     skip_nonfinite: int = 0  # NaN or infinite updates in a row to skip before the run stops
     rounding: str = "nearest"  # or "stochastic", which preserves small updates of bfloat16 weights
-    remat: str = "full"  # or "attention", "none": what the backward pass recomputes
-    offload: Offload = dataclasses.field(default_factory=Offload)  # what lives in host memory
+    remat: str = "full"  # recomputes whole layers; or "attention": all but attention, "none"
+    offload: Offload = dataclasses.field(default_factory=Offload)  # arrays to store in host memory
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     attention: str = "auto"  # cuDNN flash attention where it is supported; or "xla", "cudnn"
 
@@ -344,7 +344,7 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
 
     Raises:
       ConfigError: For the first field that is unknown, has the wrong type or value, or contradicts
-        another field; one line with the field, its value and what is allowed.
+        another field; one line with the field, its value and the allowed ones.
     """
     _check_types(config)
     for name, rule, allowed in _RULES:

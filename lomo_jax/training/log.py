@@ -150,7 +150,7 @@ def _ignore_output_errors() -> contextlib.AbstractContextManager[None]:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Formats the metrics of a step for a person."""
+    """Formats the metrics of a step for the terminal and the log."""
     formats = {
         "loss": "loss {:.4f}",
         "eval_loss": "held out {:.4f}",
@@ -296,7 +296,7 @@ class Recorder:
         self._record(before)
 
     def flush(self) -> None:
-        """Waits for the last step and records it; raises what `step` does."""
+        """Waits for the last step and records it; raises the same errors as `step`."""
         before, self._pending = self._pending, None
         self._record(before)
 

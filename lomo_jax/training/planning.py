@@ -215,7 +215,7 @@ class MemoryGuard:
 
 
 def _advice(config: Config, plan: MemoryPlan | None) -> str:
-    """Returns what to do about too little memory."""
+    """Returns advice for a run that needs too much memory."""
     state_gib = plan.state_gib if plan else 0.0
     flags: dict[str, str] = {}
     for changes in memory_savings(config, jax.device_count(), state_gib=state_gib):

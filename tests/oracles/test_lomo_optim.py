@@ -1,4 +1,4 @@
-"""Our losses against those of the authors' PyTorch code, over twenty steps of a small LLaMA."""
+"""Our losses and the authors' PyTorch code agree over twenty steps of a small LLaMA."""
 
 import jax
 import jax.numpy as jnp
