@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def facts(size: str) -> dict[str, Any]:
-    """Returns what is needed to repeat a measurement."""
+    """Returns the versions and settings needed to repeat a measurement."""
     packages = ("jax", "flax", "optax", "torch", "transformers", "lomo-optim")
     return {
         "size": size,

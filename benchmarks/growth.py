@@ -28,7 +28,7 @@ _FUSED, _PLAIN = (
     next(row for row in ROWS if row.name == name) for name in ("fused, adalomo", "scanned, adalomo")
 )
 _SPLIT = Row("fused, adalomo", "fused", "adalomo", {"microbatches": None})
-# What grows: its values on the CPU, and its values in plans.
+# Growing quantity: its values on the CPU, and its values in plans.
 GROWS = {
     "layers": ((2, 4, 8, 16), (8, 16, 32, 48)),
     "width": ((192, 384, 768), (2048, 4096, 6144)),
@@ -54,7 +54,7 @@ def grown(base: Size, what: str, value: int) -> Size:
 
 
 def points(base: Size, *, planned: bool) -> Iterator[tuple[str, int, Row, Size]]:
-    """Yields each point: what grows, its value, the row and the size."""
+    """Yields each point: the growing quantity, its value, the row and the size."""
     for what, values in GROWS.items():
         for value in values[planned]:
             for row in (_SPLIT,) if what == "microbatches" else (_FUSED, _PLAIN):

@@ -1,4 +1,4 @@
-"""Measures what each option of the fused step costs on a CPU, in time and memory.
+"""Measures the cost of each option of the fused step on a CPU, in time and memory.
 
     JAX_PLATFORMS=cpu python benchmarks/options.py
 

@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv`, by default that of the process; returns the exit status."""
+    """Runs the command line `argv`, by default `sys.argv`; returns the exit status."""
     program, *arguments = sys.argv if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "-help", "help"):
         print(__doc__)

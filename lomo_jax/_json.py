@@ -11,8 +11,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      UserError: The file is missing or does not hold one.
-      OSError: It cannot be read.
+      UserError: The file is missing or does not contain a JSON object.
+      OSError: The file cannot be read.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object atomically: a reader never sees half of it."""
+    """Writes a JSON object atomically: a reader never sees a part of it."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

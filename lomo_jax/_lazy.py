@@ -1,4 +1,4 @@
-"""Packages that import a module when one of its names is first used (PEP 562)."""
+"""Packages that import a module at the first use of one of its names (PEP 562)."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,8 @@ def attach(
 
     Args:
       package: Its `__name__`.
-      modules: Module name -> the public names that it defines. No name may be that of a module:
-        importing the module would shadow it.
+      modules: Module name -> the public names that it defines. A public name must differ from all
+        module names: importing the module would shadow it.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
 

@@ -102,7 +102,7 @@ def adalomo(
         def moment(p):
             if p.ndim < 2:
                 return jnp.zeros_like(p, jnp.float32)
-            # With the shape and the sharding of a sum.
+            # Created by an operation, so that it gets the shape and sharding of a sum.
             row, col = jax.eval_shape(lambda p: (p.sum(-1), p.sum(-2)), p)
             return Factors(jnp.zeros_like(row, jnp.float32), jnp.zeros_like(col, jnp.float32))
 

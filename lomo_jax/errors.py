@@ -1,4 +1,4 @@
-"""Errors: those that the user of a command can fix, each in one line that says how; and others."""
+"""Errors. A user can fix a `UserError`; its message is one line that says how."""
 
 import contextlib
 import difflib
@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A config that cannot run; the message names the field, its value and what is allowed."""
+    """A config that cannot run; the message names the field, its value and the allowed ones."""
 
 
 class NonFiniteError(UserError):
@@ -33,12 +33,12 @@ class LostProcessError(UserError):
 
 
 class UnexpectedError(Exception):
-    """Another exception ended the run; the message names it and the log with its traceback."""
+    """Any other exception that ended a run; the message names it and the log with its traceback."""
 
 
 @contextlib.contextmanager
 def os_errors_are_the_users() -> Iterator[None]:
-    """Turns an OSError into a `UserError`; for code that uses paths and disks of the user."""
+    """Turns an OSError into a `UserError`, for code that uses the user's paths and disks."""
     try:
         yield
     except OSError as error:
@@ -47,6 +47,6 @@ def os_errors_are_the_users() -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean 'a' or 'b'?" with the known names near `name`, "" if none is."""
+    """Returns "; did you mean 'a' or 'b'?" with known names similar to `name`, or ""."""
     near = difflib.get_close_matches(name, list(known), n=3)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

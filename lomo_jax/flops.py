@@ -4,7 +4,7 @@ from lomo_jax.models.config import LlamaConfig
 
 
 def flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
-    """Returns the FLOPs of training on one token, recomputation not counted.
+    """Returns the FLOPs of training on one token, without recomputation.
 
     Six per weight of a matrix product (two in the forward pass, four in the backward pass), plus
     6 heads * head_dim * sequence_length per layer for causal attention.
@@ -15,5 +15,5 @@ def flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
     heads = config.num_heads * config.head_dim
     kv_heads = config.num_kv_heads * config.head_dim
     layer = config.width * (2 * heads + 2 * kv_heads + 3 * config.mlp_width)
-    attention = heads * sequence_length  # scores and values, each over half the sequence
+    attention = heads * sequence_length  # products with K and V, over half the sequence on average
     return 6.0 * (config.num_layers * (layer + attention) + config.width * config.vocab_size)

@@ -17,7 +17,7 @@ from lomo_jax import sharding
 
 
 class Metrics(NamedTuple):
-    """Metrics that `next_token_loss` returns in addition to the loss."""
+    """Metrics that `next_token_loss` returns with the loss."""
 
     accuracy: jax.Array  # float32 [], weighted share of targets that are the likeliest token
     weight: jax.Array  # float32 [], sum of the weights: weight batches by it to average them
@@ -125,7 +125,7 @@ def _backward(
     ct_N, _ = cotangents
     specs = (P(*_TOKENS, None), _HEAD, _TOKENS, _TOKENS, _TOKENS, _HEAD)
     run = _on_each_device(_part_backward, chunk, specs, (P(*_TOKENS, None), _HEAD))
-    # Zeros that are made here, outside shard_map, are ones that `evaluate_late` finds.
+    # Zeros are created here: inside shard_map, `evaluate_late` would not find them.
     dx_NxD, dhead_DxV = run(*residuals, ct_N, jnp.zeros_like(residuals[1]))
     return dx_NxD, dhead_DxV, None
 

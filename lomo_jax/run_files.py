@@ -1,4 +1,4 @@
-"""The files in the folder of a run: what `train` writes and resume, report and export read."""
+"""The files in a run's folder, which `train` writes, and resume, report and export read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPORT = "export"  # the trained model in Hugging Face form
 CONFIG = "config.json"  # every field of the config
 RUN = "run.json"  # a `RunInfo`
 METRICS = "metrics.jsonl"  # one `Record` per line
-LOG = "log.txt"  # what the terminal showed, and the traceback of an error
+LOG = "log.txt"  # the lines of the terminal, and the traceback of an error
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 REPORT = "report.html"
@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What the config of a run does not say about it; run.json."""
+    """Facts about a run that its config does not contain; run.json."""
 
     source: str  # of the weights at the start
     parameters: int

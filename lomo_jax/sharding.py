@@ -36,12 +36,13 @@ def make_mesh(
 
     Args:
       data: the size of the axis. One of the three may be -1, for all remaining devices.
-      fsdp: likewise.
-      tensor: likewise.
+      fsdp: the size of the axis, or -1.
+      tensor: the size of the axis, or -1.
       devices: the devices to use, in order; by default all.
 
     Raises:
-      ValueError: the sizes need more devices than there are, or do not divide their number.
+      ValueError: the product of the sizes exceeds the number of devices, or, with a -1, does not
+        divide it.
 
     Example:
       >>> import jax, lomo_jax.sharding
@@ -58,7 +59,7 @@ def make_mesh(
 
 
 def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
-    """Returns a mesh like that of `make_mesh` without devices, to plan with."""
+    """Returns a mesh like `make_mesh` does, but without devices, for plans."""
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 

@@ -88,7 +88,7 @@ def assert_steps_agree(assert_close, run_reference):
     """
 
     def check(loss_fn, tx, params, batches, *, tolerance=1e-5, key=None, **options):
-        # What is saved, and in which memory, must not change the result.
+        # Neither the saved residuals nor their memory may change the result.
         plain = {k: v for k, v in options.items() if k not in ("offload", "remat")}
         args = loss_fn, tx, params, batches
         first, last, outs = run_steps(lomo_jax.fused_step, *args, **options)

@@ -1,4 +1,4 @@
-"""What tests share: tiny models, random arrays, quick compilation."""
+"""Helpers for tests: tiny models, random arrays, quick compilation."""
 
 import jax
 import jax.numpy as jnp

@@ -119,7 +119,7 @@ def test_stack_of_matrices_is_matrices():
     )
 
 
-def test_zero_gradient_is_no_update():
+def test_zero_gradient_gives_a_zero_update():
     tx = lomo_jax.adalomo(0.1)
     zeros = jax.tree.map(jnp.zeros_like, params())
     updates, _ = tx.update(zeros, tx.init(params()), params())

@@ -16,12 +16,12 @@ _CONFIG = models.LlamaConfig(
 )
 
 
-def test_flops_are_six_for_each_weight_of_a_product_and_attention():
+def test_flops_are_six_per_matrix_weight_plus_attention():
     _, params = models.abstract(_CONFIG)
     matrices = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim >= 2)
-    # The norms' scales are stacked too; neither they nor the embedding's look-up are products.
+    # Neither the norms' scales, stacked to 2 dimensions, nor the embedding lookup are matmuls.
     matrices -= 3 * 2 * 32 + 100 * 32
-    # Scores and values: 2 operations each for the (t + 1) / 2 keys that a query sees on average, by
-    # the width of all heads, thrice for forward and backward.
+    # Two products, with K and with V: 2 operations per element of all heads, for (t + 1) / 2 keys
+    # per query on average; 3 times as many for forward and backward pass, in 3 layers.
     attention = 3 * 3 * 2 * 2 * (20 / 2) * 40
     assert flops_per_token(_CONFIG, 20) == 6 * matrices + attention

@@ -1,4 +1,4 @@
-"""The loss against the plain formula with all the logits, and what it keeps in memory."""
+"""The loss against the plain formula with all the logits, and its memory."""
 
 import math
 from collections.abc import Iterator

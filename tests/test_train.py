@@ -1,4 +1,4 @@
-"""The command line as a person uses it."""
+"""The command line, as users run it."""
 
 import ast
 import json
@@ -50,7 +50,7 @@ def test_a_config_is_valid_and_its_docstring_is_a_recipe(path):
     assert "Expect: " in recipe
 
 
-def test_llama7b_says_what_is_missing():
+def test_llama7b_names_the_missing_fields():
     result = _train("--config", "configs/llama7b.py")
     assert result.returncode == 1
     assert result.stdout == ""
@@ -61,7 +61,7 @@ def test_llama7b_says_what_is_missing():
 
 @pytest.fixture
 def tiny(tmp_path) -> list[str]:
-    """The command line of a run that is over at once, but for what a test changes."""
+    """The command line of a tiny run; tests add flags."""
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 40)
     architecture = {
         **{"vocab_size": 257, "width": 16, "mlp_width": 16, "num_layers": 1, "num_heads": 2},
@@ -102,7 +102,9 @@ def test_a_run_writes_metrics_and_export(tiny, tmp_path):
     ],
 )
 @pytest.mark.usefixtures("standard_promotion")
-def test_a_failure_is_one_line_and_a_status(tiny, tmp_path, capsys, text, flags, message):
+def test_a_failure_prints_one_line_and_sets_the_status(
+    tiny, tmp_path, capsys, text, flags, message
+):
     if text is not None:
         (tmp_path / "text.txt").write_text(text)
     assert main(["train.py", *tiny, *flags]) == 1
@@ -112,7 +114,7 @@ def test_a_failure_is_one_line_and_a_status(tiny, tmp_path, capsys, text, flags,
     assert error.count("\n") == 1
 
 
-def test_without_a_dataset_the_command_says_so():
+def test_a_missing_dataset_gets_one_line():
     flags = ["--config=configs/llama7b.py", "--config.model.init=random"]
     result = _train(*flags)
     assert (result.returncode, result.stdout) == (1, "")
@@ -121,8 +123,8 @@ def test_without_a_dataset_the_command_says_so():
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_an_error_inside_jax_is_no_error_of_the_user(tiny, tmp_path, capsys, monkeypatch):
-    """One line that names the error and the log with its traceback."""
+def test_an_error_inside_jax_is_not_a_user_error(tiny, tmp_path, capsys, monkeypatch):
+    """The command prints one line: the error, and the log that has its traceback."""
 
     def fail(*args):
         jax.numpy.zeros((2, 3)) @ jax.numpy.zeros((2, 3))
@@ -138,25 +140,25 @@ def test_an_error_inside_jax_is_no_error_of_the_user(tiny, tmp_path, capsys, mon
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_an_error_before_there_is_a_log_is_raised(tiny, monkeypatch):
+def test_an_error_before_the_log_exists_is_raised(tiny, monkeypatch):
     monkeypatch.setattr(loop, "_set_up", lambda *args: [][0])
     with pytest.raises(IndexError):
         main(["train.py", *tiny])
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["help"]])
-def test_the_command_alone_shows_its_commands(argv, capsys):
+def test_lomo_jax_without_arguments_lists_its_subcommands(argv, capsys):
     assert command(["lomo-jax", *argv]) == 0
     shown = capsys.readouterr().out
     assert all(f"lomo-jax {name} " in shown for name in COMMANDS)
 
 
-def test_an_unknown_command_gets_one_line(capsys):
+def test_an_unknown_subcommand_gets_one_line(capsys):
     assert command(["lomo-jax", "trian", "--config=quickstart"]) == 1
     assert capsys.readouterr().err == "error: 'trian' is not a command; did you mean 'train'?\n"
 
 
-def test_the_command_runs_a_config_by_its_name_in_any_folder(tmp_path):
+def test_a_config_by_name_runs_in_any_folder(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "lomo_jax", "train", "--config", "quickstart", "--print_config"],
         capture_output=True,
@@ -194,10 +196,10 @@ def test_quickstart_learns_within_its_budget(quickstart):
     )
     assert after <= 0.9 * before
     assert float((quickstart / "seconds").read_text()) < 8 * 60
-    # In KiB, of the largest process that this one has waited for: no other run is near.
+    # KiB, the peak of all child processes so far; the quickstart is the largest.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20
     prompt = read_config("quickstart").prompt.splitlines()[0]
-    assert (quickstart / "stdout").read_text().count(prompt) == 4  # before, twice on the way, after
+    assert (quickstart / "stdout").read_text().count(prompt) == 4  # four evaluations
 
 
 @pytest.mark.slow
@@ -253,7 +255,7 @@ def test_quickstart_export_is_the_same_model_in_transformers(quickstart):
 
     exact = theirs("float32")
     assert distance(ours("float32"), exact) <= 1e-4
-    # In bfloat16 thirty layers of rounding never come out the same: each is 1.5 to 6 % from the
-    # exact logits of one sentence, by chance and by the kernels that the processor has. Over all
-    # sentences ours may be no farther from them than theirs.
+    # In bfloat16, rounding in thirty layers puts either implementation 1.5 to 6 % from the exact
+    # logits of a sentence, depending on chance and the CPU's kernels. Over all sentences our error
+    # must not exceed that of transformers.
     assert distance(ours("bfloat16"), exact) <= 1.2 * distance(theirs("bfloat16"), exact) <= 0.04

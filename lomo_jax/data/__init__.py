@@ -1,6 +1,6 @@
 """Text for language models: read, tokenised, packed into rows, in an order that resumes exactly.
 
-A name's module is imported when the name is first used: `package_path` needs no Grain.
+Modules are imported at the first use of their names: `package_path` needs no Grain.
 """
 
 from typing import TYPE_CHECKING

@@ -53,8 +53,8 @@ def text_dataset(
     **Documents.** A line of a `.jsonl` file is a document. So is any other file, unless it is
     longer than 32 characters per token of `sequence_length` (about eight sequences): it is then
     split at the next blank line after each such stretch. Documents that differ only in white space
-    are duplicates; one is used. A document's tokens are those of the tokenizer, with the special
-    tokens that it adds, and its end-of-text token if it has one.
+    are duplicates; one is used. The tokenizer encodes each document with its special tokens, and
+    its end-of-text token follows, if it has one.
 
     **Held-out split.** A fraction `eval_fraction` of the documents, at least one, chosen by a hash
     of their text alone: the same for every seed, and nearly the same after documents are added. If
@@ -179,7 +179,7 @@ def _chunks(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
 
 
 def _hold_out(spans: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Splits spans: the first ones are held out, or the end of the only one."""
+    """Splits spans: holds out the first ones, or the end of a single one."""
     if not fraction:
         return spans, spans[:0]
     if len(spans) == 1:

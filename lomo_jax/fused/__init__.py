@@ -1,6 +1,6 @@
 """The fused step: a backward pass that updates each layer before the next gradient exists.
 
-`docs/how-it-works.md` explains it with a picture. Begin to read at `step.py`.
+`docs/how-it-works.md` explains it with a picture. Start reading at `step.py`.
 """
 
 from lomo_jax.fused.base import Step as Step

@@ -1,4 +1,4 @@
-"""What the steps ask of arrays and of parameters: names, dtypes, shardings, memories."""
+"""Helpers for arrays and parameters: names, dtypes, shardings, memory kinds."""
 
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ def names(params: Params) -> list[str]:
     """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     simple = [jax.tree_util.keystr(p, simple=True, separator="/") or "params" for p in paths]
-    if len(set(simple)) < len(simple):  # a key contains a slash, or keys are 0 and "0"
+    if len(set(simple)) < len(simple):  # a key contains a slash, or a tree has the keys 0 and "0"
         return [jax.tree_util.keystr(path) for path in paths]
     return simple
 
@@ -94,12 +94,12 @@ def explicit_sharding(x: Any, spec: PartitionSpec | None = None) -> NamedShardin
 
 
 def partition_spec(x: Any) -> PartitionSpec:
-    """Returns the mesh axes that each axis of an array is sharded over, as its type says."""
+    """Returns the mesh axes that shard each axis of an array, from its type."""
     return jax.typeof(x).sharding.spec
 
 
 def reshard_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Shards an array like another one, as far as their types say."""
+    """Shards an array like another one, if their types include shardings."""
     spec = partition_spec(like)
     return x if partition_spec(x) == spec else jax.sharding.reshard(x, spec)
 

@@ -1,8 +1,8 @@
-"""The backward pass: from the loss down, each gradient is handed to a consumer and forgotten.
+"""The backward pass: hands each gradient to a consumer as soon as it exists, then drops it.
 
 A dense segment is one `jax.vjp`. A layer scan is a loop from the last layer to the first, whose
 carry holds the stacked parameters: recompute layer i, form its gradient, let the consumer write the
-new layer in place, go on to layer i - 1.
+new layer in place, continue with layer i - 1.
 """
 
 import functools
@@ -24,8 +24,8 @@ class Consumer(Protocol):
     """Uses gradients: `update.Update` and `update.SumOfSquares`.
 
     Parameters are given by their index among the leaves of the tree. The stacked parameters of one
-    scan are used in a loop: its carry begins as `init_carry` returns it, passes through `use_layer`
-    and `next_layer`, and the last one, after `finish`, goes to `store`.
+    scan are used in a loop: `init_carry` returns its first carry, `use_layer` and `next_layer`
+    update it, and `store` gets the result of `finish` on the last one.
     """
 
     def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
@@ -66,7 +66,7 @@ class Consumer(Protocol):
         """Returns the part of the last carry that `store` needs."""
 
     def store(self, result: PyTree, indices: Sequence[int]) -> None:
-        """Stores what `finish` returned."""
+        """Stores the result of `finish`."""
 
 
 def backward(forward: ForwardPass, consumer: Consumer) -> None:
@@ -87,7 +87,7 @@ def backward(forward: ForwardPass, consumer: Consumer) -> None:
 
 
 class Cotangents(dict):
-    """The cotangents of variables, summed in float32 as they come, removed when they are taken."""
+    """The cotangents of variables: summed in float32 when added, removed when read."""
 
     def __init__(self, values: Values):
         self.values_of_loss = values
@@ -118,8 +118,8 @@ def _backward_dense(values: Values, dense: DensePass, cotangents: Cotangents) ->
     inputs = select(segment.inputs, dense.diff_in)
     known = [False] * len(inputs)
     if dense.grads is not None:
-        # Of the segment of the loss, a second pass recomputes the gradients of parameters, which
-        # may be as large as the parameters. Those of activations are small enough to keep.
+        # In the segment of the loss, a second pass recomputes the gradients of parameters, which
+        # may be as large as the parameters. Gradients of activations are small enough to save.
         known = [dense.is_first or v not in values.loss.params for v in inputs]
         cotangents.add(select(inputs, known), select(dense.grads, known))
     if not all(known):
@@ -226,7 +226,7 @@ class _LayerLoop(NamedTuple):
         (inputs, residuals), ct_ys = arrays.to_device(x)
         scan, stacked = self.layers.segment.scan, self.layers.segment.stacked
         xs, is_param = self.layers.xs, self.layers.is_param
-        # Every x is read when it is needed, parameters with their gradients to use first.
+        # Read each x only when it is needed; parameters whose gradients are used come first.
         order = [*select(range(len(xs)), is_param), *select(range(len(xs)), zip_not(is_param))]
         others = select(xs, zip_not(is_param))
 

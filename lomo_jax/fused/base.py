@@ -1,4 +1,4 @@
-"""What the fused step and the reference share: options, state, output, checks."""
+"""The base class of the fused step and the reference step: options, state, output, checks."""
 
 import dataclasses
 import inspect
@@ -37,7 +37,7 @@ class StepState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What a step returns in addition to parameters and state."""
+    """The output of a step, besides parameters and state."""
 
     loss: jax.Array  # [], dtype of the loss, computed with the parameters before the update
     # The second result of loss_fn. With K > 1 microbatches every leaf has an axis [K] in front.
@@ -63,7 +63,7 @@ class TracedStep(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `Step._run` computes."""
+    """The result of `Step._run`."""
 
     params: list[jax.Array]  # leaves
     states: dict[int, PyTree]  # of the optimizer, by the index of the parameter
@@ -113,11 +113,12 @@ class Step:
         "layers/attention/query" (``jax.tree_util.keystr(path, simple=True, separator="/")``), or a
         pytree of bool that is a prefix of `params`. Frozen parameters have no gradient and no
         state, and the backward pass stops at the first trainable parameter. None: all.
-      offload: an `Offload`, what to keep in host memory.
-      remat: what the forward pass saves of each layer; the backward pass recomputes the rest.
-        ``"full"``: the layer's input only. ``"attention"``: also the results of attention, which
-        are those of cuDNN's flash attention and values that
-        ``jax.ad_checkpoint.checkpoint_name(x, "attention")`` names. ``"none"``: all residuals of
+      offload: an `Offload`: the arrays to store in host memory.
+      remat: the residuals of each layer that the forward pass saves; the backward pass recomputes
+        the rest.
+        ``"full"``: the layer's input only. ``"attention"``: also the results of attention: of
+        cuDNN's flash attention, and of values named by
+        ``jax.ad_checkpoint.checkpoint_name(x, "attention")``. ``"none"``: all residuals of
         `jax.vjp`. Or a policy of `jax.checkpoint_policies`. It replaces a `jax.checkpoint` around
         the whole layer; one inside the layer stays. Saved values exist for all layers at once.
 
@@ -126,7 +127,7 @@ class Step:
         traced: the layers of a stacked parameter cannot be updated one by one (it reaches the scan
         through a cast or a transpose, is used outside the scan too, or is scanned inside an
         operation that cannot be cut, such as `jax.lax.cond`); `tx` mixes parameters; the batch does
-        not split into microbatches; `trainable` selects no parameter; the state is that of another
+        not split into microbatches; `trainable` selects no parameter; the state belongs to another
         step.
       TypeError: the loss is not a floating-point scalar, or a parameter is not an array.
     """
@@ -234,7 +235,7 @@ class Step:
         new_loss_scale = None
         if self.dynamic and state.loss_scale:
             new_loss_scale = self.dynamic.update(state.loss_scale, result.finite)
-            # A skipped step keeps its random key.
+            # A skipped step does not advance the random key.
             new_rounding = jax.tree.map(
                 lambda new, old: jnp.where(result.finite, new, old), new_rounding, state.rounding
             )

@@ -1,4 +1,4 @@
-"""Lists of values with lists of flags: select the flagged ones, put others in their place."""
+"""Lists of values with lists of flags: selecting and replacing the flagged values."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ def select(items: Iterable[Any], flags: Iterable[bool]) -> list[Any]:
 
 
 def scatter(items: Sequence[Any], new: Iterable[Any], flags: Flags) -> list[Any]:
-    """Returns `items` with the flagged ones replaced by those of `new`, in order."""
+    """Returns `items` with the flagged ones replaced by the items of `new`, in order."""
     replacements = iter(new)
     return [next(replacements) if flag else item for item, flag in zip(items, flags, strict=True)]
 

@@ -1,6 +1,6 @@
-"""The forward pass: runs the segments of a loss and saves what the backward pass starts from.
+"""The forward pass: runs the segments of a loss and saves residuals for the backward pass.
 
-For a layer scan it saves the input of each layer, and the residuals that `remat` asks for. For a
+For a layer scan it saves the input of each layer, and the residuals that `remat` selects. For a
 dense segment it saves the segment's inputs.
 """
 
@@ -16,7 +16,7 @@ from lomo_jax.fused.flags import Flags, scatter, select, zip_and, zip_not
 from lomo_jax.fused.microbatches import Microbatched, vjp_of
 from lomo_jax.fused.trace import DenseSegment, LayerScan, TracedLoss
 
-# Outputs of cuDNN's flash attention: the result, and the row sums that its derivative starts from.
+# Outputs of cuDNN's flash attention: the result, and the row sums that its derivative needs.
 _FLASH_ATTENTION = "dot_product_attention_fwd_wrapper"
 
 
@@ -142,8 +142,8 @@ class ForwardPass(NamedTuple):
     def begin_second_pass(self, value: jax.Array) -> tuple["ForwardPass", jax.Array]:
         """Makes the second backward pass wait for `value`, a result of the first one.
 
-        Use both results in place of the arguments. Otherwise XLA finds work that the two passes
-        share, and keeps large arrays of the first for the second.
+        Use both results in place of the arguments. Otherwise XLA merges common computations of
+        the two passes and stores large arrays of the first pass for the second.
         """
         dense = [p for p in self.passes if isinstance(p, DensePass)]
         args, value = jax.lax.optimization_barrier(([p.args for p in dense], value))
@@ -200,7 +200,7 @@ def _run_dense(values: Values, segment: DenseSegment, seed: jax.Array) -> DenseP
     is_of_each = values.vary([loss.loss])[0] or values.microbatches == 1
     if segment is loss.segments[-1] and any(diff_loss) and is_of_each:
         # Nothing runs between the forward and the backward pass of the last segment: one vjp does
-        # both. The barrier makes the layers wait for the loss: XLA might compute it last, and keep
+        # both. The barrier makes the layers wait for the loss: XLA might compute it last, and store
         # the logits until then.
         outputs, grads = result.vjp(result.diff_in, diff_loss, [seed], run=True)
         inputs = select(segment.inputs, result.diff_in)
@@ -308,7 +308,7 @@ def save_residuals(
     """
     named: dict[Any, Any] = {"attention": _save_attention, "none": _save_all_but_gathered}
     policy = remat if callable(remat) else named[remat]
-    # The two passes are different loops: XLA cannot merge what both compute.
+    # The two passes are different loops: XLA cannot merge their common computations.
     function = jax.checkpoint(
         _without_outer_checkpoint(body, stacked), policy=policy, prevent_cse=False
     )

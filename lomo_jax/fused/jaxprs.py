@@ -1,4 +1,4 @@
-"""Reads and rewrites jaxprs: taking scans apart, inlining calls, cutting functions out, dependence.
+"""Reads and rewrites jaxprs: splits scans, inlines calls, extracts functions, finds dependence.
 
 The parameters of a scan and the split into closed and open jaxprs differ between the versions of
 JAX that lomo_jax supports (0.10 to 0.12). Only this module depends on the version.

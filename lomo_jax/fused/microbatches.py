@@ -192,7 +192,7 @@ class Microbatched(NamedTuple):
         return outputs, grads
 
     def _of_one(self, args: Sequence[Any]) -> list[Any]:
-        """Returns the inputs of one microbatch: those outputs that do not vary need no more."""
+        """Returns the inputs of one microbatch: enough for the outputs that do not vary."""
         return [x[0] if v else x for x, v in zip(args, self.varies_in, strict=True)]
 
 

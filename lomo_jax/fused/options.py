@@ -18,7 +18,7 @@ MIN_LOSS_SCALE, MAX_LOSS_SCALE = 2.0**-126, 2.0**126
 
 @dataclasses.dataclass(frozen=True)
 class Offload:
-    """What a step keeps in pinned host memory and copies to the device one layer at a time.
+    """The arrays that a step stores in pinned host memory, and copies to the device layer by layer.
 
     The results do not change. On a GPU this trades memory for transfers over PCIe; on a CPU it
     changes nothing.
@@ -75,8 +75,8 @@ class DynamicLossScale:
       factor: divides and multiplies the scale, above 1. Scaling by a power of two is exact.
       minimum: the smallest scale.
       skip: ``"step"`` leaves parameters and optimizer state bit-identical when a gradient
-        overflows. ``"layers"`` keeps the updates that came before the overflow in the backward
-        pass, those of the layers above, and skips the rest.
+        overflows. ``"layers"`` applies the updates before the overflow in the backward pass, of
+        the layers above, and skips the rest.
 
     Raises:
       ValueError: an argument is out of range.

@@ -1,10 +1,10 @@
 """Evaluates a function in the order of its program, and uses each gradient as soon as it exists.
 
 XLA schedules by dependence alone. Given the gradients of all parameters of a layer it may compute
-all of them before it updates the first parameter, and keep what each needs until then. Here
-everything waits, at an `optimization_barrier`, for the update before it, and only the smallest set
-of values that the rest needs crosses the barrier: what is cheap to compute is computed again. (The
-CPU compiler removes barriers early, and schedules as it likes.)
+all of them before it updates the first parameter, and store the operands of each until then. Here
+everything waits, at an `optimization_barrier`, for the update before it. Only the smallest set of
+values that the rest needs crosses the barrier: cheap values are computed again. (The CPU compiler
+removes barriers early, and schedules freely.)
 """
 
 import math
@@ -224,7 +224,7 @@ def _smallest_cut(
     graph = sparse.csr_array((capacity, (rows, columns)), shape=(size, size))
     spare = graph - csgraph.maximum_flow(graph, _SOURCE, _SINK).flow
     spare.eliminate_zeros()
-    # Of several smallest cuts, take the one that leaves the least to compute.
+    # Of several minimum cuts, choose the one with the least recomputation.
     near = set(csgraph.breadth_first_order(spare.T.tocsr(), _SINK, return_predecessors=False))
     return [v for v, node in nodes.items() if node + 1 in near and node not in near]
 

@@ -1,4 +1,4 @@
-"""The plain computation that the fused step is measured against."""
+"""The reference step, which tests and benchmarks compare with the fused step."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from lomo_jax.fused.update import all_finite, scale_gradient, sum_of_squares
 
 
 class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
-    """The plain computation of what `fused_step` computes.
+    """A step like `fused_step`, computed without fusion.
 
     Computes the whole gradient with `jax.value_and_grad`, then applies `tx`, to stacked parameters
-    under `jax.vmap` over their layers. Arguments, state and results are those of `fused_step`.
+    under `jax.vmap` over their layers. Arguments, state and results are as for `fused_step`.
     """
 
     def _run(

@@ -22,20 +22,20 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
     layer to the first: it recomputes the layer, forms its gradient, applies `tx`, and writes the
     new layer in place before the next gradient exists. Parameters outside the layers are updated as
     soon as their gradient is complete; one that is used in several places is updated once, with the
-    summed gradient. Beside parameters and state a step needs memory for the layer inputs, and for
+    summed gradient. Besides parameters and state a step needs memory for the layer inputs, and for
     the parameters, gradient and activations of about one layer.
 
     Jit the step with parameters and state donated. Otherwise XLA copies both before it writes.
 
     With loss :math:`\ell`, loss scale :math:`s`, microbatches :math:`b_1 \dots b_K` and their
-    shares :math:`w_k` of the loss (:math:`1/K`, or those of `WeightedLoss`), `tx` gets
+    shares :math:`w_k` of the loss (:math:`1/K`, or from `WeightedLoss`), `tx` gets
 
     .. math::
         g = c \, \frac{1}{s} \sum_k \nabla \left( s\, w_k\, \ell(\theta, b_k) \right), \qquad
         c = \min\left(1, \frac{\mathrm{clip\_norm}}{\lVert g / c \rVert + 10^{-6}}\right)
 
-    in float32, and the result equals that of `reference_step` up to rounding. A stacked parameter
-    [L, ...] is L parameters to `tx`: AdaLomo's root mean square, for example, is that of one layer.
+    in float32, and the result equals `reference_step` up to rounding. A stacked parameter
+    [L, ...] is L parameters to `tx`: AdaLomo's root mean square, for example, is taken per layer.
     Every array of its state has the layer axis in front.
 
     *Models without a layer scan* gain little: all their gradients may exist at once, and it depends

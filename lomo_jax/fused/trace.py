@@ -79,7 +79,7 @@ def trace(
     Args:
       loss_fn: returns a scalar loss or a `WeightedLoss`, or (either, aux) with `has_aux`.
       params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      batch: likewise.
+      batch: pytree of arrays or `jax.ShapeDtypeStruct`.
       has_aux: see `loss_fn`.
       trainable: for each leaf of `params`, whether it has a gradient.
 
@@ -136,7 +136,7 @@ def _cut(
     Args:
       closed: the jaxpr that the equations come from.
       eqns: the equations.
-      results: what they compute.
+      results: the results of the equations.
       scans: by the `id` of a layer scan's equation, see `_LayerScanFinder.find`.
       trainable: the indices of the trainable parameters.
     """
@@ -175,7 +175,7 @@ def _is_float(var: jex.Var) -> bool:
 
 
 def _check_result(shape: PyTree, has_aux: bool) -> tuple[bool, Any]:
-    """Raises TypeError if `loss_fn` returned something else than promised.
+    """Raises TypeError if the result of `loss_fn` does not fit `has_aux`, or is no loss.
 
     Returns:
       Whether the loss has a weight, and the structure of aux.
@@ -290,9 +290,9 @@ class _LayerScanFinder:
     ) -> dict[int, int]:
         """Returns which of `params` a scan's xs are, or are derived from, by position.
 
-        What depends on the batch is an activation. An x is a stack of layers if it is a parameter,
-        or derived from one with three axes, or has the shape of one up to the order of its axes (a
-        cast, a transpose): an embedding that is scanned in chunks is none of these.
+        A value that depends on the batch is an activation. An x is a stack of layers if it is a
+        parameter, or derived from one with three axes, or has the shape of one up to the order of
+        its axes (a cast, a transpose): an embedding that is scanned in chunks is none of these.
         """
         if not jaxprs.is_scan(eqn):
             return {}
@@ -358,7 +358,7 @@ class _LayerScanFinder:
                     self._refuse_hidden(e, outer, inside)
 
     def _refuse_indexed(self, eqn: jex.JaxprEqn, operands: Sequence[Atom | None]) -> None:
-        """Refuses a loop whose body takes layer i of a stack by an index."""
+        """Refuses a loop whose body indexes layer i of a stack."""
         scan = jaxprs.read_scan(eqn)
         consts = jaxprs.open_jaxpr(scan.body).invars[: len(scan.consts)]
         for i, v in zip(map(self._param, operands), consts, strict=False):

@@ -83,7 +83,8 @@ class Update:
     Args:
       updaters: by the index of the parameter.
       params: leaves of the parameters. `self.params` has the new ones after the backward pass.
-      states: the optimizer's states by the index of the parameter. `self.states` likewise.
+      states: the optimizer's states by the index of the parameter. `self.states` has the new ones
+        after the backward pass.
       factor: multiplies gradients before the update, float32 []; None for 1.
       key: for stochastic rounding, or None.
       finite: bool [], False skips every update; None never skips.

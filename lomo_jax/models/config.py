@@ -40,7 +40,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a LLaMA-family decoder; the defaults are those of LLaMA-7B.
+    """The shape of a LLaMA-family decoder; the defaults describe LLaMA-7B.
 
     Raises:
       UserError: A size is not a positive integer, `num_heads` is not a multiple of `num_kv_heads`,

@@ -54,7 +54,7 @@ def check_save_path(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def replace(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields an empty folder to write an export to, which takes the place of `path` at the end.
+    """Yields an empty folder to write an export to; at the end it replaces `path`.
 
     The new export is written next to `path` and renamed when it is complete. If it fails, even by
     SIGKILL, the earlier export is whole: at `path`, or restored by the next call. All processes
@@ -127,9 +127,9 @@ def _remove(old: Path, target: Path) -> None:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Returns the names of what the export in a folder did not write.
+    """Returns the names of files and folders that the export in a folder did not write.
 
-    A directory without a file of the export is one name.
+    A folder without any file of the export counts as one name.
     """
     owned = {MANIFEST, *_files(folder)}
     parents = {str(parent) for name in owned for parent in PurePosixPath(name).parents}

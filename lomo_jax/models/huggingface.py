@@ -106,7 +106,7 @@ def save(
     """Writes a Hugging Face directory that `transformers` and `lomo_jax.models.load` read.
 
     The export appears at `path` when it is complete: if it fails, even by SIGKILL, an earlier
-    export is kept. Files that users added to an earlier export stay. Host memory holds one shard.
+    export stays. Files that users added to an earlier export stay. Host memory holds one shard.
     With several processes, all must call this and share the file system; each writes its part.
 
     Args:

@@ -207,7 +207,7 @@ class Llama(nnx.Module):
         positions_BxT: jax.Array | None = None,
         segments_BxT: jax.Array | None = None,
     ) -> Context:
-        """Returns the inputs that all layers share; the arguments are those of `hidden`."""
+        """Returns the inputs that all layers share; see `hidden` for the arguments."""
         if positions_BxT is None:
             positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
         angles = positions_BxT.astype(jnp.float32)[:, :, None, None] * _frequencies(self.config)
@@ -228,7 +228,7 @@ class Llama(nnx.Module):
         positions_BxT: jax.Array | None = None,
         segments_BxT: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns float32 logits `[B, T, V]`; the arguments are those of `hidden`."""
+        """Returns float32 logits `[B, T, V]`; see `hidden` for the arguments."""
         return jnp.einsum(
             "btd,dv->btv",
             self.hidden(tokens_BxT, positions_BxT, segments_BxT),

@@ -60,7 +60,7 @@ def compile_step(
       step: a step of `fused_step` or `reference_step`.
       params: pytree of `jax.ShapeDtypeStruct` with the shardings of `sharding.shardings`. A leaf
         without a sharding is replicated on every device.
-      batch: pytree of `jax.ShapeDtypeStruct`, likewise.
+      batch: pytree of `jax.ShapeDtypeStruct` with shardings.
       mesh: a mesh of `make_mesh`.
       compiler_options: options of XLA, as for `jax.jit`.
 
@@ -72,7 +72,7 @@ def compile_step(
     def place(tree: Any, *, on_host: bool = False) -> Any:
         # Compile-only devices report no memory kinds, and a sharding over them silently drops the
         # kind that it is given. A sharding over an abstract mesh keeps the kind; the batch then
-        # tells JAX the devices.
+        # gives JAX the devices.
         where, kind = (mesh.abstract_mesh, "pinned_host") if on_host else (mesh, None)
 
         def place_leaf(x):

@@ -58,7 +58,7 @@ def read_memory(
     Args:
       compiled: the compiled step.
       params: its parameters, pytree of arrays or `jax.ShapeDtypeStruct`.
-      state: its state, likewise.
+      state: its state, pytree of arrays or `jax.ShapeDtypeStruct`.
       gpu: kind of the device, as JAX names it.
       device_gib: memory of the device, GiB.
       usable_gib: the part of it that JAX may allocate, GiB.
@@ -134,8 +134,8 @@ def temporary_buffers(text: str, arguments: Any, layer_inputs: int) -> list[Buff
 
     Args:
       text: scheduled HLO of the step.
-      arguments: pytree of arrays or shapes. A result with the shape of one of them is taken for its
-        update in place and left out, unless it is a copy.
+      arguments: pytree of arrays or shapes. A result with the shape of one of them counts as its
+        update in place and is omitted, unless it is a copy.
       layer_inputs: bytes of the saved layer inputs, by which their buffer is recognised.
     """
     updated = {(shard_shape(leaf), leaf.dtype.itemsize) for leaf in jax.tree.leaves(arguments)}

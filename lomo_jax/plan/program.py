@@ -14,8 +14,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][\w-]*)\(
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _VALUE = re.compile(r"%([\w.-]+)")
-# The computations that an opcode runs one instruction after the other. What other opcodes call
-# (fusions, reductions) is the inside of one kernel.
+# Opcodes that run the instructions of a computation one after the other. Computations called by
+# other opcodes (fusions, reductions) are the inside of one kernel.
 _SUBROUTINES = {
     "while": re.compile(r"(?:condition|body)=(%[\w.-]+)"),
     "call": re.compile(r"to_apply=(%[\w.-]+)"),
@@ -27,7 +27,7 @@ _SUBROUTINES = {
 _HOST = "S(5)"  # the memory space of the host, in a layout
 _NUMPY_KINDS = {"bf": "bfloat", "f": "float", "s": "int", "u": "uint"}
 
-# Opcodes whose result is another value's memory.
+# Opcodes whose result shares another value's memory.
 VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"}
 
 

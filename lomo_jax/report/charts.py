@@ -30,7 +30,7 @@ _STYLE: dict[str, Any] = {
 
 class _Kind(NamedTuple):
     title: str
-    keys: dict[str, str]  # of the records, and what to call their curves
+    keys: dict[str, str]  # keys of the records -> names of their curves
     form: str  # of a value in words
     from_zero: bool = True
     is_noisy: bool = True  # gets a running mean
@@ -65,7 +65,7 @@ class Chart(NamedTuple):
     lines: list[Line]
     drawings: list[tuple[int, int, Markup]]  # width, height, content of <svg>; for phones the last
     alt: str
-    notes: list[str]  # what the drawings do not show
+    notes: list[str]  # values outside the chart or not finite
 
 
 def draw(runs: Sequence[Run]) -> list[Chart]:

@@ -41,7 +41,8 @@ _PROCESSES = {
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`, program name first; returns the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot show
+        # The terminal may not support all characters of a sample.
+        sys.stdout.reconfigure(errors="replace")
     try:
         _train(argv)
         return 0
@@ -51,15 +52,15 @@ def main(argv: Sequence[str]) -> int:
         if sys.flags.dev_mode:
             raise
         status, message = 1, f"error: {error}"
-    except Exception:  # there is no log yet
+    except Exception:  # no log.txt yet
         if not _has_peers():
             raise
         status, message = 1, traceback.format_exc()
     with contextlib.suppress(OSError):  # a lost terminal
         print(message, file=sys.stderr, flush=True)
     if status == 130 or _has_peers():
-        # Python's exit handlers would wait: after Ctrl-C for a checkpoint that is being written,
-        # and with several processes for the others, which wait for this one.
+        # Python's exit handlers would wait: after Ctrl-C for the background save,
+        # and with several processes for the others, while they wait for this one.
         os._exit(status)
     return status
 
@@ -73,9 +74,9 @@ def _train(argv: Sequence[str]) -> None:
     config = parse(argv, values, usage=__doc__)
     # JAX reads it when it first uses a device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    # We use the tokenizers of transformers, which warns that there is no PyTorch.
+    # transformers, imported for its tokenizers, would warn that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from lomo_jax.training import devices  # slow to import: a typo is reported before
+    from lomo_jax.training import devices  # slow to import: report typos first
     from lomo_jax.training.loop import train
 
     devices.use_cpu_without_gpu()

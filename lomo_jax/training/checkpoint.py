@@ -1,4 +1,4 @@
-"""Checkpoints: written by orbax in the background, whole or not at all, and with checksums."""
+"""Checkpoints: orbax writes them in the background, atomically, with checksums of the arrays."""
 
 import contextlib
 import dataclasses
@@ -29,42 +29,42 @@ from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import is_on_host
 from lomo_jax.training import devices
 
-_REMOVAL = 1.0  # seconds that the removal of a checkpoint may take
-_METADATA = Path("metadata", "metadata")  # in a checkpoint: item, and orbax's file of JSON
-_PARTIAL = ".orbax-checkpoint-tmp"  # orbax appends it to the name of a folder until it is whole
+_REMOVAL = 1.0  # seconds that removing a checkpoint may take
+_METADATA = Path("metadata", "metadata")  # in a checkpoint's folder; orbax writes the JSON there
+_PARTIAL = ".orbax-checkpoint-tmp"  # suffix of a folder that orbax is still writing
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass
 class Progress:
-    """The state of a run, apart from its arrays."""
+    """The state of a run without its arrays."""
 
     step: int = 0  # finished steps
     data: dict[str, Any] = dataclasses.field(default_factory=dict)  # grain's position
     evaluated: int = -1  # the step of the last evaluation; -1 before the first one
-    best: float | None = None  # the lowest held-out loss, of evaluations after a step
-    best_step: int | None = None  # its step
+    best: float | None = None  # the lowest held-out loss after step 0
+    best_step: int | None = None  # step of the lowest held-out loss
     skipped: int = 0  # updates skipped because loss or gradient was not finite
-    skipped_in_a_row: int = 0  # the last of them, without overflows that a lower loss scale may fix
+    skipped_in_a_row: int = 0  # until now; without overflows that a lower loss scale may fix
 
 
 @dataclasses.dataclass
 class CheckpointMetadata:
-    """The JSON in a checkpoint."""
+    """The metadata of a checkpoint, saved as JSON."""
 
     progress: Progress
-    config: dict[str, Any]  # of `config.to_dict`
-    dataset: str  # fingerprint of the documents and tokens, in which the position counts
-    checksums: dict[str, list[int]]  # of the leaves of each item
+    config: dict[str, Any]  # from `config.to_dict`
+    dataset: str  # fingerprint of the documents and tokens; `progress.data` is a position in them
+    checksums: dict[str, list[int]]  # item -> checksum of each leaf
 
 
 class Checkpoints:
-    """The checkpoints in a folder; use as a context, which waits for the one being written.
+    """The checkpoints in a folder; a context manager whose exit waits for the background save.
 
-    Each has the items `params`, `optimizer`, `metadata` and, if the step has them, `loss_scale` and
-    `rounding`. With several processes all of them must call every method; each writes and reads
-    its shards of the arrays.
+    A checkpoint has the items `params`, `optimizer`, `metadata` and, if the step uses them,
+    `loss_scale` and `rounding`. With several processes all must call every method; each process
+    writes and reads its own shards.
     """
 
     def __init__(
@@ -80,17 +80,17 @@ class Checkpoints:
 
         Args:
           folder: Created if it does not exist.
-          keep: Number of last checkpoints to keep.
-          keep_best: Whether to keep the one with the lowest held-out loss as well.
-          warn: Called with a line about a checkpoint that could not be written.
-          read_only: Whether to leave the folder as it is: nothing is saved or cleaned up.
+          keep: Number of latest checkpoints to keep.
+          keep_best: Whether to keep the checkpoint with the lowest held-out loss as well.
+          warn: Called with a one-line message if a checkpoint cannot be written.
+          read_only: Whether to change nothing in the folder: neither save nor clean up.
         """
         self._folder, self._warn, self._read_only = folder, warn, read_only
         self._preserve = _LastAndBest(keep)
         self._keep_best = keep_best
-        self._saving: int | None = None  # step of the one being written
-        self._failure: str | None = None  # why it will not be whole
-        self.last: int | None = None  # step of the last one that is known to be whole
+        self._saving: int | None = None  # step of the checkpoint being written
+        self._failure: str | None = None  # why that checkpoint failed
+        self.last: int | None = None  # step of the last checkpoint known to be complete
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -102,14 +102,14 @@ class Checkpoints:
                     preservation_policy=self._preserve,
                     cleanup_tmp_directories=not self._read_only,
                     read_only=self._read_only,
-                    lightweight_initialize=True,  # reads no files, which might be damaged
+                    lightweight_initialize=True,  # reads no files, which may be damaged
                 ),
             )
-            # Failed coroutines must be collected while orbax is silenced, and the traceback of an
-            # error may hold a reference to this object.
+            # Drop orbax's objects while it is silenced: failed coroutines warn when they are
+            # collected, and the traceback of an error may keep this object alive for longer.
             stack.callback(delattr, self, "_manager")
-            # Each process reads alone: one that waits in orbax for another, whose shards are
-            # damaged, would wait forever.
+            # Each process reads on its own: orbax would wait forever for a process whose shards
+            # are damaged.
             here = jax.process_index()
             alone = ocp.options.MultiprocessingOptions(here, {here}, f"reader{here}")
             handler = ocp.CompositeCheckpointHandler(
@@ -124,13 +124,13 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         with self._stack:
             if kind is KeyboardInterrupt and self._manager.is_saving_in_progress():
-                return  # the person does not want to wait for it
-            # An error may be in this process alone: then the others do not come here to agree.
+                return  # the user does not want to wait for the save
+            # After an error in this process alone, the others do not take part in `agree`.
             self._wait(agreed=kind is None)
             self._manager.close()
 
     def start_anew(self) -> None:
-        """Starts with an empty folder: the checkpoints of an earlier run have been moved away."""
+        """Creates the folder, after the checkpoints of an earlier run were moved aside."""
         if jax.process_index() == 0:
             self._folder.mkdir(exist_ok=True)
         devices.wait_for_all("checkpoint folder")
@@ -141,7 +141,7 @@ class Checkpoints:
         self._manager.reload()
 
     def steps(self) -> list[int]:
-        """Returns the steps of the checkpoints, the last one first."""
+        """Returns the steps of the checkpoints, the latest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(
@@ -152,18 +152,19 @@ class Checkpoints:
         *,
         block: bool = False,
     ) -> bool:
-        """Starts to write a checkpoint in the background; the arrays may then be donated.
+        """Starts to write a checkpoint in the background; the caller may then donate the arrays.
 
         If writing fails, `warn` is called, and the earlier checkpoints stay.
 
         Args:
           params: The parameters after `metadata.progress.step` steps.
           state: The state of the step.
-          metadata: Its checksums are filled in.
-          block: Whether to wait until it is on disk: arrays in host memory are not copied first.
+          metadata: The metadata; `save` sets its checksums.
+          block: Whether to wait until the checkpoint is on disk. Set it for arrays in host memory:
+            orbax does not copy them before it writes in the background.
 
         Returns:
-          False if a number is not finite: then nothing is written.
+          Whether all numbers are finite; if not, nothing is written.
         """
         items = _items(params, state)
         sums = {name: checksums(tree) for name, tree in items.items()}
@@ -174,7 +175,7 @@ class Checkpoints:
         step = metadata.progress.step
         if self._keep_best:
             self._preserve.best(metadata.progress.best_step)
-        if step in self.steps():  # the run resumed from it, and has evaluated it since
+        if step in self.steps():  # resumed from it, and evaluated since
             self._update(step, metadata.progress)
             return True
         self._saving = step
@@ -206,17 +207,17 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written; warns if that failed."""
+        """Waits for the background save; warns if it failed."""
         self._wait(agreed=True)
 
     def _wait(self, *, agreed: bool) -> None:
-        """As `wait`; `agreed` is whether all processes call this, and must agree on the result."""
+        """Waits; `agreed`: whether all processes call this, and must agree on the result."""
         if self._saving is None:
             return
         step, failure, self._saving, self._failure = self._saving, self._failure, None, None
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # as above
+        except Exception as error:  # as in `save`
             failure = failure or reason(error)
         whole = failure is None
         if devices.agree(whole) if agreed else whole:
@@ -234,7 +235,7 @@ class Checkpoints:
         """Reads the metadata of a checkpoint.
 
         Raises:
-          CheckpointError: It is damaged.
+          CheckpointError: The checkpoint is damaged.
         """
         folder = self._folder / str(step)
 
@@ -252,16 +253,18 @@ class Checkpoints:
         """Reads the arrays of a checkpoint.
 
         Args:
-          metadata: Of the checkpoint.
-          params: The parameters as `jax.ShapeDtypeStruct` with their shardings.
-          state: The state of the step, likewise. Parts that the checkpoint lacks are None in the
-            result.
+          metadata: The metadata of the checkpoint.
+          params: The parameters as `jax.ShapeDtypeStruct` with shardings.
+          state: The state of the step as `jax.ShapeDtypeStruct` with shardings.
+
+        Returns:
+          The parameters and the state. Parts of the state that the checkpoint lacks are None.
 
         Raises:
-          CheckpointError: It is damaged.
+          CheckpointError: The checkpoint is damaged.
         """
         found = self._read(metadata, _items(params, state))
-        for step in reversed(self.steps()):  # learn which of them were the best
+        for step in reversed(self.steps()):  # so that the best one stays
             with contextlib.suppress(CheckpointError):
                 self._preserve.best(self.metadata(step).progress.best_step)
         rounding = found.get("rounding", {"key": None})["key"]
@@ -285,12 +288,12 @@ class Checkpoints:
             as_saved = jax.tree.leaves(wanted["params"])[0].dtype == metadata.config["param_dtype"]
             for name in wanted:
                 if name == "params" and not as_saved:
-                    continue  # they are converted, and have other bits
+                    continue  # converted to another dtype: other bits
                 if checksums(found[name]).sums != metadata.checksums[name]:
                     raise ValueError(f"the bits of {name} are not those that were saved")
 
         found = _intact(folder, read)
-        _intact(folder, compare)  # all processes have read their shards, and compute this together
+        _intact(folder, compare)  # collective: all processes have read their shards
         self.last = step
         return {name: found[name] for name in wanted}
 
@@ -307,11 +310,11 @@ class Checkpoints:
 
 
 class _LastAndBest:
-    """Orbax's policy: keep the last checkpoints, and the one of the best evaluation."""
+    """Preservation policy for orbax: the latest checkpoints, and the best one."""
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
-        self._best: list[int | None] = []  # its steps so far
+        self._best: list[int | None] = []  # steps that were the best, in order
 
     def best(self, step: int | None) -> None:
         """Adds the step of the best evaluation so far."""
@@ -321,7 +324,7 @@ class _LastAndBest:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
         steps = sorted(info.step for info in checkpoints)
-        # The last best one that exists: writing a later one may have failed.
+        # The latest of them that exists: writing a better checkpoint may have failed.
         best = next((step for step in reversed(self._best) if step in steps), None)
         return [info.step in steps[-self._keep :] or info.step == best for info in checkpoints]
 
@@ -329,12 +332,12 @@ class _LastAndBest:
 def read_params(
     folder: Path, step: int | str | None, like: Any
 ) -> tuple[nnx.State, CheckpointMetadata]:
-    """Reads the parameters of a run, which may still be training.
+    """Reads the parameters of a run; the run may still be training.
 
     Args:
       folder: The run's workdir.
-      step: Of the checkpoint; "best" for the lowest held-out loss, None for the last one.
-      like: The parameters as `jax.ShapeDtypeStruct` with their shardings.
+      step: The step of the checkpoint, "best" for the lowest held-out loss, None for the latest.
+      like: The parameters as `jax.ShapeDtypeStruct` with shardings.
 
     Raises:
       CheckpointError: There is no such checkpoint, or it is damaged.
@@ -350,11 +353,11 @@ def read_params(
                 checkpoints.reload()
                 if checkpoints.steps() == steps:
                     raise
-                # The run wrote a new one meanwhile, and removed the one being read.
+                # The run has replaced the checkpoint while we read it.
 
 
 def _find(checkpoints: Checkpoints, folder: Path, step: int | str | None) -> int:
-    """Returns the step of the checkpoint for `read_params`."""
+    """Returns the step of the checkpoint that `read_params` reads."""
     steps = checkpoints.steps()
     if not steps:
         raise CheckpointError(f"{folder} has no checkpoint")
@@ -377,7 +380,7 @@ def _items(params: Any, state: lomo_jax.StepState) -> dict[str, Any]:
 def _intact(folder: Path, read: Callable[[], T]) -> T:
     """Returns the result of `read`; a failure in any process becomes a CheckpointError.
 
-    It is raised outside the handler: an exception that holds the failure would keep orbax's
+    The error is raised outside the `except` block: as its context, the failure would keep orbax's
     coroutines alive; see `silence_orbax`.
     """
     found, failure = None, None
@@ -397,20 +400,20 @@ def _intact(folder: Path, read: Callable[[], T]) -> T:
 class Checksums(NamedTuple):
     """Checksums of the arrays of a tree."""
 
-    sums: list[int]  # of each array: its words as unsigned numbers, summed modulo 2**32
-    finite: bool  # whether no number is NaN or infinite
+    sums: list[int]  # per array: the sum of its words as unsigned integers, modulo 2**32
+    finite: bool  # whether all numbers are finite
 
 
 def checksums(tree: Any) -> Checksums:
     """Computes checksums, reading every array once, in the memory where it is.
 
-    By hand, because integer sums do not depend on their order: they are the same on every mesh,
-    which those of orbax or of files are not. A flipped bit changes them.
+    Written by hand: integer sums do not depend on the order of summation, so that they are the same
+    on every mesh. Checksums of orbax or of files are not. A flipped bit changes the sum.
 
     Args:
       tree: Pytree of arrays, in device or host memory, sharded or not.
     """
-    # One array at a time: on a CPU each needs temporary memory; see below.
+    # One array at a time: on a CPU each needs temporary memory; see `_of_array`.
     each = [jax.device_get(_of_array(x)) for x in jax.tree.leaves(tree)]
     return Checksums([int(total) for total, _ in each], all(finite for _, finite in each))
 
@@ -420,7 +423,7 @@ def _of_array(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     infinity = _bits(jnp.array(jnp.inf, x.dtype)) if jnp.issubdtype(x.dtype, jnp.inexact) else None
     on_host = is_on_host(x)
     if not on_host:
-        # Before the loop: inside, XLA for CPUs would write a stack of bfloat16 out as float32.
+        # Before the loop: inside, XLA for CPUs would convert a whole bfloat16 stack to float32.
         x = _bits(x)
 
     def of_part(part: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -430,7 +433,7 @@ def _of_array(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         if infinity is None:
             return total, jnp.array(True)
         not_finite = (part & infinity) == infinity
-        # A float64 is two words.
+        # A float64 has two words.
         return total, ~(not_finite.all(-1) if infinity.ndim else not_finite).any()
 
     def add(carry, layer):
@@ -439,13 +442,13 @@ def _of_array(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     if x.ndim < 3 or arrays.partition_spec(x)[0] is not None:
         return of_part(x)
-    # One layer of a stack at a time: the device may have no room for more of an array in host
-    # memory, and XLA for CPUs widens each number to the width of the sum.
+    # One layer of a stack at a time: a whole array in host memory may not fit on the device, and
+    # XLA for CPUs converts each number to uint32 before it sums.
     return jax.lax.scan(add, (jnp.uint32(0), jnp.array(True)), x)[0]
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """Returns the bits as unsigned numbers. In NaN and infinity all bits of the exponent are 1."""
+    """Returns the bits as unsigned integers. NaN and infinity have all bits of the exponent set."""
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint8)
     word = {1: jnp.uint8, 2: jnp.uint16}.get(math.gcd(x.dtype.itemsize, 4), jnp.uint32)
@@ -454,12 +457,12 @@ def _bits(x: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def silence_orbax() -> Iterator[None]:
-    """Silences Orbax's logs and warnings; we report the failure in a line."""
+    """Silences orbax's logs and warnings; we report the failure in one line."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
 
     def pass_on(unraisable: Any) -> None:
-        # From coroutines that were still running when the first file failed.
+        # Drop errors of orbax's coroutines that were still running when the first file failed.
         files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
         if not any(part in file for file in files for part in ("orbax", "asyncio")):
             hook(unraisable)
@@ -481,19 +484,19 @@ def silence_orbax() -> Iterator[None]:
 
 
 def settle(seconds: float = 5.0) -> None:
-    """Waits until orbax's threads have finished the tasks that were running when something failed.
+    """Waits until orbax's threads have finished the tasks that were running at a failure.
 
-    Orbax closes its event loop before they finish, and asyncio warns about each unfinished task
-    when it is collected.
+    Orbax closes its event loop earlier, and asyncio warns about each unfinished task when it is
+    collected.
     """
     until = time.monotonic() + seconds
     for thread in threading.enumerate():
-        if thread.name.startswith("asyncio_"):  # ends when its event loop is closed
+        if thread.name.startswith("asyncio_"):  # ends after its event loop is closed
             thread.join(max(0.0, until - time.monotonic()))
 
 
 def reason(error: BaseException) -> str:
-    """Returns the cause of an error of TensorStore or Python, in a line."""
+    """Returns the cause of an error of TensorStore or Python in one line."""
     text = " ".join(str(error).split()).partition(" See full")[0] or type(error).__name__
     known = {
         "No space left on device": "the disk is full",

@@ -51,15 +51,15 @@ class DataConfig:
 
     path: str | None = None  # file, folder, glob, or package://NAME/FOLDER in an installed package
     text_key: str = "text"  # key of the document in a line of a .jsonl file
-    eval_fraction: float = 0.05  # fraction of the documents that is held out
+    eval_fraction: float = 0.05  # fraction of the documents to hold out
 
 
 @dataclasses.dataclass
 class MeshConfig:
     """Number of devices on each axis; -1 means all the remaining ones."""
 
-    data: int = 1  # replicas of the model; each takes a part of the batch
-    fsdp: int = -1  # shards of model and batch; each layer is gathered when it is used
+    data: int = 1  # replicas of the model; each gets a part of the batch
+    fsdp: int = -1  # shards of model and batch; each layer is gathered before its use
     tensor: int = 1  # shards of each matrix product: heads, MLP width and vocabulary
 
 
@@ -81,8 +81,8 @@ class Config:
     dynamic_loss_scale: bool = False  # for float16: skips steps that overflow; as slow as clip_norm
     skip_nonfinite: int = 0  # NaN or infinite updates in a row to skip before the run stops
     rounding: str = "nearest"  # or "stochastic", which preserves small updates of bfloat16 weights
-    remat: str = "full"  # or "attention", "none": what the backward pass recomputes
-    offload: Offload = dataclasses.field(default_factory=Offload)  # what lives in host memory
+    remat: str = "full"  # recomputes whole layers; or "attention": all but attention, "none"
+    offload: Offload = dataclasses.field(default_factory=Offload)  # arrays to store in host memory
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     attention: str = "auto"  # cuDNN flash attention where it is supported; or "xla", "cudnn"
 
@@ -207,7 +207,7 @@ def _parse_dict(text: str) -> dict[str, Any]:
 
 
 def set_fields(config: Config, values: dict[str, Any]) -> Config:
-    """Returns a config with other values of some fields, by name, such as "offload.params".
+    """Returns a copy of a config with new values of some fields, such as "offload.params".
 
     Raises:
       ConfigError: The values do not fit together.
@@ -279,7 +279,7 @@ def _find_config(name: str) -> Path:
 
 
 def _run_file(path: Path) -> Any:
-    """Returns what `get_config()` of a config file returns."""
+    """Returns the result of `get_config()` in a config file."""
     folder, modules = str(path.absolute().parent), set(sys.modules)
     spec = importlib.util.spec_from_file_location("config_file", path)
     assert spec is not None
@@ -291,7 +291,7 @@ def _run_file(path: Path) -> Any:
         return module.get_config()
     except ConfigError:
         raise
-    except Exception as error:  # whatever the code of a user raises
+    except Exception as error:  # the user's code may raise anything
         raise _file_error(path, error) from error
     finally:
         sys.path.remove(folder)
@@ -344,7 +344,7 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
 
     Raises:
       ConfigError: For the first field that is unknown, has the wrong type or value, or contradicts
-        another field; one line with the field, its value and what is allowed.
+        another field; one line with the field, its value and the allowed ones.
     """
     _check_types(config)
     for name, rule, allowed in _RULES:
@@ -428,7 +428,7 @@ def unknown_field(name: str, fields: Iterable[str], parent: str = "") -> ConfigE
 
 
 def describe(kind: Any) -> str:
-    """Says in words which values a field of this type has."""
+    """Describes in words the values that a field of this type may have."""
     words = {
         str: "text",
         int: "a whole number",

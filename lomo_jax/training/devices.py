@@ -1,4 +1,4 @@
-"""The devices of a run: its processes, their mesh, and the rows of a batch that each one reads."""
+"""The devices of a run: its processes, their mesh, and the batch rows that each process reads."""
 
 import contextlib
 import importlib.util
@@ -88,7 +88,7 @@ def lost_process_errors() -> Iterator[None]:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has reached this barrier."""
+    """Waits until every process has reached this barrier."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -179,7 +179,7 @@ def batch_sender(
     }
 
     def send(batch: Mapping[str, Any]) -> Any:
-        # One call for all arrays: each transfer takes time of the host. Not
+        # One call for all arrays: each transfer costs host time. Not
         # make_array_from_callback: a transfer guard refuses its implicit transfers.
         parts = {name: [x[part] for part in places.values()] for name, x in batch.items()}
         sent: Any = jax.device_put(parts, {name: list(places) for name in batch})

@@ -1,4 +1,4 @@
-"""Evaluation: the held-out loss, and a sample of the model's text."""
+"""Evaluation: the held-out loss, and a sample that the model generates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
     """Means over the held-out tokens."""
 
     loss: float  # nats per token
-    accuracy: float  # fraction of the tokens that the model ranks first
+    accuracy: float  # fraction of the targets that have the largest logit
 
 
 def make_evaluate(
@@ -39,8 +39,8 @@ def make_evaluate(
       model: The model.
       batches: Held-out batches in host memory.
       send: Sends a batch to the devices.
-      microbatches: Parts in which a batch runs through the model; there may be no room for more.
-      should_stop: Asked before each batch; if it says so the evaluation is abandoned.
+      microbatches: Number of microbatches; a whole batch may not fit in memory.
+      should_stop: Called before each batch; if it returns True the evaluation is abandoned.
 
     Returns:
       A function from parameters to their `Evaluation`, or None if it was abandoned.

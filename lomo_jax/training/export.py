@@ -141,7 +141,7 @@ def _step(text: str | None) -> int | str | None:
 
 
 def _check_outside_of_runs(out: Path) -> None:
-    """Raises UserError if `out` would replace files of a run other than its export."""
+    """Raises UserError if writing `out` would replace files of a run, except its export."""
     place = out.expanduser().absolute()
     for folder in (place, *place.parents):
         is_run = (folder / run_files.RUN).exists() and workdir_lib.is_inside(str(out), folder)

@@ -53,7 +53,7 @@ class Display:
             TextColumn("[bold]step"),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
-            # On a narrow terminal this column continues on a second line.
+            # A narrow terminal wraps this column onto a second line.
             TextColumn("{task.description}", table_column=Column()),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -77,13 +77,13 @@ class Display:
         if is_unexpected:
             is_logged = self._to_log("error", "".join(traceback.format_exception(error)))
         elif isinstance(error, UserError):
-            self._to_log("error", str(error))  # the command prints it
+            self._to_log("error", str(error))  # the command prints this error
         with _ignore_output_errors():
             self._bar.stop()
         try:
             sys.stdout.flush()
         except OSError:
-            # Otherwise the interpreter flushes again on exit, and changes the exit status.
+            # Otherwise the interpreter flushes again on exit, fails and changes the exit status.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self._log is not None:
             with _ignore_output_errors():
@@ -96,7 +96,7 @@ class Display:
                 ) from error
 
     def log_to(self, path: Path) -> None:
-        """Appends every line to a file as well, from the first one on."""
+        """Appends every line to a file as well, including the earlier ones."""
         if not self._quiet:
             self._log = path.open("a", buffering=1, encoding="utf-8")
             with _ignore_output_errors():
@@ -131,7 +131,7 @@ class Display:
             self.line(f"step {step}", text)
 
     def _to_log(self, label: str, text: str) -> bool:
-        """Appends a line to log.txt; returns whether it is there."""
+        """Appends a line to log.txt; returns whether that succeeded."""
         now = datetime.datetime.now().isoformat(" ", "seconds")
         hanging = text.rstrip().replace("\n", "\n" + " " * 30)
         line = f"{now} {label:<9} {hanging}\n"
@@ -150,7 +150,7 @@ def _ignore_output_errors() -> contextlib.AbstractContextManager[None]:
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    """Formats the metrics of a step for a person."""
+    """Formats the metrics of a step for the terminal and the log."""
     formats = {
         "loss": "loss {:.4f}",
         "eval_loss": "held out {:.4f}",
@@ -187,7 +187,7 @@ class Stopwatch:
         self.restart()
 
     def restart(self) -> None:
-        """Leaves out the time until now, which was not spent on steps."""
+        """Restarts the clock: the time until now was not spent on steps."""
         self._start, self._steps = time.perf_counter(), 0
 
     def step(self) -> None:
@@ -243,13 +243,13 @@ class Recorder:
         """Starts to record.
 
         Args:
-          progress: Of the run; the recorder updates evaluations and skipped updates there.
+          progress: The run's progress; the recorder updates its evaluations and skipped updates.
           display: Shows the metrics.
           sinks: Destinations of the records.
           stopwatch: Measures the throughput.
-          learning_rates: Of each step of the run, float32 [steps].
+          learning_rates: The learning rate of each step, float32 [steps].
           log_every: Steps between two records.
-          skip_nonfinite: Updates in a row that may be skipped.
+          skip_nonfinite: Number of updates in a row that may be skipped.
           dynamic_loss_scale: Whether the loss scale may fall after an overflow.
           is_resumed: Whether the sinks already have records of this run.
         """
@@ -270,24 +270,24 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is KeyboardInterrupt:
-            return  # the person does not want to wait for the network
+            return  # the user does not want to wait for the network
         for sink in self._sinks:
             with contextlib.suppress(OSError):  # a full disk
                 sink.close()
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last step out of the throughput."""
+        """Excludes the time since the last step from the throughput."""
         self._stopwatch.restart()
 
     def step(self, step: int, out: lomo_jax.StepOutput, scale: jax.Array | None) -> None:
-        """Takes the output of a step that may still be running, and records the step before.
+        """Accepts the output of a step that may still be running, and records the step before.
 
-        So the devices already have their next step while the host waits for the last one.
+        Thus the devices have work while the host waits for the metrics.
 
         Args:
-          step: Its number, from 1.
-          out: Its output.
-          scale: The factor of its loss, if there is a loss scale.
+          step: The number of the step, from 1.
+          out: The output of the step.
+          scale: The loss scale of the step, if any.
 
         Raises:
           NonFiniteError: Loss or gradient of the step before is not finite.
@@ -296,7 +296,7 @@ class Recorder:
         self._record(before)
 
     def flush(self) -> None:
-        """Waits for the last step and records it; raises what `step` does."""
+        """Waits for the last step and records it; raises the same errors as `step`."""
         before, self._pending = self._pending, None
         self._record(before)
 
@@ -332,11 +332,10 @@ class Recorder:
         """Records an evaluation after `step` steps.
 
         Returns:
-          Whether its loss is the lowest of the run so far; that before the first step is not
-          counted.
+          Whether its loss is the lowest so far, ignoring the evaluation before the first step.
 
         Raises:
-          NonFiniteError: Its loss is NaN or infinite.
+          NonFiniteError: The held-out loss is NaN or infinite.
         """
         if not math.isfinite(result.loss):
             raise NonFiniteError(self._advice("held-out loss", result.loss, step))
@@ -354,7 +353,7 @@ class Recorder:
         return True
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Records how the model continues the prompt after `step` steps."""
+        """Records the sample: the model's continuation of the prompt after `step` steps."""
         self._write({"step": step, "prompt": prompt, "sample": text})
         self._display.line("sample", prompt + text)
 
@@ -364,7 +363,7 @@ class Recorder:
             try:
                 sink.write(record)
             except OSError as error:
-                # The run matters more than its metrics, and a full disk may have room again later.
+                # The run matters more than its metrics, and a full disk may get room again.
                 self._display.warn(f"metrics of step {record['step']} are lost: {error}")
 
     def _count_skipped(
@@ -404,16 +403,16 @@ def open_sinks(
     """Opens the destinations of the metrics.
 
     Args:
-      workdir: Of the run.
+      workdir: The run's folder.
       wandb: The Weights & Biases project, if any.
-      config: Of the run, for Weights & Biases.
+      config: The run's config, for Weights & Biases.
       resumed: The step from which a run is resumed; None for a new run.
 
     Raises:
       ConfigError: Weights & Biases refuses the run.
       OSError: A file cannot be written.
     """
-    if jax.process_index() > 0:  # every process computes the same metrics, the first writes them
+    if jax.process_index() > 0:  # all processes compute the same metrics; the first one writes them
         return []
     sinks: list[Sink] = []
     if wandb is not None:
@@ -430,9 +429,9 @@ class TensorBoard:
         """Starts a file.
 
         Args:
-          folder: Of the event files.
-          resumed: The step from which a run is resumed: TensorBoard then hides later steps of
-            earlier files, which a lost process wrote. None for a new run.
+          folder: The folder of the event files.
+          resumed: The step from which a run is resumed; None for a new run. TensorBoard hides
+            later steps in earlier files, written before the process died.
         """
         # Slow to import. Not SummaryWriter: its thread ends when the disk is full, and the process
         # would wait for it forever.
@@ -477,9 +476,9 @@ class WeightsAndBiases:
         """Starts or resumes the run.
 
         Args:
-          project: Its name.
-          workdir: Of the run; holds the files of wandb and the identifier of its run.
-          config: Of the run, for the web page.
+          project: The name of the project.
+          workdir: The run's folder; holds the files of wandb and the identifier of its run.
+          config: The run's config, for the web page.
 
         Raises:
           ConfigError: The service refuses the run.

@@ -1,4 +1,4 @@
-"""The training loop: set up, then step, evaluate and save, at the end export."""
+"""The training loop: sets up the run, makes the steps, evaluates, saves and exports."""
 
 import itertools
 import platform
@@ -39,7 +39,7 @@ from lomo_jax.training.stop import Stop
 
 
 class Run(NamedTuple):
-    """A run before its next step."""
+    """The state of a run between two steps."""
 
     model: Model
     tokenizer: Any
@@ -68,11 +68,11 @@ def train(config: Config) -> None:
         written or is in use.
       CheckpointError: No checkpoint is readable, or the last one cannot be written.
       NonFiniteError: The loss, a gradient or a parameter became NaN or infinite.
-      OutOfMemoryError: The device's memory is too small for the run.
+      OutOfMemoryError: The run needs more memory than the device has.
       LostProcessError: Another process of the run ended.
-      UserError: The model or the dataset cannot be read, or the export not be written: a resumed
+      UserError: The model or the dataset cannot be read, or the export cannot be written. A resumed
         run refuses to replace an earlier export that was changed.
-      UnexpectedError: Anything else, from the exception whose traceback is in log.txt.
+      UnexpectedError: Any other error; its traceback is in log.txt.
       KeyboardInterrupt: A second SIGINT.
     """
     quiet = jax.process_index() > 0
@@ -122,7 +122,7 @@ def _set_up(
     if checkpoint is None:
         workdir_lib.check_is_of_a_run(workdir)
         resume.check_start(source.path, workdir)
-    else:  # which has only the weights, and `model.path` may be gone
+    else:  # the config and tokenizer saved by the run: `model.path` may be gone
         source = ModelConfig(path=str(workdir / run_files.MODEL))
         with os_errors_are_the_users():  # now, and not only after the training
             models.check_save_path(workdir / run_files.EXPORT)
@@ -255,7 +255,7 @@ def _write_run_files(
         memory=plan,
     )
     with os_errors_are_the_users():
-        info.write(workdir)  # the first file: it marks the others as those of a run
+        info.write(workdir)  # first: it marks the folder as a run's
         write_json(workdir / run_files.CONFIG, settings)
         if is_new:
             folder = workdir / run_files.MODEL
@@ -266,7 +266,7 @@ def _write_run_files(
 def _open_recorder(
     config: Config, run: Run, num_devices: int, workdir: Path, display: Display
 ) -> Recorder:
-    # A run that was lost before its first checkpoint has written metrics, too.
+    # A run that was killed before its first checkpoint may have written metrics.
     is_resumed = run.progress.step > 0 or (workdir / run_files.METRICS).exists()
     with os_errors_are_the_users():
         sinks = open_sinks(
@@ -293,10 +293,10 @@ def _make_steps(
     display: Display,
     stop: Stop,
 ) -> tuple[Run, bool]:
-    """Makes the remaining steps, evaluating and saving on the way.
+    """Makes the remaining steps, and evaluates and saves when it is due.
 
     Returns:
-      The run after its last step, and whether it was asked to stop.
+      The run after its last step, and whether a stop was requested.
     """
     evaluate = make_evaluate(
         run.model, run.held_out, run.send, config.microbatches, lambda: stop.requested
@@ -351,12 +351,12 @@ def _make_steps(
 
 
 def _is_multiple(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps, 0 for never, happens after this one."""
+    """Whether something is due after this step; `every` is its interval, 0 for never."""
     return step > 0 and every > 0 and step % every == 0
 
 
 def _is_older(saved_at: float, *, minutes: float) -> bool:
-    """Whether the last checkpoint is older than this, 0 for no limit, by the first process."""
+    """Whether `minutes` have passed since the last save, by the first process; 0: never."""
     return minutes > 0 and devices.first_says(time.monotonic() - saved_at > 60 * minutes)
 
 
@@ -376,10 +376,10 @@ def _save(checkpoints: Checkpoints, run: Run, config: dict[str, Any], *, block: 
 
 
 def _report_stop(display: Display, step: int, saved: int | None, workdir: str) -> None:
-    """Logs that the run was stopped.
+    """Logs that the run stopped.
 
     Raises:
-      CheckpointError: Its last step was not saved.
+      CheckpointError: The last step was not saved.
     """
     if step == 0:
         display.line("stopped", "before the first step")

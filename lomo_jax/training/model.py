@@ -1,4 +1,4 @@
-"""The model that a run trains, its weights at the start and its tokenizer."""
+"""The model of a run, its initial weights and its tokenizer."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def abstract(
     """Builds the model without reading or computing weights.
 
     Args:
-      source: Where the model comes from. Without a checkpoint it has `source.architecture`.
-      param_dtype: Of the weights.
+      source: The source of the model. Without a checkpoint it has `source.architecture`.
+      param_dtype: The dtype of the weights.
       sequence_length: Tokens in a row of a batch.
       attention: "auto", "xla" or "cudnn".
       capability: The compute capability of the NVIDIA GPU to run on, None for another device.
@@ -100,12 +100,12 @@ def load_params(
     """Reads the weights of the checkpoint, or draws random ones.
 
     Args:
-      source: Where the weights come from.
-      model: Of `abstract`.
-      param_dtype: Of the weights.
-      seed: Of random weights.
-      on_host: Whether they go to host memory, without passing through device memory as a whole.
-      mesh: The devices over which they are sharded; None for the default device.
+      source: The source of the weights.
+      model: The model, from `abstract`.
+      param_dtype: The dtype of the weights.
+      seed: The seed of random weights.
+      on_host: Whether to put the weights in host memory; a device never holds all of them.
+      mesh: The devices to shard the weights over; None for the default device.
 
     Raises:
       UserError: The checkpoint or one of its files does not exist, is damaged or is not supported.
@@ -117,7 +117,7 @@ def load_params(
     run = workdir.locate(source.path)
     if run is None:
         return models.load(resolve(source.path), dtype, on_host=on_host, mesh=mesh)[1]
-    from lomo_jax.training import checkpoint  # slow to import, and a plan needs no weights
+    from lomo_jax.training import checkpoint  # slow to import, and not needed for a plan
 
     shapes = models.abstract(model.config, dtype)[1]
     if mesh is not None:
@@ -126,11 +126,11 @@ def load_params(
 
 
 def load_tokenizer(path: str | None, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer of a model; without a path, a token is a byte.
+    """Reads the tokenizer of a model; without a path, each byte is a token.
 
     Args:
-      path: As `ModelConfig.path`.
-      vocab_size: Of the model.
+      path: See `ModelConfig.path`.
+      vocab_size: The size of the model's vocabulary.
 
     Raises:
       ConfigError: The vocabulary of the tokenizer is larger than the model's.
@@ -160,7 +160,7 @@ def check_prompt(
 def compute_capability() -> tuple[int, int] | None:
     """Returns the compute capability of the NVIDIA GPU that JAX runs on; None on other devices."""
     capability = getattr(jax.devices()[0], "compute_capability", "")
-    # On an AMD GPU it is a name, such as gfx942.
+    # AMD GPUs have a name instead, such as gfx942.
     major, _, minor = str(capability).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
@@ -179,7 +179,7 @@ def on_host_like(shapes: Any) -> Any:
 
 
 def _hf_path(path: str) -> str:
-    """Returns the folder of config.json and tokenizer; for a checkpoint, its run's."""
+    """Returns the folder of config.json and tokenizer; for a checkpoint, that is in its run."""
     run = workdir.locate(path)
     return resolve(path) if run is None else str(run[0] / run_files.MODEL)
 
@@ -191,9 +191,9 @@ def _attention(
     sequence_length: int,
     capability: tuple[int, int] | None,
 ) -> str:
-    """Returns the implementation to use; for "auto" cuDNN's wherever cuDNN supports it."""
-    # Requirements of cuDNN's flash attention. cuDNN itself is always installed: without it JAX
-    # neither finds an NVIDIA GPU nor compiles for one.
+    """Returns the implementation of attention; "auto" selects cuDNN where it is supported."""
+    # Requirements of cuDNN's flash attention. No check for cuDNN itself: without it JAX neither
+    # finds an NVIDIA GPU nor compiles for one.
     obstacles = {
         "there is no NVIDIA GPU": capability is None,
         "the GPU is older than Ampere": capability is not None and capability < (8, 0),
@@ -214,7 +214,7 @@ def _attention(
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Returns a tokenizer that needs no training: a token is a byte, or the end of a document."""
+    """Returns a tokenizer without training: its tokens are the bytes and an end of text."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast

@@ -16,20 +16,20 @@ SCHEDULES = ("constant", "linear", "cosine")
 def make_schedule(kind: str, learning_rate: float, steps: int, warmup: float) -> optax.Schedule:
     """A linear warm-up to `learning_rate`, then constant, or decaying to 0 at step `steps`.
 
-    No step is wasted on a learning rate of 0: the first of `w` warm-up steps has
-    `learning_rate / (w + 1)`, and the decay reaches 0 one step after the last.
+    No step has a learning rate of 0: the first of `w` warm-up steps has `learning_rate / (w + 1)`,
+    and the decay reaches 0 one step after the last.
 
     Args:
-      kind: One of `SCHEDULES`: what follows the warm-up.
+      kind: The schedule after the warm-up, one of `SCHEDULES`.
       learning_rate: The peak.
-      steps: Length of the run.
-      warmup: Below 1 the fraction of `steps` that warms up, from 1 on the number of steps.
+      steps: Number of steps of the run.
+      warmup: Length of the warm-up. Below 1 a fraction of `steps`, from 1 on a number of steps.
 
     Returns:
-      A function of the number of steps taken so far.
+      A function from the number of finished steps to the learning rate.
 
     Raises:
-      ConfigError: `warmup` leaves no step after itself, or `kind` is unknown.
+      ConfigError: `warmup` is not shorter than the run, or `kind` is unknown.
     """
     warmup_steps = round(warmup * steps) if warmup < 1 else round(warmup)
     if warmup_steps >= steps:
@@ -61,18 +61,18 @@ def make_schedule(kind: str, learning_rate: float, steps: int, warmup: float) ->
 def make_optimizer(
     name: str, learning_rate: optax.ScalarOrSchedule, kwargs: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """Builds the optimizer called `name`: "adalomo", "lomo" or an optimizer of optax.
+    """Builds an optimizer by its name.
 
     Args:
-      name: Its name.
-      learning_rate: A float, or a schedule over the number of steps taken.
-      kwargs: Its other arguments.
+      name: "adalomo", "lomo" or an optimizer of optax.
+      learning_rate: A float, or a schedule.
+      kwargs: The optimizer's other arguments.
 
     Returns:
       The optimizer.
 
     Raises:
-      ConfigError: no optimizer has that name, or it does not take those arguments.
+      ConfigError: There is no such optimizer, or it refuses `kwargs`.
     """
     known = _optimizers()
     if name not in known:
@@ -94,7 +94,7 @@ def make_optimizer(
 
 
 def _optimizers() -> dict[str, Any]:
-    """Every function that makes an optimizer from a learning rate."""
+    """Returns the functions whose first argument is a learning rate, by name."""
     functions = dict(inspect.getmembers(optax, inspect.isfunction))
     optimizers = {
         name: function

@@ -153,7 +153,7 @@ def describe(plan: MemoryPlan) -> str:
 
 
 def memory_savings(config: Config, devices: int, *, state_gib: float = 0.0) -> Iterator[Changes]:
-    """Yields changes of a config that lower the memory of the run, each alone.
+    """Yields changes of a config, each of which lowers the memory of the run on its own.
 
     Args:
       config: a config that can run on `devices`.
@@ -215,7 +215,7 @@ class MemoryGuard:
 
 
 def _advice(config: Config, plan: MemoryPlan | None) -> str:
-    """Returns what to do about too little memory."""
+    """Returns advice for a run that needs too much memory."""
     state_gib = plan.state_gib if plan else 0.0
     flags: dict[str, str] = {}
     for changes in memory_savings(config, jax.device_count(), state_gib=state_gib):
@@ -230,7 +230,7 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
 
     Args:
       config: a config that is valid for a plan.
-      gpu: the kind that the GPU has to be.
+      gpu: the expected kind of the GPU.
       steps: number of steps.
 
     Returns:

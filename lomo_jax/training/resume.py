@@ -1,6 +1,6 @@
-"""Resuming a run: which checkpoint, whether it is of the same run, and reading it.
+"""Resuming a run: finds the checkpoint, checks that it fits the config, and reads it.
 
-A run starts from the first of these that there is:
+A run starts from the first of these that exists:
 
 1. the last intact checkpoint in `workdir`, unless `resume` is "never";
 2. the weights at `model.path`: a Hugging Face directory, a .gguf file, or another run's checkpoint;
@@ -21,8 +21,8 @@ from lomo_jax.training import workdir as workdir_lib
 from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints
 from lomo_jax.training.log import Display
 
-# With another value of these it is another run: its weights, its state or its position in the
-# dataset would have another meaning. The dataset itself is compared by its fingerprint.
+# Fields that must not change: weights, optimizer state or position in the dataset would no longer
+# fit. The dataset itself is compared by its fingerprint.
 IDENTITY_FIELDS = (
     *("model", "optimizer", "optimizer_kwargs", "param_dtype", "seed"),
     *("batch_size", "sequence_length", "data.eval_fraction"),
@@ -37,13 +37,13 @@ def find_checkpoint(
     """Returns the metadata of the last readable checkpoint; None for a new run.
 
     Args:
-      checkpoints: Of the workdir.
-      config: Of the run, of `config.to_dict`.
+      checkpoints: The checkpoints of the workdir.
+      config: The config of the run, from `config.to_dict`.
       display: Warns about damaged checkpoints.
-      before: Only consider checkpoints of earlier steps than this.
+      before: Ignore checkpoints from this step on.
 
     Raises:
-      ConfigError: There is none and `resume` is "must", or it is of another run.
+      ConfigError: There is none and `resume` is "must", or it belongs to another run.
       CheckpointError: There are checkpoints, and all are damaged.
     """
     steps = [] if config["resume"] == "never" else checkpoints.steps()
@@ -84,19 +84,19 @@ def restore(
     state: lomo_jax.StepState,
     display: Display,
 ) -> tuple[CheckpointMetadata, nnx.State, lomo_jax.StepState]:
-    """Reads a checkpoint, or the last intact one before it, and logs what changed since.
+    """Reads a checkpoint, or the last intact one before it, and logs changes of the config.
 
     Args:
-      checkpoints: Of the workdir.
-      metadata: Of `find_checkpoint`.
-      config: Of the run, of `config.to_dict`.
-      params: The parameters as `jax.ShapeDtypeStruct` with their shardings.
-      state: The state of the step, likewise.
-      display: Shows the lines.
+      checkpoints: The checkpoints of the workdir.
+      metadata: The metadata from `find_checkpoint`.
+      config: The config of the run, from `config.to_dict`.
+      params: The parameters as `jax.ShapeDtypeStruct` with shardings.
+      state: The state of the step as `jax.ShapeDtypeStruct` with shardings.
+      display: Logs the changes and warns about damaged checkpoints.
 
     Returns:
-      The metadata of the checkpoint that was read, the parameters, and the state, in which parts
-      that must be initialised are None.
+      The metadata of the checkpoint that was read, the parameters, and the state. Parts of the
+      state that the caller must initialise are None.
 
     Raises:
       CheckpointError: All checkpoints are damaged.
@@ -129,7 +129,7 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any]) -> None:
 
     Args:
       saved: The config in the checkpoint.
-      config: Of the run.
+      config: The config of the run.
     """
     for name, (before, now) in _differences(saved, config).items():
         if any(name == own or name.startswith(f"{own}.") for own in IDENTITY_FIELDS):
@@ -162,7 +162,7 @@ def check_same_dataset(
 
 
 def changes(metadata: CheckpointMetadata, config: dict[str, Any]) -> list[str]:
-    """Returns a line for each other field that has changed since the checkpoint."""
+    """Returns a line for each field that has changed since the checkpoint."""
     return [
         f"{name}: {before!r} until step {metadata.progress.step}, now {now!r}"
         for name, (before, now) in _differences(metadata.config, config).items()
@@ -171,7 +171,7 @@ def changes(metadata: CheckpointMetadata, config: dict[str, Any]) -> list[str]:
 
 
 def check_start(model_path: str | None, workdir: Path) -> None:
-    """Raises ConfigError if a new run would move aside the weights that it starts from."""
+    """Raises ConfigError if a new run would move its own initial weights aside."""
     if model_path is not None and workdir_lib.is_inside(model_path, workdir):
         raise ConfigError(
             f"model.path: {model_path!r} is in the workdir of this run, which starts anew and "
@@ -180,7 +180,7 @@ def check_start(model_path: str | None, workdir: Path) -> None:
 
 
 def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns (saved, now) by name for each field that both have and that differs."""
+    """Returns name -> (saved, now) for each field of both configs that differs."""
 
     def compare(before: dict[str, Any], now: dict[str, Any], prefix: str) -> Iterator[Any]:
         for key in before.keys() & now.keys():

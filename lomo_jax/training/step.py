@@ -1,4 +1,4 @@
-"""The step that a run repeats: the options of its config, its shapes, its compiled programs."""
+"""The training step of a run: its options from the config, its shapes, its compiled programs."""
 
 import math
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ def _loss_scale(dynamic: bool, skip_nonfinite: int) -> lomo_jax.DynamicLossScale
     if dynamic:
         return lomo_jax.DynamicLossScale()
     if skip_nonfinite:
-        # A scale of 1 that never changes: it skips updates that are not finite, and no more.
+        # A scale of 1 that never changes only skips updates that are not finite.
         never = 2**31 - 1  # the largest step count that int32 holds
         return lomo_jax.DynamicLossScale(initial=1.0, minimum=1.0, growth_interval=never)
     return None
@@ -90,9 +90,9 @@ def layer_inputs(batch: Mapping[str, jax.ShapeDtypeStruct], model: Model, param_
     """Returns the bytes of layer inputs that each device saves for the backward pass.
 
     Args:
-      batch: Of `batch_shapes`.
+      batch: The shapes from `batch_shapes`.
       model: The model.
-      param_dtype: Of its weights, and so of its activations.
+      param_dtype: The dtype of weights and activations.
     """
     tokens = batch["tokens"]
     assert tokens.sharding is not None
@@ -110,10 +110,10 @@ def compile_step(
     """Compiles a step.
 
     Args:
-      step: Of `make_step`.
-      params: The parameters as `jax.ShapeDtypeStruct`, with their shardings and memory kinds.
-      batch: Of `batch_shapes`.
-      optimizer: Its name, for errors.
+      step: The step, from `make_step`.
+      params: The parameters as `jax.ShapeDtypeStruct`, with shardings and memory kinds.
+      batch: The shapes from `batch_shapes`.
+      optimizer: The optimizer's name, for errors.
 
     Raises:
       ConfigError: The optimizer cannot be used with `fused_step` or cannot be saved.
@@ -146,14 +146,14 @@ def init_missing(
     params: nnx.State,
     batch: Mapping[str, jax.ShapeDtypeStruct],
 ) -> lomo_jax.StepState:
-    """Initialises the parts of a restored state that the config switched on since: loss scale, key.
+    """Initialises the parts of the state that the checkpoint lacks: loss scale and random key.
 
     Args:
-      state: Of a checkpoint, with None for what it does not have.
+      state: The state from the checkpoint; missing parts are None.
       step: The step.
-      compiled: The same, compiled.
+      compiled: The compiled step.
       params: The parameters of the checkpoint.
-      batch: Of `batch_shapes`.
+      batch: The shapes from `batch_shapes`.
     """
     shapes = compiled.state
     missing = [name for name in shapes._fields if getattr(state, name) is None]

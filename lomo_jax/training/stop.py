@@ -1,4 +1,4 @@
-"""Stopping a run between two steps when a person or a cluster asks for it."""
+"""Stops a run between two steps when a signal requests it."""
 
 import os
 import signal
@@ -12,20 +12,21 @@ from jax.experimental import multihost_utils
 class Stop:
     """Turns signals into a request to stop after the current step; use as a context.
 
-    SIGTERM, SIGINT and SIGUSR1, with which SLURM warns of a time limit, request a stop. A second
-    SIGINT raises KeyboardInterrupt: the person does not want to wait for the step. SIGHUP, which
-    says that the terminal is lost, is ignored: the run continues.
+    SIGTERM, SIGINT and SIGUSR1 request a stop; SLURM sends SIGUSR1 before a time limit. A second
+    SIGINT raises KeyboardInterrupt: the user does not want to wait for the step. SIGHUP is ignored:
+    the run continues when its terminal is lost.
 
-    With several processes any of them may get the signal. They must stop after the same step; JAX's
-    coordination service, which handles SIGTERM, finds it.
+    With several processes any of them may get the signal. All must stop after the same step, which
+    JAX's coordination service chooses; it also handles SIGTERM.
     """
 
     def __init__(self) -> None:
-        self._is_requested = False  # by a signal to this process
+        self._is_requested = False  # by a signal that this process received
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+        # Python allows signal handlers only in the main thread.
+        if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGUSR1]
             if jax.process_count() == 1:
                 numbers.append(signal.SIGTERM)

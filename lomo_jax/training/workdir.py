@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, and the files that an earlier run left there."""
+"""The folder of a run: its lock, and moving the files of an earlier run aside."""
 
 import contextlib
 import fcntl
@@ -27,7 +27,7 @@ from lomo_jax.run_files import (
 
 _RUN_FILES = (CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REPORT, RUN)
 _LOCK = ".lock"
-_MOVING = ".earlier"  # files on their way to `earlier-1`
+_MOVING = ".earlier"  # files being moved to `earlier-1`
 
 
 def make(workdir: str) -> Path:
@@ -52,8 +52,8 @@ def make(workdir: str) -> Path:
 def lock(workdir: Path) -> Iterator[None]:
     """Locks the folder against other runs, and completes a move that was interrupted.
 
-    The first process holds the lock for all. It belongs to the open file: the kernel releases it
-    when the process ends, however that happens. Written by hand to name the holder in the error.
+    The first process holds the lock for all. The lock is on the open file, so the kernel releases
+    it however the process ends. Written by hand so that the error can name the holder.
 
     Raises:
       ConfigError: Another run holds the lock.
@@ -82,12 +82,12 @@ def lock(workdir: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         if (workdir / _MOVING).exists():
-            set_aside(workdir)  # an earlier process was killed in the middle of it
+            set_aside(workdir)  # an earlier process was killed during the move
         yield
 
 
 def check_is_of_a_run(workdir: Path) -> None:
-    """Raises ConfigError if a run would overwrite files that are not of a run."""
+    """Raises ConfigError if a run would overwrite files that no run has written."""
     found = [name for name in _RUN_FILES if not _is_empty(workdir / name)]
     if set(found).isdisjoint((RUN, CHECKPOINTS)) and set(found) - {EXPORT}:
         raise ConfigError(
@@ -99,7 +99,7 @@ def check_is_of_a_run(workdir: Path) -> None:
 def set_aside(workdir: Path) -> Path | None:
     """Moves the files of an earlier run to a new folder, `earlier-1` and so on.
 
-    A run with neither a checkpoint nor an export stays: the new run continues it from the start.
+    A run with neither a checkpoint nor an export stays; the new run starts over in its place.
 
     Returns:
       The new folder; None if nothing was moved.
@@ -108,7 +108,7 @@ def set_aside(workdir: Path) -> Path | None:
     is_new = all(_is_empty(workdir / name) for name in (CHECKPOINTS, EXPORT))
     if is_new and not moving.exists():
         return None
-    # The last renaming makes it `earlier-1`, so that one is always complete.
+    # Renamed to `earlier-1` last, so that `earlier-1` is always complete.
     moving.mkdir(exist_ok=True)
     for name in _RUN_FILES:
         if not _is_empty(workdir / name):
@@ -120,7 +120,7 @@ def set_aside(workdir: Path) -> Path | None:
 
 
 def is_inside(path: str, workdir: Path) -> bool:
-    """Whether a path is something that `set_aside` would move, or is inside of it."""
+    """Whether `set_aside` would move a path."""
     workdir, place = workdir.resolve(), Path(path).expanduser().resolve()
     moved = [workdir / name for name in _RUN_FILES]
     return place == workdir or any(folder in (place, *place.parents) for folder in moved)

@@ -1,4 +1,4 @@
-"""The benchmarks run at tiny sizes on a CPU, so that they will run on a GPU."""
+"""Dry runs of the benchmarks: tiny sizes on a CPU find their errors before a GPU run."""
 
 import importlib.util
 import json
@@ -66,7 +66,7 @@ def test_the_checks_ran(results):
 
 
 @pytest.mark.slow
-def test_rows_of_one_rule_have_the_same_losses(results):
+def test_our_losses_equal_those_of_lomo_optim(results):
     rows = results["compare-small"]["rows"]
     ours, theirs = rows["fused, lomo"], rows["torch lomo-optim, Lomo"]
     for row in (rows["forward + backward, no update"], ours):
@@ -81,7 +81,7 @@ def test_rows_of_one_rule_have_the_same_losses(results):
 
 
 @pytest.mark.slow
-def test_the_profile_tells_products_from_the_update(results):
+def test_the_profile_separates_matmuls_attention_and_update(results):
     shares = results["profile"]["shares"]
     assert sum(shares.values()) == pytest.approx(1.0)
     assert shares["products"] > 0
@@ -90,7 +90,7 @@ def test_the_profile_tells_products_from_the_update(results):
 
 
 @pytest.mark.slow
-def test_results_become_a_table(results, tmp_path):
+def test_collect_writes_the_results_as_a_table(results, tmp_path):
     directory = tmp_path / "gpu"
     directory.mkdir()
     for name, data in results.items():
@@ -107,7 +107,7 @@ def test_results_become_a_table(results, tmp_path):
     assert len(list((tmp_path / "results").glob("*.json"))) == 1
 
 
-def test_an_unknown_row_is_an_error_that_lists_the_rows():
+def test_the_error_for_an_unknown_row_lists_the_rows():
     result = run(sys.executable, "benchmarks/compare.py", "--rows", "sophia")
     assert result.returncode == 1
     assert result.stderr.startswith("error: --rows: 'sophia' matches none of: ")

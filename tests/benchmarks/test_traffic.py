@@ -1,4 +1,4 @@
-"""Planned memory traffic of an update."""
+"""The planned memory traffic of an update."""
 
 import subprocess
 import sys

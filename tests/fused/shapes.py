@@ -300,7 +300,7 @@ def encoder_and_decoder():
 
 @shape
 def skips_between_two_stacks():
-    """The second scan consumes what the first put out, as a U-Net does."""
+    """The second scan consumes the outputs of the first, as in a U-Net."""
 
     def loss(params, x):
         down = lambda x, w: (block(x, w), x)  # noqa: E731

@@ -191,7 +191,7 @@ def test_transformation_that_does_not_mix_parameters(tx, standard_promotion):
         (lambda p, x: p["in"].sum(), True, r"must return \(loss, aux\)"),
     ],
 )
-def test_loss_that_is_no_scalar(loss, has_aux, message):
+def test_loss_must_be_a_scalar(loss, has_aux, message):
     step = lomo_jax.fused_step(loss, lomo_jax.lomo(0.1), has_aux=has_aux)
     with pytest.raises(TypeError, match=message):
         step.init(simple_params(), jnp.ones((2, D)))
@@ -260,7 +260,7 @@ def test_one_parameter_has_one_gradient_and_needs_no_scan():
     step.init({"layers": [jnp.zeros((6, 6)), jnp.zeros((6, 6))]}, jnp.ones((2, 6)))
 
 
-def test_parameter_that_is_no_array():
+def test_parameters_must_be_arrays():
     step = lomo_jax.fused_step(lambda p, x: p["gain"] * x.sum(), lomo_jax.lomo(0.1))
     with pytest.raises(TypeError, match=r"parameter gain is 1.5, not an array"):
         step.init({"gain": 1.5}, jnp.ones(3))

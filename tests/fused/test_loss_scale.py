@@ -76,7 +76,7 @@ def test_overflow_anywhere_changes_nothing_but_the_scale(make_step, overflow, op
 
 
 @pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
-def test_overflow_of_a_layer_skips_what_comes_after_it(make_step):
+def test_overflow_in_a_layer_skips_all_later_updates(make_step):
     scale = DynamicLossScale(2.0**10, skip="layers")
     step = make_step(loss_fn, lomo_jax.lomo(0.1), loss_scale=scale)
     params = make_params()
@@ -121,7 +121,7 @@ def test_the_scale_stays_where_its_reciprocal_is_a_normal_number():
     assert state.scale == 2.0**126
 
 
-def test_the_norm_is_that_of_the_unscaled_gradient():
+def test_the_norm_is_of_the_unscaled_gradient():
     norms = []
     for loss_scale in (None, 2.0**6, DynamicLossScale(2.0**6)):
         step = lomo_jax.fused_step(

@@ -1,4 +1,4 @@
-"""Microbatches: the result is that of the whole batch, and each draws its own random numbers."""
+"""Microbatches: the result equals the whole batch's, and each draws its own random numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,7 @@ def test_the_sum_is_in_float32():
 
 
 def random_loss(params, batch):
-    """The gradient of a layer is what the layer draws; aux is what the forward pass drew."""
+    """The gradient is the draw of the recomputed layer; aux is the draw of the forward pass."""
 
     def layer(total, scanned):
         w, key = scanned
@@ -167,7 +167,7 @@ def test_one_microbatch_at_a_time_needs_less_memory():
 
     layer_inputs = 8 * 32 * 64 * 64 * 4
     one, eight = temporaries(1), temporaries(8)
-    # What is not a layer input shrinks to less than half.
+    # All memory except layer inputs shrinks to less than half.
     assert eight - layer_inputs < (one - layer_inputs) / 2
 
 
@@ -233,7 +233,7 @@ def test_weight_that_depends_on_a_parameter():
         step.init({"w": jnp.ones(2)}, jnp.ones((4, 2)))
 
 
-def test_weight_that_is_no_scalar():
+def test_weight_must_be_a_scalar():
     loss = lambda p, x: lomo_jax.WeightedLoss(p.mean(), x)  # noqa: E731
     step = lomo_jax.fused_step(loss, optax.sgd(1.0))
     with pytest.raises(TypeError, match="weight of a WeightedLoss must be a real scalar"):

@@ -1,4 +1,4 @@
-"""Which arrays are in host memory, and what `remat` saves.
+"""Which arrays are in host memory, and which residuals `remat` saves.
 
 `test_options.py` and `test_shapes.py` compare the results.
 """
@@ -71,13 +71,13 @@ def test_arrays_in_the_wrong_memory(make_step, offload, params_in, state_in, mes
     assert "\n" not in str(error.value)
 
 
-def test_offload_that_is_no_offload():
+def test_offload_must_be_an_offload():
     with pytest.raises(TypeError, match=r"offload must be a lomo_jax.Offload, got True"):
         lomo_jax.fused_step(loss_fn, optax.sgd(0.1), offload=True)
 
 
 def saved(remat):
-    """Returns the sizes of what the forward pass saves of a layer: its scan's stacked outputs."""
+    """Returns the sizes of a layer's saved residuals: the stacked outputs of its forward scan."""
     step = lomo_jax.fused_step(loss_fn, optax.sgd(0.1), remat=remat)
     params = make_params()
     jaxpr = jax.make_jaxpr(step)(params, step.init(params, X), X)
@@ -86,7 +86,7 @@ def saved(remat):
     return sorted(v.aval.size // L for v in forward.outvars if v.aval.shape[:1] == (L,))
 
 
-def test_what_remat_saves():
+def test_residuals_saved_by_remat():
     assert saved("full") == [B * D]
     assert saved("attention") == [B * D, B * F]
     # Also the residuals of tanh, but no parameters.

@@ -238,7 +238,7 @@ def test_prints_of_a_stack(assert_steps_agree, capfd):
 
 
 def test_loss_captures_a_traced_value():
-    """The loss may close over what an outer jit computed."""
+    """The loss may close over values computed in an outer jit."""
 
     def run(step_maker, params, x, gain):
         def loss(params, x):

@@ -122,7 +122,7 @@ def test_a_changed_file_of_an_export_is_not_replaced(export, other_params, name)
     assert contents(export) == before
 
 
-def test_a_deleted_file_of_an_export_is_no_obstacle(export, other_params):
+def test_an_export_with_a_deleted_file_can_be_replaced(export, other_params):
     (export / "README.md").unlink()
     models.save(export, CONFIG, other_params)
     assert models.load_config(export) == CONFIG
@@ -155,7 +155,7 @@ def test_files_of_users_stay_in_an_export(export, other_params):
     assert list(export.parent.iterdir()) == [export]
 
 
-def test_a_file_of_a_user_beside_ones_in_a_folder_of_the_export_stays(tmp_path, other_params):
+def test_a_user_file_in_a_subfolder_of_the_export_stays(tmp_path, other_params):
     """Several chat templates are files in a folder."""
 
     class Tokenizer:

@@ -155,7 +155,7 @@ TEXT = "the hat sat: 2077, naïvely\n\n\t — 数学 🙂"
 
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe"])
-def test_a_tokenizer_from_gguf_decodes_what_it_encoded(tmp_path, pre):
+def test_a_tokenizer_from_gguf_decodes_its_encoding(tmp_path, pre):
     write_vocabulary(tmp_path / "model.gguf", "gpt2", pre=pre, add_bos=False)
     tokenizer = models.tokenizer(tmp_path / "model.gguf")
     ids = tokenizer(TEXT)["input_ids"]

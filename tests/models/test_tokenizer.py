@@ -86,7 +86,7 @@ def test_code_of_a_model_directory_never_runs(directory, questions, tmp_path, as
     assert not any(name.endswith("evil") for name in sys.modules)
 
 
-def test_code_beside_a_standard_tokenizer_is_ignored(directory, questions, tmp_path):
+def test_code_next_to_a_standard_tokenizer_is_ignored(directory, questions, tmp_path):
     edit(directory / "config.json", auto_map=AUTO_MAP)
     edit(directory / "tokenizer_config.json", auto_map={"AutoProcessor": "evil.Evil"})
     for name in ("processor_config.json", "preprocessor_config.json"):

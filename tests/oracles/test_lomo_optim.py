@@ -1,4 +1,4 @@
-"""Twenty steps of the authors' PyTorch code and of ours: same LLaMA, weights and batches."""
+"""Our losses and the authors' PyTorch code agree over twenty steps of a small LLaMA."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def batches():
 
 
 def losses_of_torch(checkpoint, batches, make_optimizer, learning_rates, monkeypatch):
-    # AdaLomo's constructor moves its state to a GPU, even without one.
+    # AdaLomo's constructor calls `.cuda()` on its state even without a GPU.
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     model = transformers.LlamaForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
     optimizer = make_optimizer(model)
@@ -72,7 +72,7 @@ def losses_of_jax(checkpoint, batches, tx, **options):
 
     step = lomo_jax.fused_step(loss_fn, tx, **options)
     state = step.init(params, batches[0])
-    # Without LLVM's optimisations, which take most of the time of a small test.
+    # Without LLVM's optimisations, which take most of a small test's time.
     quick = {"xla_backend_optimization_level": 0}
     run = jax.jit(step, donate_argnums=(0, 1), compiler_options=quick)
     losses = []
@@ -84,7 +84,7 @@ def losses_of_jax(checkpoint, batches, tx, **options):
 
 @pytest.mark.parametrize(("clip_value", "weight_decay"), [(None, 0.0), (1e-3, 0.1)])
 @pytest.mark.parametrize("rule", ["lomo", "adalomo"])
-def test_loss_of_every_step(rule, clip_value, weight_decay, checkpoint, batches, monkeypatch):
+def test_all_losses_agree(rule, clip_value, weight_decay, checkpoint, batches, monkeypatch):
     peak = {"lomo": 0.3, "adalomo": 0.05}[rule]
     learning_rates = peak * np.linspace(1.0, 0.5, STEPS)
     schedule = lambda count: jnp.asarray(learning_rates)[count]  # noqa: E731
@@ -105,7 +105,7 @@ def test_loss_of_every_step(rule, clip_value, weight_decay, checkpoint, batches,
 
 
 @pytest.mark.parametrize(("rule", "peak"), [("lomo", 0.3), ("adalomo", 0.05)])
-def test_loss_of_every_step_clipped_by_norm(rule, peak, checkpoint, batches, monkeypatch):
+def test_all_losses_agree_with_clip_norm(rule, peak, checkpoint, batches, monkeypatch):
     clip_norm = 0.5
     learning_rates = peak * np.linspace(1.0, 0.5, STEPS)
     torch_rule = {"lomo": lomo_optim.Lomo, "adalomo": lomo_optim.AdaLomo}[rule]
@@ -117,7 +117,7 @@ def test_loss_of_every_step_clipped_by_norm(rule, peak, checkpoint, batches, mon
         monkeypatch,
     )
     tx = getattr(lomo_jax, rule)(lambda count: jnp.asarray(learning_rates)[count])
-    # Their code has no microbatches; ours give the same losses.
+    # Only our code has microbatches; they must not change the losses.
     actual = losses_of_jax(checkpoint, batches, tx, clip_norm=clip_norm, microbatches=2)
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
     unclipped = losses_of_jax(checkpoint, batches, tx)

@@ -1,4 +1,4 @@
-"""Our Llama against that of transformers."""
+"""Our Llama against the Llama of transformers."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ TOKENS_BxT = RNG.integers(0, CONFIG.vocab_size, (2, 100))
 
 
 def random_torch_model(config):
-    """Returns a transformers model with weights large enough for every part to matter."""
+    """Returns a transformers model with weights so large that every part affects the logits."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf("float32")))
     with torch.no_grad():
@@ -69,7 +69,7 @@ def logits_of_ours(config, params):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_of_their_weights(tmp_path, name):
+def test_logits_agree_after_loading_their_weights(tmp_path, name):
     theirs = random_torch_model(CONFIGS[name])
     theirs.save_pretrained(tmp_path)
     config, params = models.load(tmp_path)
@@ -80,7 +80,7 @@ def test_logits_of_their_weights(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_of_our_export(tmp_path, name):
+def test_logits_agree_after_loading_our_export(tmp_path, name):
     config = CONFIGS[name]
     params = random_params(config)
     models.save(tmp_path / "export", config, params, max_shard_bytes=30_000)
@@ -94,7 +94,7 @@ def test_logits_of_our_export(tmp_path, name):
     )
 
 
-def test_logits_of_a_bfloat16_export(tmp_path):
+def test_logits_agree_for_a_bfloat16_export(tmp_path):
     params = random_params(CONFIG, jnp.bfloat16)
     models.save(tmp_path / "export", CONFIG, params)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "export").eval()

@@ -1,4 +1,4 @@
-"""Models that others wrote and that nobody changed for lomo_jax, fused beside the plain step."""
+"""Unmodified models from other packages: the fused step against the reference step."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ RNG = np.random.default_rng(0)
 
 
 def assert_layers_are_cut(loss_fn, params, batch, stack):
-    """The loss is cut at one scan, the one over all the parameters in `stack`."""
+    """Asserts that the trace finds one layer scan, over exactly the parameters in `stack`."""
     stack = jax.tree.leaves(stack)
     trainable = arrays.trainable_flags(params, None)
     scans = [
@@ -45,20 +45,20 @@ def normal(*shape, scale=1.0):
 
 
 def progressions(vocabulary):
-    """Batches of arithmetic progressions of tokens, STEPS times [B, T]."""
+    """Returns batches of arithmetic progressions of tokens, [STEPS, B, T]."""
     start, stride = RNG.integers(0, vocabulary, (STEPS, B, 1)), RNG.integers(1, 4, (STEPS, B, 1))
     return jnp.asarray((start + stride * np.arange(T)) % vocabulary)
 
 
 def importer(*packages):
-    """Returns an import that skips its test where the packages are missing."""
+    """Returns an import function that skips the test if the packages are missing."""
     install = " ".join(["pip install --no-deps jaxtyping==0.3.11 wadler-lindig==0.1.8", *packages])
     return functools.partial(pytest.importorskip, reason=f"needs others' models: {install}")
 
 
 @pytest.fixture
 def gemma_vision(monkeypatch):
-    """Gemma's encoder of images. Its package demands TensorFlow, to name one type."""
+    """Gemma's vision encoder. The package imports TensorFlow for one type annotation."""
     load = importer(
         "--ignore-requires-python gemma==4.0.1 kauldron==1.4.2 clu==0.0.12 einops==0.8.2",
         "immutabledict==4.3.1 lark==1.3.1 typeguard==4.6.0",
@@ -90,7 +90,7 @@ def test_gemma_in_linen(gemma_vision, standard_promotion, assert_steps_agree):
     pixels = (STEPS, B, side**2, patch * patch * 3)
     images = jnp.asarray(RNG.uniform(size=pixels), jnp.float32)
     batches = list(zip(images, normal(STEPS, B, side, width), strict=True))
-    # Not its initializers: to compile them takes seconds.
+    # Without the model's initializers, which take seconds to compile.
     shapes = jax.eval_shape(model.init, jax.random.key(0), images[0], positions)
     params = jax.tree.map(lambda leaf: normal(*leaf.shape, scale=0.2), shapes["params"])
 
@@ -106,7 +106,7 @@ def test_gemma_in_linen(gemma_vision, standard_promotion, assert_steps_agree):
 
 @pytest.fixture
 def timesfm_model(monkeypatch):
-    """TimesFM 2.5, small. Its modules make the model, of 200M parameters, as they are imported."""
+    """TimesFM 2.5, small. Its modules build the model of 200M parameters on import."""
     load = importer("timesfm==3.0.2 einshape==1.0")
     with monkeypatch.context() as patch:
         for later in ("timesfm_2p5_flax", "timesfm_2p5_torch"):
@@ -138,8 +138,8 @@ def timesfm_model(monkeypatch):
 def test_timesfm_in_nnx(timesfm_model, standard_promotion, assert_steps_agree):
     """Package timesfm 3.0.2: TimesFM 2.5, Flax nnx, its layers in `nnx.scan`.
 
-    The loss is of the package's own forecast, which is jitted and scans over time, for the
-    statistics of the past, before it scans over layers.
+    The loss uses the package's forecast. It is jitted, and scans over time for the statistics of
+    the past before it scans over layers.
     """
     graphdef, params = nnx.split(timesfm_model, nnx.Param)
     past, horizon = 24, 8
@@ -174,12 +174,12 @@ def test_esm2_in_equinox(assert_steps_agree):
         return cross_entropy(jax.vmap(eqx.combine(params, static))(tokens).logits, targets)
 
     assert_layers_are_cut(loss_fn, params, batches[0], params.layers)
-    # The gradient of a key's bias is zero: an adaptive rule would make steps of its rounding.
+    # The gradient of a key's bias is zero: an adaptive rule would amplify its rounding errors.
     assert_steps_agree(loss_fn, lomo_jax.lomo(0.1), params, batches)
 
 
 def test_flow_in_equinox(standard_promotion, assert_steps_agree):
-    """Package flowjax 19.1.2: a coupling flow, Equinox, inverted by its `Scan` in reverse."""
+    """Package flowjax 19.1.2: a coupling flow, Equinox; its `Scan` runs in reverse."""
     load = importer("flowjax==19.1.2 paramax==0.0.5 lineax==0.1.1 equinox==0.13.8")
     flows, paramax, eqx = load("flowjax.flows"), load("paramax"), load("equinox")
     flow = flows.coupling_flow(
@@ -203,7 +203,7 @@ def test_flow_in_equinox(standard_promotion, assert_steps_agree):
 def test_gemma_in_penzai(standard_promotion, assert_steps_agree):
     """Package penzai 0.2.5: Gemma with named axes, its `LayerStack` an unrolled `lax.scan`.
 
-    Embedding and head are tied; a parameter is a variable with a label.
+    Embedding and head are tied; parameters are labelled variables.
     """
     load = importer("penzai==0.2.5 ordered-set==4.1.0")
     pz = load("penzai.pz")

@@ -1,8 +1,8 @@
 """The memory budgets of the project: XLA's plans of the runs in `configs/` on an RTX 3090.
 
 Budgets are in GiB, for the whole training step with AdaLomo in bfloat16. On a GPU, XLA times each
-matrix product with a library and with a kernel of its own and takes the faster. Without a GPU it
-takes its kernel. A library needs its operands in memory, so both are planned.
+matmul with a library and with its own kernel, and uses the faster one. Without a GPU it uses its
+own kernel. A library needs its operands in memory, so the tests plan both.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 INPUTS = Offload(activations=True)
 ALL = Offload(params=True, activations=True)
 LIBRARIES = {"xla_gpu_enable_triton_gemm": False}
-BUDGETS = {  # config, batch size, sequence length, offload, GiB at most
+BUDGETS = {  # config, batch size, sequence length, offload, budget in GiB
     "llama7b 8 x 512": ("llama7b", 8, 512, Offload(), 14.3),  # LOMO: 14.58
     "llama7b 1 x 1024": ("llama7b", 1, 1024, Offload(), 13.5),  # LOMO: 13.61
     "llama7b 8 x 512, inputs": ("llama7b", 8, 512, INPUTS, 13.4),
@@ -67,7 +67,7 @@ def test_budget(row, options):
     weights = 2 * sum(x.size for x in leaves) / 2**30
     offloaded = (weights if offload.params else 0) + (layers if offload.activations else 0)
     assert run.plan.host_gib == pytest.approx(offloaded, rel=0.01)
-    # No stack of weights is copied, not even once.
+    # The program copies no stack of weights.
     stacks = {shard_shape(x) for x in leaves if x.ndim == 3}
     instructions = Program.parse(run.executable.as_text()).instructions().values()
     copies = [i for i in instructions if i.opcode in ("copy", "transpose")]
@@ -75,7 +75,7 @@ def test_budget(row, options):
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (1, 4, 2)], ids=str)
-def test_one_layer_is_gathered_and_its_gradient_reduced_and_scattered(mesh):
+def test_weights_are_gathered_and_gradients_reduce_scattered_layer_by_layer(mesh):
     """LLaMA-65B on eight GPUs."""
     layers, width, mlp_width = 4, 8192, 22016
     config = parse(["plan", "--config", str(CONFIGS / "llama65b_8gpus.py")], for_plan=True)

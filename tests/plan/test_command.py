@@ -74,7 +74,7 @@ def test_offloaded_parts_are_in_host_memory(plan):
     figures = json.loads(plan("--json", *flags)[1])
     assert figures["weights_gib"] == figures["state_gib"] == 0
     assert figures["layer_inputs_gib"] == pytest.approx(_LAYER_INPUTS, abs=1e-4)
-    # The weights and Adam's two moments, in the weights' dtype.
+    # The weights, and Adam's two moments in the same dtype.
     assert figures["host_gib"] == pytest.approx(3 * _WEIGHTS, rel=0.01)
 
     figures = json.loads(plan("--json", "--config.offload.activations=true")[1])
@@ -85,7 +85,7 @@ def test_offloaded_parts_are_in_host_memory(plan):
 
 @pytest.mark.plan
 @needs_cuda
-def test_explicit_sizes_of_the_mesh_are_the_number_of_devices(plan):
+def test_explicit_sizes_of_the_mesh_give_the_number_of_devices(plan):
     flags = ("--config.mesh.fsdp=2", "--config.microbatches=1")
     figures = json.loads(plan("--json", *flags)[1])
     assert figures["devices"] == 2
@@ -111,7 +111,7 @@ def test_the_tables_name_buffers_and_suggestions(plan, tmp_path):
     for label in ("weights", "optimizer state", "layer inputs", "other temporaries", "host memory"):
         assert label in out
     assert "layers/mlp/down/kernel" in out
-    # The saved layer inputs, in host memory.
+    # The saved layer inputs are in host memory.
     assert re.search(r"layer inputs +12 +bfloat16\[6,2,2,256,1024\] +host", out)
     for change in ("offload.params=true", "microbatches=4", "batch_size=2", "sequence_length=128"):
         assert f"--config.{change}" in out
@@ -122,7 +122,7 @@ def test_the_tables_name_buffers_and_suggestions(plan, tmp_path):
 @pytest.mark.plan
 @needs_cuda
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")
-def test_without_a_gpu_the_library_says_how_to_compile():
+def test_without_a_gpu_the_error_says_to_set_jax_platforms():
     code = "from lomo_jax import plan; plan.make_mesh(plan.find('rtx3090'))"
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     run = subprocess.run(
@@ -134,7 +134,7 @@ def test_without_a_gpu_the_library_says_how_to_compile():
 
 @pytest.mark.plan
 @needs_cuda
-def test_measuring_needs_that_gpu(plan):
+def test_measure_needs_the_planned_gpu(plan):
     status, _, error = plan("--measure")
     assert status == 1
     assert error.startswith("error: --measure: this machine has no NVIDIA GeForce RTX 3090, JAX")
@@ -167,7 +167,7 @@ def test_a_mistake_gets_one_line(plan, flags, gpu, message):
 
 
 @pytest.mark.skipif(_HAS_CUDA, reason="needs an interpreter without the extra `cuda`")
-def test_without_the_compiler_it_says_what_to_install(plan):
+def test_the_error_for_a_missing_compiler_names_the_package(plan):
     status, out, error = plan()
     assert (status, out) == (1, "")
     assert error.startswith("error: XLA's compiler for NVIDIA GPUs is missing: pip install 'lomo")

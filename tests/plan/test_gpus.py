@@ -27,7 +27,7 @@ def test_a_gpu_is_described_to_xla(name):
     assert f"cuda_compute_capability {{ major: {major} minor: {minor}" in text
     # CUDA reserves 1 KiB of shared memory per block.
     assert fields["shared_memory_per_core"] - fields["shared_memory_per_block_optin"] == 1024
-    # A multiprocessor runs warps of 32 threads.
+    # A multiprocessor schedules warps of 32 threads.
     assert gpu.threads % 32 == 0
 
 
@@ -36,11 +36,11 @@ def test_the_accelerated_features_of_hopper_and_blackwell_are_on():
     assert accelerated == {"h100", "h200", "b200"}
 
 
-def test_jax_may_allocate_most_of_the_memory():
+def test_usable_memory():
     assert find("rtx3090").usable_gib == pytest.approx(22.08)
 
 
-def test_no_two_gpus_are_the_same():
+def test_all_gpus_differ():
     assert len({dataclasses.astuple(gpu) for gpu in GPUS.values()}) == len(GPUS) == len(NAMES)
 
 
@@ -59,7 +59,7 @@ def test_an_unknown_gpu_gets_one_line(name, message):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_gpu_is_found_by_the_name_of_its_driver(name):
+def test_a_gpu_is_found_by_its_device_kind(name):
     assert find(find(name).device_kind) is GPUS[name]
 
 
@@ -77,10 +77,10 @@ def test_a_gpu_is_found_by_the_name_of_its_driver(name):
         ("TPU v6 lite", 918.0),
     ],
 )
-def test_peaks_of_devices(device_kind, tflops):
+def test_peak_flops_of_devices(device_kind, tflops):
     assert peak_flops(device_kind) == tflops * 1e12
 
 
 @pytest.mark.parametrize("device_kind", ["cpu", "NVIDIA GeForce RTX 4090 Laptop GPU"])
-def test_an_unknown_device_has_no_peak(device_kind):
+def test_the_peak_of_an_unknown_device_is_none(device_kind):
     assert peak_flops(device_kind) is None

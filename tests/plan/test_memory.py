@@ -52,7 +52,7 @@ def test_the_parts_add_up(compiled, usable_gib, fits):
     assert (plan.gpu, plan.devices) == ("x", 1)
 
 
-def test_a_plan_fits_if_it_needs_exactly_the_usable_memory(compiled):
+def test_a_plan_of_exactly_the_usable_memory_fits(compiled):
     total = read_memory(*compiled, gpu="x").total_gib
     assert read_memory(*compiled, gpu="x", usable_gib=total).fits
     assert not read_memory(*compiled, gpu="x", usable_gib=np.nextafter(total, 0)).fits
@@ -62,12 +62,12 @@ def test_donated_arguments_count_once(compiled):
     plan = read_memory(*compiled, gpu="x")
     stats = compiled[0].memory_analysis()
     beside_temporaries = plan.total_gib * 2**30 - stats.temp_size_in_bytes
-    # Apart from parameters and state, updated in place, a step returns a few scalars.
+    # The outputs are parameters and state, updated in place, and a few scalars.
     assert beside_temporaries == pytest.approx(WEIGHTS + STATE + BATCH, abs=1024)
     assert stats.temp_size_in_bytes >= INPUTS
 
 
-def test_a_cpu_has_one_memory(compiled):
+def test_a_plan_for_a_cpu_ignores_offloading(compiled):
     offload = lomo_jax.Offload(params=True, activations=True, state=True)
     assert read_memory(*compiled, gpu="x", offload=offload) == read_memory(*compiled, gpu="x")
 
@@ -82,7 +82,7 @@ def test_a_cpu_has_one_memory(compiled):
     ],
 )
 def test_offloaded_parts_are_not_in_device_memory(compiled, offload, expected):
-    # Sizes as a GPU reports them; a CPU reports no host memory.
+    # Sizes as XLA reports them for a GPU; for a CPU it reports no host memory.
     sizes = {"argument": 800_000, "output": 700_000, "alias": 600_000, "temp": 500_000}
     sizes |= {"host_argument": 8_000, "host_output": 700, "host_alias": 60, "host_temp": 5}
     stats = types.SimpleNamespace(**{f"{k}_size_in_bytes": v for k, v in sizes.items()})
@@ -115,18 +115,18 @@ def test_temporary_buffers_of_a_step(compiled):
     executable, params, state = compiled
     found = temporary_buffers(executable.as_text(), (params, state), INPUTS)
     by_name = {buffer.name: buffer for buffer in found}
-    # Saved by the forward pass, one for each layer.
+    # Layer inputs saved by the forward pass, one for each layer.
     assert by_name["layer inputs"] == Buffer(
         "layer inputs", f"float32[{L},{B},{T},{D}]", INPUTS, on_host=False
     )
     assert by_name["tanh"].size in (BATCH, INPUTS)
-    # One buffer for each operation and shape; none larger than what the program allocates.
+    # One buffer for each operation and shape; none is larger than all temporaries.
     assert len({(buffer.name, buffer.shape) for buffer in found}) == len(found)
     assert max(buffer.size for buffer in found) <= executable.memory_analysis().temp_size_in_bytes
     assert not [b for b in found if b.name in ("parameter", "get-tuple-element", "tuple", "while")]
 
 
-def test_updates_in_place_are_no_temporaries(compiled):
+def test_updates_in_place_are_not_listed_as_temporaries(compiled):
     executable, params, state = compiled
     stack = f"float32[{L},{D},{D}]"
 
@@ -138,9 +138,9 @@ def test_updates_in_place_are_no_temporaries(compiled):
     assert not names((params, state))
 
 
-def test_a_copy_of_an_argument_is_a_temporary():
+def test_a_copy_of_an_argument_is_listed_as_a_temporary():
     w = jax.ShapeDtypeStruct((L, D, D), jnp.float32)
-    # Not donated, so that the update needs a copy.
+    # The argument is not donated: the update needs a copy.
     text = jax.jit(lambda w: w.at[1, 2].add(1.0)).lower(w).compile().as_text()
     (buffer,) = temporary_buffers(text, w, 0)
     assert buffer == Buffer("copy", f"float32[{L},{D},{D}]", WEIGHTS, on_host=False)

@@ -1,4 +1,4 @@
-"""Reading compiled programs."""
+"""Parsing compiled programs."""
 
 import functools
 
@@ -65,7 +65,7 @@ def trips_of(name, operation):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_instruction_is_read(name):
+def test_all_instructions_are_parsed(name):
     program = Program.parse(text(name))
     instructions = [line for line in text(name).splitlines() if line.startswith("  ")]
     assert len(program.instructions()) == len(instructions)
@@ -77,7 +77,7 @@ def test_every_instruction_is_read(name):
             assert set(instruction.subroutines) <= set(program.computations)
 
 
-def test_a_program_has_its_arguments_and_results():
+def test_arguments_and_results_of_a_program():
     program = Program.parse(text("scan"))
     entry = program.computations[program.entry]
     arguments = {i.op_name: i for i in entry if i.opcode == "parameter"}
@@ -93,7 +93,7 @@ def test_a_program_has_its_arguments_and_results():
     assert program.devices == 1
 
 
-def test_loops_give_the_trip_counts_of_what_is_in_them():
+def test_trip_counts_of_instructions_inside_loops():
     assert trips_of("scan", "tanh") == {(L,)}
     assert trips_of("scan", "integer_pow") == {()}
     assert trips_of("nested", "cos") == {(3,)}
@@ -104,7 +104,7 @@ def test_an_unknown_trip_count_is_none():
     assert trips_of("until", "sinh") == {(None,)}
 
 
-def test_the_inside_of_a_kernel_is_not_scheduled():
+def test_instructions_inside_a_kernel_are_not_scheduled():
     program = Program.parse(text("scan"))
     names = [i.name for i, _ in scheduled(program)]
     assert len(names) == len(set(names))
@@ -113,7 +113,7 @@ def test_the_inside_of_a_kernel_is_not_scheduled():
     assert fusions <= set(names)
     assert len(names) < len(program.instructions())
     computations = [instructions[0].name for instructions, _ in program.scheduled()]
-    assert len(computations) == 3  # entry, condition and body
+    assert len(computations) == 3  # entry, loop condition and loop body
 
 
 def test_both_branches_of_a_condition_are_scheduled():
@@ -135,7 +135,7 @@ def test_sizes_and_names_of_dtypes(dtype):
     program = Program.parse(jax.jit(lambda x: x.T).lower(x).compile().as_text())
     (array,) = next(i for i, _ in scheduled(program) if i.opcode == "parameter").arrays
     assert array.size == 15 * np.dtype(dtype).itemsize
-    if not dtype.startswith("float8"):  # XLA's own name, f8e4m3fn, says the same
+    if not dtype.startswith("float8"):  # its name stays XLA's, f8e4m3fn
         assert str(array) == f"{dtype}[3,5]"
 
 

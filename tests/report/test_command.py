@@ -1,4 +1,4 @@
-"""`python -m lomo_jax.report` as a person uses it."""
+"""`python -m lomo_jax.report` as users run it."""
 
 import os
 import resource

@@ -114,7 +114,7 @@ def test_a_run_of_the_trainer(tmp_path):
     ]
 
 
-def test_an_unfinished_run_says_so(page):
+def test_the_page_of_an_unfinished_run_states_it(page):
     _, reader = page(([step(1, 2.5)], {"info": None}))
     assert "Steps 1 of 30, not finished" in reader.said
     assert "not evaluated yet" in reader.said

@@ -12,7 +12,7 @@ def _losses(run):
     return {record["step"]: record["loss"] for record in run.logged}
 
 
-def test_each_kind_of_record_is_kept_apart(tmp_path):
+def test_kinds_of_records_are_read_separately(tmp_path):
     records = [evaluation(0, 4.0), sample(0, "a"), step(1, 3.5), step(2, 3.0), evaluation(2, 3.2)]
     (run,) = read([str(write(tmp_path / "one", records))])
     assert _losses(run) == {1: 3.5, 2: 3.0}
@@ -73,7 +73,7 @@ def test_records_without_time_leave_it_unknown(tmp_path):
     assert run.started is None
 
 
-def test_an_unfinished_last_line_is_skipped_and_null_is_kept(tmp_path):
+def test_an_unfinished_last_line_is_skipped_and_null_is_read(tmp_path):
     folder = write(tmp_path, [step(1, 2.0), step(2, None)], end='{"step": 3, "lo')
     (run,) = read([str(folder)])
     assert _losses(run) == {1: 2.0, 2: None}

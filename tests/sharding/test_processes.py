@@ -1,4 +1,4 @@
-"""Runs of two and of four processes on one machine, which talk over gloo."""
+"""Runs of two and four processes on one machine, connected by gloo."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def finish(processes, seconds=300):
 
 
 def worker(processes, first, last, restore="-", save="-"):
-    """Runs the steps on so many processes; returns the losses, which all of them must print."""
+    """Runs some steps; checks that all processes print the same losses; returns them."""
     where, path = f"localhost:{free_port()}", Path(__file__).with_name("worker.py")
     running = start(
         [path, where, processes, i, first, last, restore, save] for i in range(processes)
@@ -65,7 +65,7 @@ def worker(processes, first, last, restore="-", save="-"):
     return [float(line.split()[1]) for line in printed[0]]
 
 
-def test_a_checkpoint_of_four_processes_goes_on_with_one_and_with_two(tmp_path):
+def test_a_checkpoint_of_four_processes_resumes_on_one_and_on_two(tmp_path):
     expected = worker(1, 0, 5)
     first = worker(4, 0, 2, save=tmp_path / "checkpoint")
     np.testing.assert_allclose(first, expected[:3], rtol=1e-5)
@@ -75,12 +75,12 @@ def test_a_checkpoint_of_four_processes_goes_on_with_one_and_with_two(tmp_path):
 
 
 def train(folder, processes, *flags, code=""):
-    """Starts `train.py`, in the last process after some other code."""
+    """Starts `train.py` in some processes; the last one runs `code` first."""
     config, text = folder / "config.py", folder / "text.jsonl"
     words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], (60, 60))
     text.write_text("\n".join(json.dumps({"text": " ".join(row)}) for row in words))
     config.write_text(CONFIG.format(text=str(text)))
-    # Four devices, whichever way they are shared out.
+    # Four devices in all.
     devices = f"import jax; jax.config.update('jax_num_cpu_devices', {4 // processes}); "
     devices += "import sys, train; "
     run = "sys.exit(train.main(['train.py', *sys.argv[1:]]))"
@@ -102,7 +102,7 @@ def train(folder, processes, *flags, code=""):
 
 
 def wait_for_steps(workdir):
-    """Returns when a run has logged more than twenty lines."""
+    """Waits until a run has more than twenty lines of metrics."""
     log = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") > 20):
@@ -115,8 +115,8 @@ def _on_cpu(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
-def test_train_with_processes(tmp_path):
-    """The same losses, written once; an export that is the same to rounding."""
+def test_several_processes_train_like_one(tmp_path):
+    """Same losses, written by the first process alone; exports equal up to rounding."""
     from safetensors.numpy import load_file
 
     found = {}
@@ -129,8 +129,9 @@ def test_train_with_processes(tmp_path):
         records = list(map(json.loads, lines))
         losses = [r.get("loss", r.get("eval_loss")) for r in records if "sample" not in r]
         found[processes] = losses, load_file(folder / "export" / "model.safetensors")
-        assert [path.name for path in folder.glob(".*")] == [".lock"]  # nothing of the export
-        # Only the first process says anything.
+        # The export leaves no temporary folder.
+        assert [path.name for path in folder.glob(".*")] == [".lock"]
+        # Only the first process prints.
         assert "step 10" in outputs[0]
         assert all("loss" not in output for output in outputs[1:])
     assert len(found[1][0]) == 13
@@ -140,11 +141,11 @@ def test_train_with_processes(tmp_path):
             np.testing.assert_allclose(weights[name], weight, rtol=0, atol=1e-5 * abs(weight).max())
 
 
-def test_processes_stop_together_and_one_goes_on(tmp_path):
-    """One of two processes is told to stop; both save after the same step."""
+def test_processes_stop_after_the_same_step_and_one_process_resumes(tmp_path):
+    """One of two processes gets SIGTERM; both save after the same step."""
     fields = ["--config.steps=200", "--config.eval_every=0", "--config.prompt="]
     fields += ["--config.checkpoint_every=10", "--config.keep_checkpoints=2"]
-    fields += ["--config.schedule=constant"]  # which does not change with the number of steps
+    fields += ["--config.schedule=constant"]  # independent of the number of steps
     running = train(tmp_path, 2, *fields)
     wait_for_steps(tmp_path / "run2")
     running[1].send_signal(signal.SIGTERM)
@@ -156,7 +157,7 @@ def test_processes_stop_together_and_one_goes_on(tmp_path):
     before, last = sorted(int(path.name) for path in checkpoints.iterdir())
     assert (before, last) == (int(stopped) // 10 * 10, int(stopped))
 
-    # What only one of the processes cannot read is damaged for both.
+    # If one process cannot read a checkpoint, both treat it as damaged.
     of_second = checkpoints / stopped / "params" / "ocdbt.process_1" / "d"
     largest = max(of_second.iterdir(), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
@@ -174,7 +175,7 @@ def test_processes_stop_together_and_one_goes_on(tmp_path):
     (process,) = train(tmp_path, 1, *fields)
     (output,) = finish([process])
     assert process.returncode == 0, output
-    until = stopped + 10  # later on rounding, which another mesh does otherwise, has grown
+    until = stopped + 10  # later, differences in rounding between the meshes have grown
     losses = []
     for name in ("run2", "run1"):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
@@ -184,7 +185,7 @@ def test_processes_stop_together_and_one_goes_on(tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_a_process_that_is_killed_ends_the_others(tmp_path):
+def test_a_killed_process_ends_the_others(tmp_path):
     running = train(tmp_path, 2, "--config.steps=1000000", "--config.eval_every=0")
     wait_for_steps(tmp_path / "run2")
     running[1].send_signal(signal.SIGKILL)
@@ -193,8 +194,8 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path):
     assert "has lost another one" in output or "another task died" in output
 
 
-def test_an_error_in_one_process_ends_all(tmp_path):
-    """Also after a checkpoint was begun, of whose end they have not agreed yet."""
+def test_an_error_in_one_process_ends_all_processes(tmp_path):
+    """Even while a save is in progress, before the processes have agreed on its result."""
     code = """
 from lomo_jax.training import log
 

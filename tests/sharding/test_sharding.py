@@ -79,7 +79,7 @@ def test_weights_are_made_read_and_written_in_shards(mesh, tmp_path, on_host):
     drawn = models.init_layer_by_layer(CONFIG, 3, jnp.float32, on_host=on_host, mesh=mesh)
     models.save(tmp_path / "whole", CONFIG, expected)
     _, read = models.load(tmp_path / "whole", on_host=on_host, mesh=mesh)
-    # Random numbers are rounded as XLA fuses what makes them.
+    # The rounding of random numbers depends on how XLA fuses their computation.
     for params, tolerance in ((drawn, 1e-6), (read, 0)):
         chex.assert_trees_all_close(
             *jax.tree.map(np.asarray, (params, expected)), rtol=tolerance, atol=0

@@ -1,8 +1,8 @@
-"""A process of a run: trains on its part of the devices, from or to a checkpoint.
+"""One process of a run: trains on its share of the devices, restores and saves checkpoints.
 
     python worker.py COORDINATOR NUM_PROCESSES PROCESS_ID FIRST LAST RESTORE SAVE
 
-makes the steps FIRST to LAST and prints their losses; RESTORE and SAVE are folders or "-".
+runs steps FIRST to LAST and prints their losses; RESTORE and SAVE are folders or "-".
 """
 
 import sys
@@ -25,7 +25,7 @@ if NUM_PROCESSES > 1:
     jax.distributed.initialize(COORDINATOR, NUM_PROCESSES, PROCESS_ID)
 
 CONFIG = models.LlamaConfig(48, 32, 40, 3, 4, 2, 8)
-# Another mesh for each number of processes: what was saved on one continues on any.
+# Another mesh for each number of processes: a checkpoint must restore on any mesh.
 MESHES = {1: (1, 4, 1), 2: (1, 2, 2), 4: (2, 2, 1)}
 mesh = sharding.make_mesh(*MESHES[NUM_PROCESSES])
 jax.set_mesh(mesh)

@@ -1,4 +1,4 @@
-"""What tests of whole runs share."""
+"""Fixtures for tests of whole runs."""
 
 import jax
 import pytest
@@ -7,7 +7,7 @@ import runs
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory):
-    """Runs compile the same few programs again and again."""
+    """Caches compiled programs: the runs compile the same few."""
     folder, seconds = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, folder), getattr(jax.config, seconds)
     cache = str(tmp_path_factory.mktemp("cache"))
@@ -23,7 +23,7 @@ def _compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixed_dtypes():
-    """As `standard_promotion`, for whole modules: optax's cosine schedule mixes dtypes."""
+    """`standard_promotion` for a whole module: optax's cosine schedule mixes dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 

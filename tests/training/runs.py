@@ -30,7 +30,7 @@ def write_text(path: Path, documents: int = 60) -> Path:
 
 
 def make_config(text: str | Path, workdir: Path, **changes: Any) -> Config:
-    """Returns the config of twelve steps of a model of 35,000 parameters on one device."""
+    """Returns the config of a run: 12 steps, 35,000 parameters, one device."""
     shape = {
         **{"vocab_size": 257, "width": 32, "mlp_width": 64, "num_layers": 2, "num_heads": 4},
         **{"num_kv_heads": 2, "head_dim": 8, "max_length": 64, "norm_eps": 1e-6},
@@ -53,19 +53,19 @@ def make_config(text: str | Path, workdir: Path, **changes: Any) -> Config:
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-    """Returns all lines of metrics.jsonl that are whole."""
+    """Returns the records in metrics.jsonl, without a last line that is incomplete."""
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def column(workdir: Path, key: str) -> dict[int, float]:
-    """Returns the last value of each step."""
+    """Returns step -> the last value recorded for it."""
     return {record["step"]: record[key] for record in records(workdir) if key in record}
 
 
 def last_step(workdir: Path) -> int:
-    """Returns the last step that was logged."""
+    """Returns the last logged step, 0 if there is none."""
     return max(column(workdir, "loss"), default=0)
 
 
@@ -77,7 +77,7 @@ def weights(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same_run(workdir: Path, expected: Path) -> None:
-    """Every loss and every weight are equal, bit for bit."""
+    """Asserts that all losses, samples and weights are equal, bit for bit."""
     for key in ("loss", "accuracy", "eval_loss", "learning_rate", "sample"):
         assert column(workdir, key) == column(expected, key)
     found, wanted = weights(workdir), weights(expected)
@@ -88,7 +88,7 @@ def assert_same_run(workdir: Path, expected: Path) -> None:
 
 @contextlib.contextmanager
 def signal_when(condition: Callable[[], Any], number: signal.Signals) -> Iterator[None]:
-    """Sends this process a signal, once, as soon as `condition` holds inside the block."""
+    """Sends this process one signal as soon as `condition` holds inside the block."""
     sent, ended = threading.Event(), threading.Event()
 
     def watch():
@@ -131,12 +131,12 @@ def start(config: Config, *flags: str, **environment: str) -> subprocess.Popen[b
 
 
 def wait_for_step(process: subprocess.Popen[bytes], config: Config, step: int) -> None:
-    """Returns when the run, which `process` is, has logged a step."""
+    """Waits until the run in `process` has logged a step."""
     while last_step(Path(config.workdir)) < step:
         assert process.poll() is None, output_of(config).read_text()
         time.sleep(0.02)
 
 
 def output_of(config: Config) -> Path:
-    """Returns the file that holds what the last `start` of this config has printed."""
+    """Returns the file with the output of the last `start` of this config."""
     return Path(config.workdir).with_suffix(".out")

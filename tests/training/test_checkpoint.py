@@ -24,7 +24,7 @@ from lomo_jax.training.checkpoint import (
 )
 
 _PARAMS = nnx.State({"w": nnx.Param(jnp.arange(6.0).reshape(2, 3))})
-# Values that no initial state has.
+# Values that differ from every initial state.
 _STATE = lomo_jax.StepState(
     optimizer={"count": jnp.int32(7), "row": jnp.array([0.5, 0.25])},
     loss_scale=lomo_jax.LossScaleState(jnp.float32(512.0), jnp.int32(33)),
@@ -54,7 +54,7 @@ def _shapes(tree):
         _STATE._replace(loss_scale=None, rounding=None),
     ],
 )
-def test_a_restore_returns_everything_that_was_saved(tmp_path, state, assert_close):
+def test_a_restore_returns_all_saved_items(tmp_path, state, assert_close):
     config = {"param_dtype": "float32", "steps": 9}
     saved = CheckpointMetadata(_PROGRESS, config, "fingerprint", {})
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -62,7 +62,7 @@ def test_a_restore_returns_everything_that_was_saved(tmp_path, state, assert_clo
         assert checkpoints.save(_PARAMS, state, saved)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         metadata = checkpoints.metadata(3)
-        # The step of this run has a loss scale and a key, whether the checkpoint has them or not.
+        # This run's step has a loss scale and a key, even if the checkpoint lacks them.
         params, restored = checkpoints.restore(metadata, _shapes(_PARAMS), _shapes(_STATE))
     assert metadata == saved
     assert metadata.progress == _PROGRESS
@@ -89,7 +89,7 @@ def _sum_of_bits(x: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_bits(dtype):
+def test_checksums_are_sums_of_bits(dtype):
     arrays = [_array(shape, dtype) for shape in SHAPES]
     expected = ([_sum_of_bits(x) for x in arrays], True)
     assert checksums([jnp.asarray(x) for x in arrays]) == expected
@@ -99,7 +99,7 @@ def test_sums_of_bits(dtype):
 
 @pytest.mark.parametrize("spec", [P(), P(None, "x"), P("x", None, None), P(None, "x", "y")])
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
-def test_divided_arrays_have_the_sums_of_whole_ones(spec, kind):
+def test_checksums_do_not_depend_on_the_sharding(spec, kind):
     mesh = jax.make_mesh((2, 3), ("x", "y"), (kind, kind), devices=jax.devices()[:6])
     x = _array((4, 4, 6), "bfloat16")
     with jax.set_mesh(mesh):
@@ -110,14 +110,14 @@ def test_divided_arrays_have_the_sums_of_whole_ones(spec, kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite(dtype, shape, value):
+def test_nonfinite_values_are_found(dtype, shape, value):
     x = np.zeros(shape, dtype)
     x[(-1,) * x.ndim] = value
     assert not checksums([jnp.asarray(x)]).finite
     assert checksums([jnp.full(shape, jnp.finfo(dtype).max, dtype)]).finite
 
 
-def test_numbers_of_two_words():
+def test_checksums_of_float64():
     with jax.enable_x64(True):
         x = jnp.asarray([[1.5, -2e300], [3.0, 0.1]])
         assert checksums([x]).finite
@@ -125,7 +125,7 @@ def test_numbers_of_two_words():
         assert checksums([x]).sums != checksums([x.at[0, 1].set(2e300)]).sums
 
 
-def test_a_bit_that_flips_changes_its_sum():
+def test_a_flipped_bit_changes_the_checksum():
     x = _array((3, 4, 6), "bfloat16")
     flipped = x.view(np.uint16).copy()
     flipped[1, 2, 3] ^= 4
@@ -133,8 +133,8 @@ def test_a_bit_that_flips_changes_its_sum():
     assert before.sums != after.sums
 
 
-def test_on_a_cpu_a_checkpoint_is_summed_with_little_memory():
-    """An export reads a model on a machine that may have room for it once."""
+def test_checksums_on_a_cpu_take_little_memory():
+    """`lomo-jax export` may run on a machine whose memory holds the model only once."""
     x = jax.ShapeDtypeStruct((32, 1024, 1024), jnp.bfloat16)
     memory = _of_array.lower(x).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 1.2 * x.size * x.dtype.itemsize
@@ -148,7 +148,7 @@ def test_tasks_of_a_closed_event_loop_are_awaited():
     assert done.is_set()
 
 
-def test_threads_of_an_open_event_loop_are_not_awaited_forever():
+def test_waiting_for_threads_of_an_open_event_loop_times_out():
     loop, go = asyncio.new_event_loop(), threading.Event()
     loop.run_in_executor(None, go.wait)
     settle(seconds=0.1)
@@ -158,7 +158,7 @@ def test_threads_of_an_open_event_loop_are_not_awaited_forever():
     loop.close()
 
 
-def test_the_reason_is_one_plain_line():
+def test_the_reason_of_an_error_is_one_line():
     error = ValueError("OUT_OF_RANGE: Error writing x: No space left on device [os_error_code=28]")
     assert reason(error) == "the disk is full"
     assert reason(ValueError("one\n  two. See full log")) == "one two."

@@ -1,4 +1,4 @@
-"""Configs and command lines: parsing, validation, and the one line that each mistake gets."""
+"""Configs and command lines: parsing, validation, and one-line errors."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def get_config():
 
 @pytest.fixture
 def config_file(tmp_path: Path):
-    """Writes a config file with `body` as a line of get_config()."""
+    """Writes a config file with `body` as a line of `get_config()`."""
 
     def write(body: str = "") -> str:
         path = tmp_path / "config.py"
@@ -46,7 +46,7 @@ def _valid(**changes) -> Config:
     return Config(**fields | changes)
 
 
-def test_overrides_reach_nested_fields(config_file):
+def test_flags_set_nested_fields(config_file):
     config = parse(
         [
             "train.py",
@@ -96,7 +96,7 @@ def _leaves(node, prefix=""):
             yield prefix + name, value
 
 
-def test_optional_fields_are_all_listed():
+def test_all_optional_fields_are_tested():
     default = dict(_leaves(Config()))
     assert {name for name, value in default.items() if value is None} == set(_OPTIONAL)
 
@@ -134,8 +134,8 @@ def test_none_is_a_word_where_a_field_is_not_optional(config_file):
         parse(["train.py", "--config", config_file(), "--config.steps=None"])
 
 
-def test_sizes_that_only_fit_together_can_be_set_together(config_file):
-    sizes = {"num_heads": 6, "num_kv_heads": 3}  # 6 is no multiple of the 32 of LLaMA-7B
+def test_sizes_that_depend_on_each_other_can_be_set_together(config_file):
+    sizes = {"num_heads": 6, "num_kv_heads": 3}  # not a multiple of LLaMA-7B's 32
     flags = [f"--config.model.architecture.{name}={value}" for name, value in sizes.items()]
     config = parse(["train.py", "--config", config_file(), *flags])
     assert config.model.architecture == LlamaConfig(**sizes)
@@ -143,7 +143,7 @@ def test_sizes_that_only_fit_together_can_be_set_together(config_file):
         parse(["train.py", "--config", config_file(), flags[0]])
 
 
-def test_the_config_of_a_run_is_a_config(tmp_path):
+def test_the_config_json_of_a_run_is_a_config(tmp_path):
     config = _valid(
         model=ModelConfig(
             path="model",
@@ -162,12 +162,12 @@ def test_the_config_of_a_run_is_a_config(tmp_path):
         read_config(str(path))
 
 
-def test_a_config_that_ships_with_the_package_goes_by_its_name(tmp_path, monkeypatch):
+def test_a_config_that_ships_with_the_package_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_config("llama7b") == read_config(str(shipped_configs() / "llama7b.py"))
     with pytest.raises(ConfigError, match=r"^--config: 'llama7' does not exist; did you mean 'll"):
         read_config("llama7")
-    (tmp_path / "llama7b").write_text("")  # a file of that name comes first
+    (tmp_path / "llama7b").write_text("")  # a file of that name takes precedence
     with pytest.raises(ConfigError, match=r"^--config llama7b: a config file ends in"):
         read_config("llama7b")
 
@@ -181,7 +181,7 @@ def test_a_config_may_import_its_neighbours(tmp_path):
             "def get_config():\n    return Config(workdir=base.WORKDIR)\n"
         )
     before = list(sys.path)
-    for folder in ("one", "two"):  # of the same names
+    for folder in ("one", "two"):  # with the same names
         assert read_config(str(tmp_path / folder / "own.py")).workdir == folder
     assert sys.path == before
 
@@ -300,22 +300,22 @@ def test_a_wrong_value_gets_one_line(changes, message):
         validate(_valid(**changes))
 
 
-def test_a_project_of_weights_and_biases_needs_its_package(monkeypatch):
+def test_weights_and_biases_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     message = "^wandb: 'mine' needs a package that is not installed: pip install wandb$"
     with pytest.raises(ConfigError, match=message):
         validate(_valid(wandb="mine"))
 
 
-def test_values_of_a_kindred_type_are_fine():
+def test_a_compatible_type_is_accepted():
     validate(_valid(learning_rate=1, warmup=0, optimizer_kwargs={"weight_decay": 0.1}))
 
 
-def test_a_plan_needs_neither_checkpoint_nor_text():
+def test_a_plan_needs_neither_checkpoint_nor_dataset():
     validate(Config(), for_plan=True)
     with pytest.raises(ConfigError, match="microbatches: 3 does not divide"):
         validate(Config(microbatches=3), for_plan=True)
 
 
-def test_to_dict_holds_every_field():
+def test_to_dict_has_every_field():
     assert to_dict(_valid())["data"] == {"path": "text", "text_key": "text", "eval_fraction": 0.05}

@@ -17,7 +17,7 @@ from lomo_jax.training.config import read_config, validate
         ("llama3_8b", 8_030_261_248),
     ],
 )
-def test_without_a_checkpoint_a_config_is_the_model_of_its_name(name, parameters):
+def test_without_a_checkpoint_a_config_has_the_architecture_of_its_name(name, parameters):
     config = read_config(name)
     validate(config, for_plan=True)
     _, params = model_lib.abstract(

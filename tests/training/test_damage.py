@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, and disks that are full."""
+"""Damaged checkpoints and full disks."""
 
 import contextlib
 import gc
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 @pytest.fixture(scope="module")
 def stopped(text, tmp_path_factory):
-    """The workdir of a run with the checkpoints 2, 4, ... that was stopped."""
+    """The workdir of a stopped run that saved a checkpoint every two steps."""
     workdir = tmp_path_factory.mktemp("stopped")
     with runs.signal_when(lambda: runs.last_step(workdir) >= 7, signal.SIGTERM):
         loop.train(_config(text, workdir))
@@ -44,7 +44,7 @@ def whole(text, tmp_path_factory):
 
 def _config(text, workdir, **changes):
     fields = {"checkpoint_every": 2, "keep_checkpoints": 3, "keep_best": False, "eval_every": 0}
-    fields |= {"optimizer": "adamw"}  # a checkpoint takes more than three times what an export does
+    fields |= {"optimizer": "adamw"}  # so that a checkpoint is three times as large as an export
     return runs.make_config(text, workdir, **fields | changes)
 
 
@@ -78,7 +78,7 @@ def _remove_an_item(checkpoint: Path) -> None:
 
 
 def _leave_half_of_a_new_one(checkpoint: Path) -> None:
-    """As a process does that is killed while it writes."""
+    """Leaves the folder as a process killed during the save does."""
     half = checkpoint.with_name(f"{checkpoint.name}.orbax-checkpoint-tmp")
     checkpoint.rename(half)
     shutil.rmtree(half / "optimizer")
@@ -102,7 +102,7 @@ def _garble_what_orbax_notes(checkpoint: Path) -> None:
         _leave_half_of_a_new_one,
     ],
 )
-def test_the_checkpoint_before_a_damaged_one_is_taken(
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     text, stopped, whole, tmp_path, capsys, damage
 ):
     workdir = tmp_path / "run"
@@ -122,7 +122,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
     runs.assert_same_run(workdir, whole)
 
 
-def test_when_all_are_damaged_the_run_stops_and_touches_nothing(text, stopped, tmp_path):
+def test_if_all_checkpoints_are_damaged_the_run_stops_and_changes_no_file(text, stopped, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     for step in _steps(workdir):
@@ -139,7 +139,7 @@ def _contents(workdir: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files}
 
 
-def test_the_last_ones_and_the_best_are_kept(text, tmp_path):
+def test_the_latest_checkpoints_and_the_best_are_preserved(text, tmp_path):
     fields = {"optimizer": "lion", "learning_rate": 0.3, "schedule": "constant", "eval_every": 3}
     loop.train(_config(text, tmp_path, keep_checkpoints=2, keep_best=True, **fields))
     losses = runs.column(tmp_path, "eval_loss")
@@ -149,7 +149,7 @@ def test_the_last_ones_and_the_best_are_kept(text, tmp_path):
     assert _steps(tmp_path) == [best, 10, 12]
 
 
-def test_the_best_is_kept_while_a_better_one_cannot_be_written(tmp_path):
+def test_the_best_checkpoint_stays_if_writing_a_better_one_fails(tmp_path):
     warnings = []
     with Checkpoints(tmp_path / "checkpoints", keep=1, warn=warnings.append) as checkpoints:
         checkpoints.start_anew()
@@ -164,7 +164,7 @@ def test_the_best_is_kept_while_a_better_one_cannot_be_written(tmp_path):
         ]
         _save(checkpoints, step=4, best=3)
         assert checkpoints.steps() == [4, 1]
-    # And when the run is started again.
+    # The same holds after a restart.
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
         checkpoints.restore(checkpoints.metadata(4), *_arrays(4))
         _save(checkpoints, step=5, best=3)
@@ -173,8 +173,8 @@ def test_the_best_is_kept_while_a_better_one_cannot_be_written(tmp_path):
         assert checkpoints.steps() == [6]
 
 
-def test_what_could_not_be_written_is_gone_when_the_folder_is_closed(tmp_path):
-    """Else Python tells of it whenever it is collected: an error may hold the closed folder."""
+def test_no_coroutine_of_a_failed_save_survives_close(tmp_path):
+    """Python would warn when it collects the coroutine; an error may hold it until then."""
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.start_anew()
         _save(checkpoints, step=1, best=1)
@@ -183,7 +183,7 @@ def test_what_could_not_be_written_is_gone_when_the_folder_is_closed(tmp_path):
     assert not _of_orbax(), checkpoints
 
 
-def test_what_could_not_be_read_is_gone_when_the_folder_is_closed(tmp_path):
+def test_no_coroutine_of_a_failed_read_survives_close(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.start_anew()
         _save(checkpoints, step=1, best=1)
@@ -194,8 +194,8 @@ def test_what_could_not_be_read_is_gone_when_the_folder_is_closed(tmp_path):
 
 
 def _of_orbax() -> list[CoroutineType]:
-    """Returns the coroutines of orbax that something holds."""
-    # Not isinstance: it asks an object for its __class__, and one of torch answers with a warning.
+    """Returns the live coroutines of orbax."""
+    # Not isinstance: it reads `__class__`, which warns for an object of torch.
     found = [each for each in gc.get_objects() if type(each) is CoroutineType]
     return [each for each in found if "orbax" in each.cr_code.co_filename]
 
@@ -214,7 +214,7 @@ def _save(checkpoints: Checkpoints, step: int, best: int) -> None:
 
 @contextlib.contextmanager
 def _files_of_at_most(size: int) -> Iterator[None]:
-    """What a quota does, for this process."""
+    """Limits the size of files of this process, as a quota does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -236,9 +236,9 @@ exit $status
 def _run_on_a_small_disk(
     config: Config, folder: Path, kib: int, stop_at: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs with a file system of that size at `folder / "disk"`; copies it to `folder / "copy"`.
+    """Runs with a file system of `kib` KiB at `folder / "disk"`; copies it to `folder / "copy"`.
 
-    Sends SIGTERM when the run has printed `stop_at`.
+    Sends SIGTERM when the run prints `stop_at`.
     """
     disk, copy = folder / "disk", folder / "copy"
     output = folder / "output.txt"
@@ -265,10 +265,10 @@ def _run_on_a_small_disk(
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_last_good_checkpoint(text, whole, tmp_path):
+def test_a_full_disk_preserves_the_last_good_checkpoint(text, whole, tmp_path):
     config = _config(text, tmp_path / "disk" / "run", keep_checkpoints=1)
-    # Room for the export, 164 KiB, and one checkpoint, never for two: the files of one take 570 to
-    # 610 KiB, as orbax's threads happen to batch them, and those of the run 44.
+    # Room for the export (164 KiB), the run's other files (44 KiB) and one checkpoint, but not two:
+    # a checkpoint has 570 to 610 KiB, depending on how orbax's threads batch their writes.
     result = _run_on_a_small_disk(config, tmp_path, 1000)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
@@ -289,13 +289,13 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(text, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_files_that_may_not_grow_end_no_run_before_its_export(text, tmp_path):
-    """What a quota does, for those who may not mount a disk."""
+def test_a_file_size_limit_fails_the_run_only_at_its_export(text, tmp_path):
+    """Like a full disk, for machines that do not allow mounts."""
     config = _config(text, tmp_path / "run")
     path = runs.write_config(config, tmp_path / "config.json")
     command = f"ulimit -f 50; exec {sys.executable} {runs.ROOT / 'train.py'} --config {path}"
     result = subprocess.run(
-        ["bash", "-c", command],  # whose unit is a KiB
+        ["bash", "-c", command],  # bash: its ulimit counts KiB
         capture_output=True,
         text=True,
         check=False,
@@ -314,7 +314,7 @@ def test_files_that_may_not_grow_end_no_run_before_its_export(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_stopped_and_cannot_save_says_so(text, tmp_path):
+def test_a_stopped_run_that_cannot_save_reports_it(text, tmp_path):
     config = _config(text, tmp_path / "disk" / "run", steps=10**6, log_every=1000)
     result = _run_on_a_small_disk(config, tmp_path, 300, stop_at="was not written")
     assert result.returncode == 1

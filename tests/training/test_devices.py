@@ -1,4 +1,4 @@
-"""Which devices a run takes, and which rows of a batch go to which."""
+"""The mesh of a run, the rows of a batch on each device, and starting processes."""
 
 import importlib.util
 
@@ -15,7 +15,7 @@ def _mesh(batch_size=8, microbatches=1, **sizes):
     return devices.make_mesh(MeshConfig(**sizes), batch_size, microbatches)
 
 
-def test_all_devices_are_taken():
+def test_the_mesh_has_all_devices():
     assert dict(_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert devices.describe(_mesh(tensor=2)).endswith("data 1, fsdp 4, tensor 2")
 
@@ -35,7 +35,7 @@ def test_all_devices_are_taken():
         ),
     ],
 )
-def test_sizes_that_do_not_fit(arguments, message):
+def test_mesh_sizes_that_do_not_fit_raise_an_error(arguments, message):
     with pytest.raises(ConfigError, match=message):
         _mesh(**arguments)
 
@@ -57,12 +57,12 @@ def test_each_row_goes_to_its_device():
         ((None, 2, 0), "^--coordinator: missing"),
     ],
 )
-def test_missing_flags_of_a_process(arguments, message):
+def test_missing_flags_of_a_process_raise_an_error(arguments, message):
     with pytest.raises(ConfigError, match=message):
         devices.start(*arguments)
 
 
-def test_one_process_starts_nothing(monkeypatch):
+def test_a_single_process_does_not_connect(monkeypatch):
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     devices.start(None, None, None)
@@ -70,7 +70,7 @@ def test_one_process_starts_nothing(monkeypatch):
 
 
 def test_processes_of_open_mpi_are_detected(monkeypatch):
-    """JAX then misses the address of the launcher."""
+    """JAX does not find the address of the launcher there."""
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"^--coordinator: the processes could not connect"):
         devices.start(None, None, None)
@@ -87,10 +87,10 @@ def test_processes_of_open_mpi_are_detected(monkeypatch):
         ([], [], {}, ""),
     ],
 )
-def test_without_a_gpu_the_cuda_wheels_are_not_asked(
+def test_without_a_gpu_jax_does_not_load_the_cuda_wheels(
     wheels, nodes, environment, expected, tmp_path, monkeypatch
 ):
-    """Otherwise every start prints a traceback about cuPTI."""
+    """Otherwise each start prints a traceback about cuPTI."""
     chosen = {"jax_platforms": ""}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in wheels)
     monkeypatch.setattr(jax.config, "update", chosen.__setitem__)

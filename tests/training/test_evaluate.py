@@ -1,4 +1,4 @@
-"""The held-out loss, of batches as a whole and in parts."""
+"""The held-out loss, with and without microbatches."""
 
 from typing import Any, NamedTuple
 
@@ -18,13 +18,13 @@ BATCHES = [
     }
     for _ in range(3)
 ]
-BATCHES[1]["weights"][1::2] = 0  # of two parts, the second one
+BATCHES[1]["weights"][1::2] = 0  # all of the second of two microbatches
 
 
 class _Given(NamedTuple):
-    """A model whose losses stand in the batch."""
+    """A model that reads its losses from the batch."""
 
-    rows: list[int]  # of the batches that it was traced for
+    rows: list[int]  # number of rows at each tracing
 
     def loss(self, params: Any, batch: Any):
         self.rows.append(len(batch["loss"]))
@@ -34,17 +34,17 @@ class _Given(NamedTuple):
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
-def test_means_over_the_weights(microbatches):
+def test_means_are_weighted(microbatches):
     model: Any = _Given([])
     result = make_evaluate(model, BATCHES, lambda batch: batch, microbatches)({})
     weights = np.stack([batch["weights"] for batch in BATCHES])
     for name, key in (("loss", "loss"), ("accuracy", "right")):
         expected = np.average(np.stack([batch[key] for batch in BATCHES]), weights=weights)
         assert getattr(result, name) == pytest.approx(expected, rel=1e-6)
-    assert set(model.rows) == {4 // microbatches}  # there is room for no more
+    assert set(model.rows) == {4 // microbatches}  # memory holds no more
 
 
-def test_one_that_is_over_gives_up():
+def test_a_requested_stop_abandons_the_evaluation():
     asked = iter([False, True])
     model: Any = _Given([])
     assert make_evaluate(model, BATCHES, lambda b: b, 1, lambda: next(asked))({}) is None

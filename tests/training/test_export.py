@@ -1,4 +1,4 @@
-"""`lomo-jax export`: any checkpoint of a run as a Hugging Face directory."""
+"""`lomo-jax export`: exporting any checkpoint of a run as a Hugging Face directory."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from lomo_jax.training import export, loop
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of a run with checkpoints of the steps 4, 8 (the best) and 12."""
+    """The folder of a run with the checkpoints 4, 8 (the best) and 12."""
     folder = tmp_path_factory.mktemp("made")
     text = runs.write_text(folder / "text.jsonl")
     fields = {"keep_checkpoints": 3, "eval_every": 4, "learning_rate": 0.3, "schedule": "constant"}
@@ -29,7 +29,7 @@ def _export(*arguments) -> int:
     return export.main(["lomo-jax export", *map(str, arguments)])
 
 
-def test_the_last_checkpoint_equals_the_export_of_the_run(made, tmp_path, capsys):
+def test_exporting_the_last_checkpoint_equals_the_export_of_the_run(made, tmp_path, capsys):
     assert _export(made, tmp_path / "out") == 0
     assert capsys.readouterr().out == f"exported  step 12 of {made} to {tmp_path / 'out'}\n"
     of_run, files = made / "export", {path.name for path in (tmp_path / "out").iterdir()}
@@ -46,7 +46,7 @@ def test_the_last_checkpoint_equals_the_export_of_the_run(made, tmp_path, capsys
         np.testing.assert_array_equal(found[name], weight)
 
 
-def test_an_earlier_checkpoint(made, tmp_path):
+def test_exporting_an_earlier_checkpoint(made, tmp_path):
     assert _export(made, tmp_path / "out", "--step", 4) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| steps | 4 of 12, 512 tokens |" in card
@@ -58,14 +58,14 @@ def test_an_earlier_checkpoint(made, tmp_path):
     assert runs.column(tmp_path / "again", "eval_loss")[0] == pytest.approx(text[4], rel=1e-6)
 
 
-def test_the_best_checkpoint(made, tmp_path, capsys):
+def test_exporting_the_best_checkpoint(made, tmp_path, capsys):
     losses = runs.column(made, "eval_loss")
     best = min((4, 8, 12), key=losses.get)
     assert _export(made, tmp_path / "out", "--step", "best") == 0
     assert f"step {best} " in capsys.readouterr().out
 
 
-def test_large_models_are_sharded(made, tmp_path):
+def test_large_exports_have_several_files(made, tmp_path):
     config, params = models.load(made / "export")
     models.save(tmp_path / "out", config, params, card="# A card", max_shard_bytes=50_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -105,7 +105,7 @@ def test_the_export_of_the_run_may_be_replaced(made, tmp_path):
 
 
 def test_another_model_is_not_replaced(made, tmp_path, capsys):
-    """It is refused before the checkpoint is read."""
+    """The command refuses before it reads the checkpoint."""
     shutil.copytree(made / "export", tmp_path / "model")
     (tmp_path / "model" / "lomo_jax_export.json").unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}

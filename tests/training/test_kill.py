@@ -1,4 +1,4 @@
-"""A run that is killed again and again goes on as if nothing had happened, bit for bit."""
+"""A run that is killed many times ends with the same losses and weights, bit for bit."""
 
 import random
 import subprocess
@@ -20,9 +20,9 @@ VARIANTS = {
 
 
 def _kill_at_random(process: subprocess.Popen, workdir, rng: random.Random, ceiling: int) -> bool:
-    """Kills a run at a random moment, before it has logged step `ceiling`; False if it ended."""
+    """Kills a run at a random time before it logs step `ceiling`; False if it ended by itself."""
     first = runs.last_step(workdir)
-    if rng.random() < 0.25:  # while it imports, compiles, reads the checkpoint
+    if rng.random() < 0.25:  # during imports, compilation or the restore
         moment = time.monotonic() + rng.uniform(0, 8)
         is_time = lambda: time.monotonic() > moment  # noqa: E731
     else:
@@ -39,13 +39,13 @@ def _kill_at_random(process: subprocess.Popen, workdir, rng: random.Random, ceil
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_killed_again_and_again(tmp_path, variant):
+def test_a_run_killed_many_times_equals_an_uninterrupted_one(tmp_path, variant):
     text = runs.write_text(tmp_path / "text.jsonl")
     fields = {
         **{"steps": STEPS, "eval_every": 7, "checkpoint_every": 3, "keep_checkpoints": 2},
         **VARIANTS[variant],
     }
-    # A restart compiles again, which is the same program: a cache of it only saves time.
+    # Each restart compiles the same program: the cache only saves time.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -1,4 +1,4 @@
-"""Logging: the terminal (see test_loop.py for other output), log.txt, records, divergence."""
+"""Logging: the terminal, log.txt, records and divergence. test_loop.py tests plain stdout."""
 
 import contextlib
 import io
@@ -43,8 +43,8 @@ def test_a_full_disk_loses_the_log_and_the_run_continues(capsys):
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_output_that_cannot_be_written_ends_no_run(tmp_path, closed):
-    """A full disk and a closed pipe."""
+def test_the_run_continues_when_stdout_cannot_be_written(tmp_path, closed):
+    """For a full disk and a closed pipe."""
     log = tmp_path / "log.txt"
     program = _PROGRAM.replace(
         'status("reading the model")', f"log_to(__import__('pathlib').Path({str(log)!r}))"
@@ -62,7 +62,7 @@ def test_output_that_cannot_be_written_ends_no_run(tmp_path, closed):
     assert "two [bold]x" in log.read_text(encoding="utf-8")
 
 
-def test_control_characters_of_a_model_are_replaced(tmp_path, capsys):
+def test_control_characters_in_a_sample_are_replaced(tmp_path, capsys):
     with Display(1) as display:
         display.log_to(tmp_path / "log.txt")
         display.line("sample", "one\x1b[2J\x07\ttwo\x9b \N{HEAVY BLACK HEART}")
@@ -78,13 +78,13 @@ def _fail(log: Path | None, error: Exception) -> None:
         raise error
 
 
-def test_the_log_has_an_error_of_the_user(tmp_path):
+def test_the_log_contains_a_user_error(tmp_path):
     with pytest.raises(UserError, match=r"^steps: 0$"):
         _fail(tmp_path / "log.txt", UserError("steps: 0"))
     assert (tmp_path / "log.txt").read_text().endswith(" error     steps: 0\n")
 
 
-def test_the_log_has_the_traceback_of_any_other_error(tmp_path):
+def test_the_log_contains_the_traceback_of_any_other_error(tmp_path):
     log = tmp_path / "log.txt"
     with pytest.raises(UnexpectedError) as caught:
         _fail(log, ValueError("a\nbug"))
@@ -97,7 +97,7 @@ def test_the_log_has_the_traceback_of_any_other_error(tmp_path):
 
 
 @pytest.mark.parametrize("log", [None, Path("/dev/full")])
-def test_without_a_log_the_error_is_raised_as_it_is(log):
+def test_without_a_log_the_error_is_raised_unchanged(log):
     with pytest.raises(ValueError, match=r"^a bug$"):
         _fail(log, ValueError("a bug"))
 
@@ -115,14 +115,14 @@ def _on_a_terminal(columns: int, program: str = _PROGRAM) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
 
 
-def test_a_terminal_gets_a_bar_below_the_lines():
+def test_a_terminal_shows_a_bar_below_the_lines():
     text = _on_a_terminal(100)
     assert "sample    one" in text
     assert "          two [bold]x" in text
     assert re.search(r"step 5/5 ━+ loss 0\.2000  lr 1\.00e-03  1,23[45] tok/s", text)
 
 
-def test_on_a_narrow_terminal_the_bar_takes_a_second_line():
+def test_a_narrow_terminal_wraps_the_bar():
     program = _PROGRAM.replace("Display(5)", "Display(5000)").replace(
         '{"loss"', '{"eval_loss": 3.2, "seconds_left": 75, "loss"'
     )
@@ -156,7 +156,7 @@ def _recorder(progress, display, sink, steps, rates=None, **options) -> Recorder
 def _run(
     losses, *, metrics=None, finite=None, scale=None, progress=None, first=1, rates=None, **options
 ):
-    """Records steps; returns progress, records, and why the run stopped."""
+    """Records steps; returns progress, records, and the error that stopped the run."""
     progress, sink, why = progress or Progress(), _List(), None
     finite = [math.isfinite(loss) for loss in losses] if finite is None else finite
     with contextlib.redirect_stdout(io.StringIO()):
@@ -184,14 +184,14 @@ def test_the_accuracy_is_weighted_over_the_microbatches():
     assert record["accuracy"] == 0.75
 
 
-def test_without_skipping_the_first_one_stops_the_run():
+def test_without_skipping_the_first_nonfinite_loss_stops_the_run():
     _, sink, why = _run([1.0, _NAN, 1.0])
     assert why is not None
     assert why.startswith("loss is nan at step 2: the run stopped and exported nothing; lower ")
     assert [record["step"] for record in sink] == [1, 2]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run():
+def test_a_nonfinite_gradient_stops_the_run():
     _, _, why = _run([1.0, 1.0], finite=[True, False])
     assert why is not None
     assert why.startswith("gradient is not finite at step 2: ")
@@ -210,13 +210,13 @@ def test_skipped_updates_are_counted_and_limited():
     assert progress.skipped == 3
 
 
-def test_a_skipped_update_does_not_count_for_the_schedule():
+def test_a_skipped_update_does_not_advance_the_schedule():
     losses, rates = [1.0, _NAN, _NAN, 1.0], learning_rates(make_schedule("linear", 8.0, 4, 0), 4)
     _, sink, _ = _run(losses, rates=rates, scale=1, skip_nonfinite=2)
     assert [record["learning_rate"] for record in sink] == [8.0, 6.0, 6.0, 6.0]
 
 
-def test_the_count_continues_after_a_restart():
+def test_the_count_of_skipped_updates_continues_after_a_restart():
     before = Progress(step=7, skipped=5, skipped_in_a_row=2)
     losses = [1.0] * 7 + [_NAN]
     progress, _, why = _run(losses, scale=1, skip_nonfinite=2, progress=before, first=8)
@@ -263,7 +263,7 @@ def test_stopwatch_counts_the_steps_since_the_last_reading(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     stopwatch = Stopwatch(_WIDE, batch_size=2, length=8)
-    now[0] = 100.0  # an evaluation, say
+    now[0] = 100.0  # time spent on an evaluation
     stopwatch.restart()
     for _ in range(3):
         stopwatch.step()

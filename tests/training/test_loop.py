@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: results, metrics, output, and runs that cannot start."""
+"""Whole runs of a tiny model: results, metrics, output, and errors at the start."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ def _batches(config: Config):
 
 
 def _plain_loss(model: model_lib.Model, params: nnx.State, batch: Any):
-    """The loss from all the logits at once, and the weighted number of right guesses."""
+    """Returns the loss, from unchunked logits, and the weighted number of correct predictions."""
     logits = nnx.merge(model.graphdef, params)(
         batch["tokens"], batch["positions"], batch["segments"]
     )
@@ -67,7 +67,7 @@ class _Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory) -> _Run:
-    """A run with SGD that has ended."""
+    """A finished run with SGD."""
     workdir = tmp_path_factory.mktemp("run") / "new" / "folder"
     config = _config(
         text, workdir, optimizer="sgd", learning_rate=0.5, prompt="the cat", prompt_tokens=5
@@ -77,7 +77,7 @@ def finished(text, tmp_path_factory) -> _Run:
     return _Run(config, workdir, output.getvalue())
 
 
-def test_metrics_have_the_logged_steps_and_the_evaluations(finished):
+def test_metrics_contain_the_logged_steps_and_the_evaluations(finished):
     workdir = finished.workdir
     assert list(runs.column(workdir, "loss")) == [1, 4, 8, 12]
     assert list(runs.column(workdir, "eval_loss")) == [0, 5, 10, 12]
@@ -88,7 +88,7 @@ def test_metrics_have_the_logged_steps_and_the_evaluations(finished):
         np.testing.assert_allclose(rate, np.asarray(schedule(step - 1)), rtol=1e-5)
 
 
-def test_losses_are_those_of_a_plain_loop(finished):
+def test_losses_equal_a_plain_loop(finished):
     model, params, train, held_out = _batches(finished.config)
     schedule = make_schedule("cosine", 0.5, 12, 0.03)
     plain_loss = functools.partial(_plain_loss, model)
@@ -115,7 +115,7 @@ def test_losses_are_those_of_a_plain_loop(finished):
     assert eval_losses[12] < 0.9 * eval_losses[0]
 
 
-def test_the_export_is_the_trained_model(finished):
+def test_the_export_has_the_loss_of_the_trained_model(finished):
     again = dataclasses.replace(
         finished.config,
         model=ModelConfig(str(finished.workdir / "export")),
@@ -128,7 +128,7 @@ def test_the_export_is_the_trained_model(finished):
 
 
 @pytest.mark.slow
-def test_the_reference_step_gives_the_same_run(text, tmp_path):
+def test_the_reference_step_gives_the_same_losses(text, tmp_path):
     for fused in (True, False):
         loop.train(_config(text, tmp_path / str(fused), fused=fused))
     fused_losses, losses = (
@@ -139,7 +139,7 @@ def test_the_reference_step_gives_the_same_run(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_microbatches_are_the_same_run(text, tmp_path):
+def test_microbatches_give_the_same_losses(text, tmp_path):
     for microbatches in (1, 4):
         workdir = tmp_path / str(microbatches)
         loop.train(_config(text, workdir, microbatches=microbatches, clip_norm=0.1))
@@ -150,7 +150,7 @@ def test_microbatches_are_the_same_run(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_offloading_is_the_same_run(text, tmp_path):
+def test_offloading_gives_the_same_losses(text, tmp_path):
     for on in (False, True):
         offload = lomo_jax.Offload(params=on, activations=on, state=on)
         workdir = tmp_path / str(on)
@@ -158,7 +158,7 @@ def test_offloading_is_the_same_run(text, tmp_path):
     for key in ("loss", "eval_loss", "accuracy"):
         here, there = (runs.column(tmp_path / str(on), key) for on in (False, True))
         assert there == pytest.approx(here, rel=1e-5)
-    # From an export that went straight to host memory the run goes on.
+    # A run that loads the export straight into host memory starts with the same loss.
     config = _config(
         text,
         tmp_path / "again",
@@ -172,7 +172,7 @@ def test_offloading_is_the_same_run(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_float16_with_a_loss_scale_and_stochastic_rounding(text, tmp_path):
+def test_float16_learns_with_a_loss_scale_and_stochastic_rounding(text, tmp_path):
     config = _config(
         text, tmp_path, param_dtype="float16", dynamic_loss_scale=True, rounding="stochastic"
     )
@@ -181,7 +181,7 @@ def test_float16_with_a_loss_scale_and_stochastic_rounding(text, tmp_path):
     assert losses[12] < losses[0]
 
 
-def test_the_memory_of_the_step_is_shown(finished):
+def test_stdout_shows_the_memory_of_the_step(finished):
     (line,) = (line for line in finished.output.splitlines() if line.startswith("memory"))
     number = r"\d+\.\d"
     parts = "weights N, optimizer state N, layer inputs N, other temporaries N"
@@ -189,7 +189,7 @@ def test_the_memory_of_the_step_is_shown(finished):
     assert re.fullmatch(pattern, line)
 
 
-def test_without_a_terminal_the_output_is_plain_lines(finished):
+def test_without_a_terminal_stdout_gets_plain_lines(finished):
     lines = finished.output.splitlines()
     assert [line[:9].rstrip() for line in lines if line[:9].strip()] == [
         *("model", "dataset", "step", "memory", "held out", "sample"),
@@ -202,7 +202,7 @@ def test_without_a_terminal_the_output_is_plain_lines(finished):
 
 @pytest.fixture
 def export(tmp_path) -> dict[str, bytes]:
-    """The files of an earlier run's export in the workdir, by name."""
+    """The files of an earlier export in the workdir, by name."""
     config = models.LlamaConfig(32, 8, 8, 1, 1, 1, 8)
     _, params = models.init(config, 0)
     models.save(tmp_path / "export", config, params)
@@ -216,7 +216,7 @@ def export(tmp_path) -> dict[str, bytes]:
         (1, r"^held-out loss is (nan|inf) at step 1: .*$"),
     ],
 )
-def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, export, steps, message):
+def test_a_nonfinite_loss_stops_the_run(text, tmp_path, export, steps, message):
     config = _config(
         text, tmp_path, optimizer="sgd", learning_rate=1e30, schedule="constant", steps=steps
     )
@@ -228,15 +228,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path, export, steps, 
     assert 1 in runs.column(tmp_path, "loss")
 
 
-def test_parameters_that_are_not_finite_are_never_saved(text, tmp_path):
+def test_nonfinite_parameters_are_never_saved(text, tmp_path):
     config = _config(text, tmp_path, optimizer="sgd", learning_rate=1e20, schedule="constant")
-    config.param_dtype = "float16"  # whose largest number is 65504
+    config.param_dtype = "float16"  # overflows above 65504
     with pytest.raises(NonFiniteError, match=r"^a parameter .* is not finite after step 1: "):
         loop.train(dataclasses.replace(config, checkpoint_every=1))
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_run_that_skips_too_many_steps_stops(text, tmp_path):
+def test_too_many_skipped_steps_stop_the_run(text, tmp_path):
     config = _config(text, tmp_path, optimizer="sgd", learning_rate=1e30, schedule="constant")
     message = "^gradient is not finite at step 5, after 3 steps in a row were skipped: "
     with pytest.raises(NonFiniteError, match=message):
@@ -263,7 +263,7 @@ def test_a_run_that_skips_too_many_steps_stops(text, tmp_path):
         ),
     ],
 )
-def test_a_run_that_cannot_start_says_why_in_one_line(text, tmp_path, changes, message):
+def test_a_run_that_cannot_start_raises_a_one_line_error(text, tmp_path, changes, message):
     with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
         loop.train(_config(text, tmp_path, **changes))
     assert not (tmp_path / "metrics.jsonl").exists()

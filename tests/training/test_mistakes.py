@@ -1,7 +1,7 @@
-"""Mistakes, and the one line that the command prints for each.
+"""Mistakes of users: the command prints a one-line error for each.
 
-`{tmp}` is the folder of the test. It holds text.txt, a run in `run` that ended after two steps, and
-a copy of its export in `model`.
+`{tmp}` is the test's folder. It contains text.jsonl, a finished run of two steps in `run`, and a
+copy of its export in `model`.
 """
 
 import json
@@ -15,7 +15,7 @@ import runs
 from lomo_jax.training import loop, workdir
 from lomo_jax.training.__main__ import main
 
-# Flags added to those of a valid run; the error.
+# Flags added to a valid command -> the error.
 CONFIGS = {
     "--config.modle.init=random": "modle: no such field; did you mean 'model'?",
     "--config.steps=many": "steps: 'many' is not a whole number",
@@ -86,7 +86,7 @@ def _nothing(tmp: Path) -> None:
 
 _TEXT, _MODEL = "--config.data.path={tmp}/", "--config.model.init=checkpoint --config.model.path="
 _RUN = "--config.workdir={tmp}/run --config.steps=20"
-# Change of the files; flags; the error.
+# Name -> (change of the files, added flags, the error).
 INPUTS = {
     "no text": (
         *(_nothing, _TEXT + "none.txt"),
@@ -185,7 +185,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def answer(made, tmp_path, capsys):
-    """Runs the command with flags, and returns what it printed as an error."""
+    """Returns a function that runs the command with more flags and returns its stderr."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     config = runs.make_config(tmp_path / "text.jsonl", tmp_path / "new")
     runs.write_config(config, tmp_path / "made.json")

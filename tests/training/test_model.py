@@ -1,4 +1,4 @@
-"""The model and the tokenizer that a run starts from."""
+"""The initial model and the tokenizer of a run."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lomo_jax.training import model as model_lib
 _TINY = models.LlamaConfig(257, 8, 8, 1, 1, 1, 8)
 
 
-def test_without_a_path_a_token_is_a_byte():
+def test_without_a_path_each_byte_is_a_token():
     tokenizer = model_lib.load_tokenizer(None, vocab_size=257)
     text = "To be,\r\n  or\tnot — “to be”? 🤔<s>"
     tokens = tokenizer(text)["input_ids"]
@@ -30,23 +30,23 @@ def test_a_path_inside_a_package():
     assert model_lib.resolve("package://rich/py.typed") == str(expected)
 
 
-def test_any_other_path_is_that_of_a_file():
+def test_any_other_path_is_a_file():
     assert model_lib.resolve("x/*.txt") == "x/*.txt"
     assert model_lib.resolve("~/x/*.txt") == str(Path.home() / "x" / "*.txt")
 
 
-def test_a_package_without_that_file():
+def test_a_file_missing_in_a_package_raises_an_error():
     with pytest.raises(UserError, match="'rich' has no 'nothing/here'"):
         model_lib.resolve("package://rich/nothing/here")
 
 
-def test_without_a_checkpoint_the_shape_is_that_of_the_config():
+def test_without_a_checkpoint_the_config_gives_the_architecture():
     model, params = model_lib.abstract(ModelConfig(architecture=_TINY), "bfloat16", 512)
     assert model.config == _TINY
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
 
 
-def test_with_a_checkpoint_the_shape_is_read_and_no_weights(tmp_path):
+def test_abstract_reads_the_architecture_of_a_checkpoint_but_no_weights(tmp_path):
     shape = models.LlamaConfig(40, 8, 8, 2, 1, 1, 8)
     models.save(tmp_path / "export", shape, models.init(shape, 0)[1])
     (tmp_path / "export" / "model.safetensors").unlink()
@@ -81,7 +81,7 @@ def _attention(
         ((9, 0), {"sequence_length": 31}, "sequence_length=31 is odd"),
     ],
 )
-def test_cudnn_is_used_where_it_can_be(capability, changes, why_not):
+def test_auto_selects_cudnn_where_it_is_supported(capability, changes, why_not):
     assert _attention(capability, attention="xla", **changes) == "xla"
     if why_not is None:
         assert _attention(capability, **changes) == "cudnn"
@@ -94,7 +94,7 @@ def test_cudnn_is_used_where_it_can_be(capability, changes, why_not):
             _attention(capability, attention="cudnn", **changes)
 
 
-def test_bfloat16_takes_ampere():
+def test_bfloat16_needs_ampere():
     with pytest.raises(
         ConfigError, match=r"^param_dtype: 'bfloat16' needs an Ampere GPU or newer; "
     ):

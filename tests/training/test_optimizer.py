@@ -25,7 +25,7 @@ def test_warmup_by_fraction_and_by_steps(warmup):
     ("kind", "decay"),
     [("linear", lambda x: 1 - x), ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2)],
 )
-def test_decay_reaches_zero_right_after_the_last_step(kind, decay):
+def test_decay_reaches_zero_one_step_after_the_last(kind, decay):
     schedule = make_schedule(kind, 2.0, 10, 2)
     rates = _rates(schedule, 11)
     np.testing.assert_allclose(rates[2:], [2 * decay(i / 8) for i in range(9)], atol=1e-6)
@@ -46,7 +46,7 @@ def test_no_warmup_starts_at_the_peak():
     ],
 )
 @pytest.mark.usefixtures("standard_promotion")
-def test_an_optimizer_by_name_with_its_arguments(name, expected):
+def test_optimizers_by_name_get_their_arguments(name, expected):
     params = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)}
     grads = {"w": jnp.cos(params["w"])}
 

@@ -1,4 +1,4 @@
-"""The plan of a run, and what it says when memory runs out."""
+"""The plan of a run, and its advice when memory runs out."""
 
 import re
 import types
@@ -31,12 +31,12 @@ PLAN = MemoryPlan(12.0, 0.5, 1.0, 1.2, 0.0, 14.7, 12.0, 11.0, False, "GPU", 1)
 
 
 def _allocate_too_much():
-    # 4 PiB. Compiled, so that XLA refuses and not Python.
+    # 4 PiB. Compiled, so that XLA raises the error, not Python.
     jax.jit(lambda: jnp.zeros((2**20, 2**30), jnp.float32))().block_until_ready()
 
 
 def _out_of_memory(config, plan=None):
-    """Returns the message of a run that needs too much memory."""
+    """Returns the error message of a run that needs too much memory."""
     guard = MemoryGuard(config)
     if plan is not None:
         guard.planned(plan)
@@ -45,7 +45,7 @@ def _out_of_memory(config, plan=None):
     return str(caught.value)
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_do():
+def test_out_of_memory_is_a_one_line_error_with_advice():
     message = _out_of_memory(Config(), PLAN)
     assert message.startswith("the device is out of memory: the step needs 14.7 GiB and an alloc")
     assert re.search(r"an allocation of [\d.]+ ?\w+ failed; try --config", message)
@@ -53,31 +53,31 @@ def test_too_little_memory_is_one_line_that_says_what_to_do():
     assert "\n" not in message
 
 
-def test_before_the_plan_the_line_has_no_figure_of_the_step():
+def test_before_the_plan_the_error_has_no_figures():
     message = _out_of_memory(Config())
     assert re.match(r"the device is out of memory: an allocation of [^\n]* failed; try ", message)
     assert "the step needs" not in message
 
 
-def test_optimizer_state_is_named_if_it_is_large():
+def test_the_advice_names_the_optimizer_state_if_it_is_large():
     assert "--config.offload.state=true" in _out_of_memory(Config(), PLAN)
     assert "--config.offload.state" not in _out_of_memory(Config())
 
 
-def test_each_field_is_named_once():
+def test_the_advice_names_each_field_once():
     message = _out_of_memory(Config(batch_size=64))
     assert message.count("--config.microbatches=") == 1
     assert "--config.microbatches=2," in message
 
 
-def test_when_every_option_is_used_the_line_says_so():
+def test_the_error_says_if_all_options_are_in_use():
     used = Offload(params=True, activations=True, state=True)
     message = _out_of_memory(Config(offload=used, batch_size=8, sequence_length=63))
     assert message.endswith("; use a smaller model or a device with more memory")
 
 
 @pytest.mark.parametrize("error", [ValueError("RESOURCE_EXHAUSTED"), KeyboardInterrupt()])
-def test_other_errors_pass(error):
+def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)) as caught, MemoryGuard(Config()):
         raise error
     assert caught.value is error
@@ -104,19 +104,19 @@ def test_other_errors_pass(error):
         (Config(fused=False, batch_size=1, sequence_length=5), "--config.fused=true"),
     ],
 )
-def test_savings_are_what_the_run_does_not_do_yet(config, expected):
+def test_savings_omit_options_already_in_use(config, expected):
     savings = memory_savings(config, 1, state_gib=1.0)
     assert "|".join(map(as_flags, savings)) == expected
 
 
-def test_recomputation_saves_memory():
+def test_recomputation_lowers_the_plan():
     first = next(memory_savings(Config(remat="none"), 1))
     assert first == {"remat": "full"}
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
 @pytest.mark.parametrize("microbatches", [1, 2, 3])
-def test_every_saving_is_a_config_that_runs(devices, microbatches):
+def test_every_saving_gives_a_valid_config(devices, microbatches):
     config = Config(batch_size=48, microbatches=microbatches, mesh=MeshConfig(1, -1, 1))
     before = repr(config)
     found = list(memory_savings(config, devices, state_gib=1.0))
@@ -154,7 +154,7 @@ def test_the_sizes_of_a_mesh_give_the_number_of_devices(sizes, devices, shape):
         ((1, -1, 1), 0, "--devices: 0; set 1 or more"),
     ],
 )
-def test_a_mesh_that_does_not_fit_the_devices_is_one_line(sizes, devices, message):
+def test_a_mesh_that_does_not_fit_the_devices_is_a_one_line_error(sizes, devices, message):
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}[^\n]*$"):
         mesh_shape(MeshConfig(*sizes), devices)
 
@@ -172,7 +172,7 @@ def test_a_plan_is_described_in_one_line():
 
 
 @pytest.mark.parametrize(("offloaded", "inputs"), [(False, 3 * 16 * 32 * 4), (True, 0)])
-def test_the_plan_of_a_run_is_for_one_of_its_devices(offloaded, inputs):
+def test_the_plan_of_a_run_is_per_device(offloaded, inputs):
     config = Config(
         model=ModelConfig(init="random", architecture=LlamaConfig(64, 32, 64, 3, 2, 2, 16)),
         batch_size=8,

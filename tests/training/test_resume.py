@@ -1,4 +1,4 @@
-"""Resuming a run, starting from another one, and the files that a run writes."""
+"""Resuming a run, starting from another run, and the files that a run writes."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 @pytest.fixture(scope="module")
 def made(text, tmp_path_factory):
-    """The workdir of a run of six steps from a model folder, with the checkpoints 3 and 6."""
+    """The workdir of a run of six steps from a model folder, with checkpoints 3 and 6."""
     folder = tmp_path_factory.mktemp("made")
     loop.train(runs.make_config(text, folder / "model", steps=1))
     config = _config(text, folder / "run", folder / "model" / "export")
@@ -42,7 +42,7 @@ def _config(text, workdir, model, **changes):
 
 @pytest.fixture
 def again(text, made, tmp_path):
-    """Returns the config of a copy of that run, with changes."""
+    """Copies the run, and returns a function from changes to the config of the copy."""
     shutil.copytree(made, tmp_path / "run")
 
     def config(**changes):
@@ -74,7 +74,7 @@ def test_a_changed_export_is_refused_before_the_training(again, tmp_path):
     assert 7 not in runs.column(tmp_path / "run", "loss")
 
 
-def test_other_fields_may_change_and_are_logged(again, tmp_path, capsys):
+def test_changes_of_other_fields_are_allowed_and_logged(again, tmp_path, capsys):
     loop.train(again(steps=7, learning_rate=1e-3, microbatches=2, rounding="stochastic"))
     assert _lines(capsys.readouterr().out, "changed") == [
         "learning_rate: 0.03 until step 6, now 0.001",
@@ -87,7 +87,7 @@ def test_other_fields_may_change_and_are_logged(again, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_may_start_to_skip_updates(again, tmp_path):
+def test_skip_nonfinite_may_be_switched_on_in_a_resumed_run(again, tmp_path):
     loop.train(again(steps=7, dynamic_loss_scale=True))
     assert runs.column(tmp_path / "run", "loss_scale") == {7: 2.0**16}
     loop.train(again(steps=8, skip_nonfinite=2))
@@ -100,7 +100,7 @@ def test_a_resumed_run_may_start_to_skip_updates(again, tmp_path):
     assert skipping[8] == pytest.approx(plain[8], rel=1e-6)
 
 
-# Another value of each field that makes another run.
+# Another value for each field in IDENTITY_FIELDS.
 _ANOTHER = {
     "optimizer": "lomo",
     "optimizer_kwargs": {"b1": 0.5},
@@ -123,7 +123,7 @@ _ANOTHER = {
 }
 
 
-def test_all_fields_that_make_another_run_are_listed():
+def test_all_identity_fields_are_tested():
     fields = {name for name, _, _ in _leaves(Config())}
     identity = {
         name
@@ -155,12 +155,12 @@ def test_the_dataset_may_move_but_not_change(again, text, tmp_path):
         loop.train(again(steps=8, data=DataConfig(str(moved), eval_fraction=0.1)))
 
 
-def test_resume_never_moves_an_earlier_run_aside(again, text, made, tmp_path, capsys):
+def test_resume_set_to_never_moves_the_earlier_run_aside(again, text, made, tmp_path, capsys):
     loop.train(runs.make_config(text, tmp_path / "run", resume="never", steps=1))
     assert "to earlier-1" in capsys.readouterr().out
     runs.assert_same_run(tmp_path / "run" / "earlier-1", made)
     assert runs.last_step(tmp_path / "run") == 1
-    # The earlier run can be resumed from its new folder.
+    # The earlier run resumes in its new folder.
     aside = dataclasses.replace(again(), workdir=str(tmp_path / "run" / "earlier-1"), steps=7)
     loop.train(aside)
     assert runs.last_step(tmp_path / "run" / "earlier-1") == 7
@@ -189,8 +189,8 @@ def test_a_kill_while_moving_an_earlier_run_aside_loses_nothing(
     assert {path.name for path in (tmp_path / "run").iterdir()} == names | {".lock", "earlier-1"}
 
 
-def test_a_checkpoint_that_is_removed_while_it_is_read(again, made, tmp_path, monkeypatch):
-    """As by a run that is still training: the one that exists then is read."""
+def test_a_checkpoint_removed_during_the_read(again, made, tmp_path, monkeypatch):
+    """A run that is still training removes it; the checkpoint that remains is read."""
     folder, metadata = tmp_path / "run" / "checkpoints", Checkpoints.metadata
     _, params = models.load(made / "export")
 
@@ -215,15 +215,15 @@ def test_a_run_may_start_from_a_checkpoint(text, made, tmp_path, place, step):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_in_another_dtype(text, made, tmp_path):
+def test_a_run_may_start_from_a_checkpoint_in_another_dtype(text, made, tmp_path):
     loop.train(_config(text, tmp_path, made, steps=1, param_dtype="bfloat16"))
     first = runs.column(tmp_path, "eval_loss")[0]
     assert first == pytest.approx(runs.column(made, "eval_loss")[6], rel=1e-2)
 
 
 @pytest.mark.slow
-def test_into_host_memory_and_back(again, made, text, tmp_path):
-    """A run that is offloaded for some steps equals one that is not."""
+def test_offloading_may_be_switched_on_and_off(again, made, text, tmp_path):
+    """A run that offloads for some steps equals a run without offloading."""
     offload = lomo_jax.Offload(params=True, state=True)
     loop.train(again(steps=9, offload=offload))
     loop.train(again(steps=12))
@@ -233,7 +233,7 @@ def test_into_host_memory_and_back(again, made, text, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_checkpoint_by_time(text, tmp_path):
+def test_checkpoint_minutes_saves_at_the_next_logged_step(text, tmp_path):
     config = runs.make_config(
         text, tmp_path, checkpoint_every=0, checkpoint_minutes=1e-6, log_every=5, keep_best=False
     )
@@ -241,7 +241,7 @@ def test_a_checkpoint_by_time(text, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "10", "12"}
 
 
-def test_run_info_log_and_model_card(made):
+def test_contents_of_run_info_log_and_model_card(made):
     run = json.loads((made / "run.json").read_text())
     size = sum(leaf.size for leaf in runs.weights(made).values())
     assert (run["parameters"], run["device"], run["devices"]) == (size, "cpu", 1)
@@ -285,7 +285,7 @@ def test_the_loop_makes_no_implicit_transfers(text, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_weights_and_biases(text, tmp_path, monkeypatch):
+def test_weights_and_biases_continues_its_run_after_a_resume(text, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

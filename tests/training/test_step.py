@@ -1,4 +1,4 @@
-"""The step of a run: every option of the config reaches it, and padding counts for nothing."""
+"""The step of a run: it gets every option of the config, and ignores padding."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from lomo_jax.training.config import validate
 from lomo_jax.training.step import make_step
 
 _SHAPE = models.LlamaConfig(32, 8, 16, 2, 2, 1, 4, max_length=16)
-# Each option of a step: a config that sets it, the field of the step, and its value there.
+# For each option of a step: a config that sets it, the field of the step and its value.
 _OPTIONS = {
     "clip_norm": ({"clip_norm": 0.25}, "clip_norm", 0.25),
     "microbatches": ({"microbatches": 4}, "microbatches", 4),
@@ -61,14 +61,14 @@ def _make(**changes) -> lomo_jax.Step:
 
 
 @pytest.mark.parametrize("option", _OPTIONS)
-def test_an_option_reaches_the_step(option):
+def test_the_step_gets_each_option_of_the_config(option):
     changes, field, value = _OPTIONS[option]
     assert getattr(_make(**changes), field) == value
     assert getattr(_make(), field) != value
 
 
-def test_the_options_are_all_those_of_a_step():
-    """Except for those that the trainer sets itself."""
+def test_all_options_of_a_step_are_tested():
+    """Except the options that the trainer sets itself."""
     fields = {field.name for field in dataclasses.fields(lomo_jax.Step)}
     own = {"loss_fn", "tx", "has_aux", "trainable"}
     assert {field for _, field, _ in _OPTIONS.values()} == fields - own
@@ -95,7 +95,7 @@ def _batch(weights: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _update(batch, **changes):
-    """Returns the parameters, and the output, of a step on `batch`."""
+    """Makes a step on `batch`; returns the parameters and the output."""
     config = _config(**changes)
     model = _model(config)
     params = model_lib.load_params(config.model, model, config.param_dtype)
@@ -105,14 +105,14 @@ def _update(batch, **changes):
 
 
 def _padded() -> dict[str, np.ndarray]:
-    """Two rows are nearly all padding."""
+    """A batch with two rows that are nearly all padding."""
     weights = np.ones((4, 16), np.float32)
     weights[1::2, 2:] = 0
     return _batch(weights)
 
 
 @pytest.mark.usefixtures("standard_promotion")
-def test_padding_counts_for_nothing_however_the_batch_is_split(assert_close):
+def test_padding_has_no_weight_for_any_number_of_microbatches(assert_close):
     fields = {"optimizer": "sgd", "learning_rate": 0.5}
     whole, out = _update(_padded(), microbatches=1, **fields)
     split, split_out = _update(_padded(), microbatches=4, **fields)
@@ -136,7 +136,7 @@ def test_padding_counts_for_nothing_however_the_batch_is_split(assert_close):
 def test_a_field_of_the_optimizer_changes_the_update(field, value, assert_close):
     plain, _ = _update(_padded())
     changed, _ = _update(_padded(), **{field: value})
-    is_first_step_the_same = field == "schedule"  # it differs from the second step on
+    is_first_step_the_same = field == "schedule"  # b1 has an effect from the second step on
     if is_first_step_the_same:
         assert_close(changed, plain, tolerance=0)
     else:
@@ -154,8 +154,8 @@ def test_clipping_bounds_the_update():
     assert float(sum(jax.tree.leaves(squares))) ** 0.5 == pytest.approx(0.01, rel=1e-3)
 
 
-def test_skipping_keeps_a_scale_of_one():
-    """After a step that is not finite parameters and scale are as before."""
+def test_skip_nonfinite_uses_a_constant_loss_scale_of_one():
+    """A step that is not finite changes neither parameters nor scale."""
     config = _config(skip_nonfinite=2, optimizer="lomo")
     model = _model(config)
     params = model_lib.load_params(config.model, model, config.param_dtype)

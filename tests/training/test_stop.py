@@ -1,4 +1,4 @@
-"""Runs that are stopped by a signal and resumed."""
+"""Stopping runs by signals, and resuming them."""
 
 import dataclasses
 import functools
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
-    """The workdir of a run that was not stopped."""
+    """The workdir of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
     loop.train(runs.make_config(text, workdir))
     return workdir
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_resumes(text, whole, tmp_path, capsys, number):
+def test_a_signal_saves_a_checkpoint_and_the_run_resumes(text, whole, tmp_path, capsys, number):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = [signal.getsignal(s) for s in numbers]
     config = runs.make_config(text, tmp_path, checkpoint_every=0)
@@ -48,7 +48,7 @@ def test_a_signal_saves_and_the_run_resumes(text, whole, tmp_path, capsys, numbe
     runs.assert_same_run(tmp_path, whole)
 
 
-def test_a_signal_while_a_checkpoint_is_written(text, whole, tmp_path):
+def test_a_signal_during_a_save(text, whole, tmp_path):
     checkpoints = tmp_path / "checkpoints"
     with runs.signal_when(lambda: list(checkpoints.glob("*tmp*")), signal.SIGTERM):
         loop.train(runs.make_config(text, tmp_path, checkpoint_every=2))
@@ -58,7 +58,7 @@ def test_a_signal_while_a_checkpoint_is_written(text, whole, tmp_path):
     runs.assert_same_run(tmp_path, whole)
 
 
-def test_a_signal_before_the_first_step_leaves_nothing_to_resume(text, whole, tmp_path, capsys):
+def test_a_signal_before_the_first_step_saves_nothing(text, whole, tmp_path, capsys):
     with runs.signal_when((tmp_path / ".lock").exists, signal.SIGTERM):
         loop.train(runs.make_config(text, tmp_path))
     assert "stopped   before the first step" in capsys.readouterr().out
@@ -67,7 +67,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_resume(text, whole, tm
 
 
 def _stop_in_evaluation(monkeypatch, workdir, step):
-    """Sends SIGTERM when the evaluation after a step starts."""
+    """Sends SIGTERM at the start of the evaluation after step `step`."""
 
     def make_evaluate(*args):
         make = evaluate_lib.make_evaluate(*args)
@@ -91,7 +91,7 @@ def test_a_signal_during_an_evaluation_postpones_it(text, whole, tmp_path, monke
     runs.assert_same_run(tmp_path, whole)
 
 
-def test_the_best_checkpoint_is_kept_if_its_evaluation_was_postponed(text, tmp_path, monkeypatch):
+def test_a_postponed_evaluation_still_preserves_the_best_checkpoint(text, tmp_path, monkeypatch):
     # Step 6 is the best of 3, 6, 9, 12; see test_damage.py.
     fields = {"optimizer": "lion", "learning_rate": 0.3, "schedule": "constant"}
     fields |= {"eval_every": 3, "checkpoint_every": 2}
@@ -122,7 +122,7 @@ def test_a_signal_during_the_last_evaluation(text, whole, tmp_path, monkeypatch,
     for _ in range(2):
         loop.train(runs.make_config(text, tmp_path))
         runs.assert_same_run(tmp_path, whole)
-    # The second time there is no new evaluation.
+    # The second restart does not evaluate again.
     assert sum("eval_loss" in record for record in runs.records(tmp_path)) == 4
     assert (
         export.main(["lomo-jax export", str(tmp_path), str(tmp_path / "best"), "--step=best"]) == 0
@@ -154,7 +154,7 @@ def test_a_second_interrupt_does_not_wait_for_the_checkpoint(text, tmp_path, mon
 
 
 def test_a_signal_during_garbage_collection_is_remembered(text, tmp_path, monkeypatch, capsys):
-    """Python drops exceptions that are raised there: the handler of a first signal raises none."""
+    """Python drops exceptions raised there, so the handler of a first signal must not raise."""
     set_up = loop._set_up
 
     def set_up_and_collect(*args):
@@ -185,12 +185,12 @@ def test_only_a_second_interrupt_raises():
 
 
 def test_a_run_continues_when_its_terminal_is_lost(text, tmp_path):
-    """As when an ssh connection breaks: the kernel sends SIGHUP, and stdout cannot be written."""
+    """A broken ssh connection: the kernel sends SIGHUP, and writing to stdout fails."""
     config = runs.make_config(text, tmp_path / "run", steps=60, eval_every=0, checkpoint_every=0)
     path = runs.write_config(config, tmp_path / "run.json")
     main, terminal = pty.openpty()
     process = subprocess.Popen(
-        # The terminal becomes the controlling one of a new session.
+        # Makes `terminal` the controlling terminal of a new session.
         ["setsid", "--ctty", sys.executable, runs.ROOT / "train.py", "--config", path],
         stdin=terminal,
         stdout=terminal,
@@ -199,7 +199,7 @@ def test_a_run_continues_when_its_terminal_is_lost(text, tmp_path):
     )
     os.close(terminal)
     shown = b""
-    while runs.last_step(tmp_path / "run") < 3:  # reads, or the terminal's buffer would fill up
+    while runs.last_step(tmp_path / "run") < 3:  # read, or the terminal's buffer fills up
         assert process.poll() is None, shown
         if select.select([main], [], [], 0.05)[0]:
             shown += os.read(main, 1 << 16)
@@ -213,11 +213,13 @@ def test_a_run_continues_when_its_terminal_is_lost(text, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_a_run_resumes_on_another_mesh(text, tmp_path, mesh, assert_close):
-    """Losses and weights equal those on one device to 1e-6."""
+    """Losses and weights equal a run on one device to 1e-6."""
     for name, first, then in (("one", {"fsdp": 1}, {"fsdp": 1}), ("two", mesh, {"fsdp": 2})):
         workdir = tmp_path / name
         shape = runs.make_config(text, workdir).model
-        shape.architecture = dataclasses.replace(shape.architecture, vocab_size=258)  # even
+        shape.architecture = dataclasses.replace(
+            shape.architecture, vocab_size=258
+        )  # divisible by 2
         options = {"batch_size": 8, "model": shape}
         began = functools.partial(lambda workdir: runs.last_step(workdir) >= 3, workdir)
         with runs.signal_when(began, signal.SIGTERM):
@@ -233,8 +235,7 @@ def test_a_run_resumes_on_another_mesh(text, tmp_path, mesh, assert_close):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["model", "dataset", "step"])
-def test_the_commands_status_before_the_first_step(text, tmp_path, line):
-    """Whatever JAX is doing when the signal comes."""
+def test_a_signal_at_any_stage_of_the_setup_exits_with_status_0(text, tmp_path, line):
     config = runs.make_config(text, tmp_path / "run", eval_every=0)
     process = runs.start(config)
     while f"{line:<9} " not in runs.output_of(config).read_text():
@@ -247,8 +248,7 @@ def test_the_commands_status_before_the_first_step(text, tmp_path, line):
 
 
 @pytest.mark.slow
-def test_the_commands_status(text, tmp_path):
-    """0 after one signal, 130 at once after a second interrupt."""
+def test_one_interrupt_exits_with_0_and_a_second_with_130(text, tmp_path):
     for name, status in (("once", 0), ("again and again", 130)):
         config = runs.make_config(
             text, tmp_path / name, steps=10**6, eval_every=0, checkpoint_every=0
@@ -264,7 +264,7 @@ def test_the_commands_status(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_process_is_refused_until_the_first_one_is_killed(text, tmp_path):
+def test_the_lock_refuses_a_second_process_until_the_first_is_killed(text, tmp_path):
     config = runs.make_config(text, tmp_path / "run", steps=10**6, eval_every=0)
     first = runs.start(config)
     runs.wait_for_step(first, config, 5)
