@@ -196,8 +196,9 @@ def test_quickstart_learns_within_its_budget(quickstart):
     )
     assert after <= 0.9 * before
     assert float((quickstart / "seconds").read_text()) < 8 * 60
-    # KiB, the peak of all child processes so far; the quickstart is the largest.
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20
+    # KiB, the peak of all child processes so far; the quickstart is the largest. With remat="none"
+    # it saves the residuals of 30 layers: a third faster, for 1.5 GB more.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 5 * 2**20
     prompt = read_config("quickstart").prompt.splitlines()[0]
     assert (quickstart / "stdout").read_text().count(prompt) == 4  # four evaluations
 
