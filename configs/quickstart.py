@@ -10,10 +10,9 @@ The two packages contain the model, SmolLM2-135M-Instruct (Apache-2.0), and the 
 Hardware: two CPU cores, 4.5 GB of memory and 2 GB of disk.
 
 Expect: three and a half minutes, at up to 155 tokens per second. On held-out parts of the plays the
-loss falls from 4.00 to 3.35 and the accuracy rises from 34 % to 41 %. The prompt is the head of a
-scene: before training the model repeats one line, afterwards it writes a dialogue of the king and
-the messenger. Stop the run with Ctrl-C, and the same command resumes it; `lomo-jax report
-runs/quickstart` shows it.
+loss falls from 4.00 to 3.35 and the accuracy rises from 34 % to 41 %. Each evaluation continues the
+prompt, the head of a scene. Stop the run with Ctrl-C, and the same command resumes it; `lomo-jax
+report runs/quickstart` shows it.
 """
 
 from lomo_jax.training import Config, DataConfig, ModelConfig
