@@ -15,7 +15,7 @@ from lomo_jax import Offload
 from lomo_jax.plan import Program, gpus
 from lomo_jax.plan.memory import shard_shape
 from lomo_jax.training import MeshConfig
-from lomo_jax.training.config import parse
+from lomo_jax.training.config import parse, set_fields
 from lomo_jax.training.planning import compile_run
 
 pytestmark = pytest.mark.plan
@@ -49,7 +49,7 @@ def compiled(name, batch_size, length, offload, *, layers=None, options=None, de
         config, batch_size=batch_size, sequence_length=length, offload=offload
     )
     if layers:
-        config.model.architecture.num_layers = layers
+        config = set_fields(config, {"model.architecture.num_layers": layers})
     return compile_run(config, gpus.find("rtx3090"), devices, compiler_options=options)
 
 
@@ -80,7 +80,7 @@ def test_weights_are_gathered_and_gradients_reduce_scattered_layer_by_layer(mesh
     layers, width, mlp_width = 4, 8192, 22016
     config = parse(["plan", "--config", str(CONFIGS / "llama65b_8gpus.py")], for_plan=True)
     config = dataclasses.replace(config, mesh=MeshConfig(*mesh))
-    config.model.architecture.num_layers = layers
+    config = set_fields(config, {"model.architecture.num_layers": layers})
     text = compile_run(config, gpus.find("rtx3090"), 8).executable.as_text()
     sizes: dict[str, list[int]] = {}
     for instruction in Program.parse(text).instructions().values():
