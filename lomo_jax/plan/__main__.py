@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         _plan(argv)
-    except (UserError, FileNotFoundError) as error:
+    except (UserError, OSError) as error:
         if sys.flags.dev_mode:
             raise
         print(f"error: {error}", file=sys.stderr)
