@@ -1,8 +1,10 @@
 """Errors. A user can fix a `UserError`; its message is one line that says how."""
 
+import argparse
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -34,6 +36,14 @@ class LostProcessError(UserError):
 
 class UnexpectedError(Exception):
     """Any other exception that ended a run; the message names it and the log with its traceback."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser of command lines that raises a `UserError` instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the error."""
+        raise UserError(f"{message}; {self.prog} --help shows the options")
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def _parse(line: str) -> Record | None:
             start = line.find("{", start + 1)
             continue
         is_record = type(record.get("step")) is int and 0 <= record["step"] < 2**53
-        time = record.get("time", 0.0)
+        time = record.get("time")
         is_timed = isinstance(time, int | float) and 0 <= time < 2**36
         return record if is_record and is_timed else None
     return None

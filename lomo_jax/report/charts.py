@@ -1,27 +1,24 @@
-"""Draws the curves of runs with matplotlib, as SVG that takes its colours from the page."""
+"""Draws the curves of runs with matplotlib."""
 
 from __future__ import annotations
 
+import base64
 import io
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import matplotlib.style
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from lomo_jax.report.runs import Run
 
-_NARROW = (440, 220)  # width and height in pixels
-_BOTH = ((920, 300), _NARROW)  # for a desktop and for a phone
+# Okabe and Ito's, which colour-blind readers can tell apart.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c1d1f", "#8d9096")
 _STYLE: dict[str, Any] = {
-    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "black", "grid.alpha": 0.15},
-    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
-    **{"axes.xmargin": 0.01, "ytick.major.size": 0, "font.size": 13},
+    "font.size": 13,
     "path.simplify_threshold": 0.5,  # pixels: keeps the page of a long run small
     "svg.fonttype": "none",
     "svg.hashsalt": "lomo_jax",  # the same runs give the same page
@@ -30,42 +27,41 @@ _STYLE: dict[str, Any] = {
 
 class _Kind(NamedTuple):
     title: str
-    keys: dict[str, str]  # keys of the records -> names of their curves
-    form: str  # of a value in words
+    curves: dict[str, str]  # names of curves -> keys of the records
     from_zero: bool = True
-    is_noisy: bool = True  # gets a running mean
-    sizes: tuple[tuple[int, int], ...] = (_NARROW,)
 
 
 _KINDS = (
-    _Kind("loss", {"loss": "training", "eval_loss": "held-out"}, ".3f", False, True, _BOTH),
-    _Kind("accuracy", {"accuracy": "training", "eval_accuracy": "held-out"}, ".1%", False),
-    _Kind("learning rate", {"learning_rate": ""}, ".3g", is_noisy=False),
-    _Kind("tokens per second", {"tokens_per_second": ""}, ",.0f"),
-    _Kind("share of peak compute", {"flop_utilisation": ""}, ".1%"),
-    _Kind("gradient norm", {"grad_norm": ""}, ".3g"),
-    _Kind("loss scale", {"loss_scale": ""}, ",.0f", is_noisy=False),
+    _Kind("loss", {"training": "loss", "held-out": "eval_loss"}, from_zero=False),
+    _Kind("accuracy", {"training": "accuracy", "held-out": "eval_accuracy"}, from_zero=False),
+    _Kind("learning rate", {"": "learning_rate"}),
+    _Kind("tokens per second", {"": "tokens_per_second"}),
+    _Kind("share of peak compute", {"": "flop_utilisation"}),
+    _Kind("gradient norm", {"": "grad_norm"}),
+    _Kind("loss scale", {"": "loss_scale"}),
 )
+# Values of single steps: these get a running mean.
+_NOISY = {"loss", "accuracy", "tokens_per_second", "flop_utilisation", "grad_norm"}
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """One curve."""
 
     label: str
     number: int  # of its colour
+    is_noisy: bool
     steps: np.ndarray
     values: np.ndarray  # NaN is a gap
-    is_held_out: bool
 
 
 class Chart(NamedTuple):
     """A chart over steps."""
 
     title: str
-    lines: list[Line]
-    drawings: list[tuple[int, int, Markup]]  # width, height, content of <svg>; for phones the last
+    curves: list[Curve]
+    image: str  # URL that contains the SVG
     alt: str
-    notes: list[str]  # values outside the chart or not finite
+    notes: list[str]  # values above the chart or not finite
 
 
 def draw(runs: Sequence[Run]) -> list[Chart]:
@@ -73,30 +69,30 @@ def draw(runs: Sequence[Run]) -> list[Chart]:
     kinds: Sequence[_Kind] = _KINDS
     if len(runs) > 1:  # training and held-out curves of several runs in one chart are a tangle
         kinds = [
-            kind._replace(title=f"{label} {kind.title}".strip(), keys={key: ""})
-            for kind in _KINDS
-            for key, label in reversed(kind.keys.items())
+            _Kind(f"{name} {title}".strip(), {"": key}, from_zero)
+            for title, curves, from_zero in _KINDS
+            for name, key in reversed(curves.items())
         ]
-    drawn = ((kind, _lines(kind, runs)) for kind in kinds)
-    return [_chart(kind, runs, lines) for kind, lines in drawn if lines]
+    drawn = ((kind, _curves(kind, runs)) for kind in kinds)
+    return [_chart(kind, curves) for kind, curves in drawn if curves]
 
 
-def _lines(kind: _Kind, runs: Sequence[Run]) -> list[Line]:
-    pairs = ((run, key, label) for run in runs for key, label in kind.keys.items())
-    lines = [
-        Line(label or run.name, number, *run.series(key), key.startswith("eval_"))
-        for number, (run, key, label) in enumerate(pairs)
+def _curves(kind: _Kind, runs: Sequence[Run]) -> list[Curve]:
+    pairs = ((run, name, key) for run in runs for name, key in kind.curves.items())
+    curves = [
+        Curve(name or run.name, n, key in _NOISY, *run.series(key))
+        for n, (run, name, key) in enumerate(pairs)
     ]
-    return [line for line in lines if np.isfinite(line.values).any()]
+    return [curve for curve in curves if np.isfinite(curve.values).any()]
 
 
-def _chart(kind: _Kind, runs: Sequence[Run], lines: list[Line]) -> Chart:
-    limits = _limits(lines, from_zero=kind.from_zero)
+def _chart(kind: _Kind, curves: list[Curve]) -> Chart:
+    limits = _limits(curves, from_zero=kind.from_zero)
     alt, notes = [], []
-    for label, _, steps, values, _ in lines:
+    for label, _, _, steps, values in curves:
         finite = np.flatnonzero(np.isfinite(values))
         first, top, last = (
-            f"{values[n]:{kind.form}} at step {steps[n]:,.0f}"
+            f"{values[n]:,.6g} at step {steps[n]:,.0f}"
             for n in (finite[0], np.nanargmax(values), finite[-1])
         )
         alt.append(f"{label}: {first} to {last}")
@@ -105,69 +101,55 @@ def _chart(kind: _Kind, runs: Sequence[Run], lines: list[Line]) -> Chart:
         if gaps := len(values) - len(finite):
             step = steps[np.isnan(values)][0]
             notes.append(f"{label}: {gaps:,} not finite, the first at step {step:,.0f}.")
-    resumes = {step for run in runs for step in run.resumes}
-    drawings = [(*size, _svg(kind, lines, limits, resumes, *size)) for size in kind.sizes]
     title = kind.title.capitalize()
-    return Chart(title, lines, drawings, f"{title}. {'; '.join(alt)}.", notes)
+    image = _svg(curves, limits)
+    return Chart(title, curves, image, f"{title}. {'; '.join(alt)}.", notes)
 
 
-def _limits(lines: Sequence[Line], *, from_zero: bool) -> tuple[float, float]:
+def _limits(curves: Sequence[Curve], *, from_zero: bool) -> tuple[float, float]:
     """Returns the ends of the values' axis, without rare spikes that would flatten the rest."""
-    known = [line.values[np.isfinite(line.values)] for line in lines]
-    low, high = min(values.min() for values in known), max(values.max() for values in known)
-    usual = max(np.percentile(v, 95) if len(v) >= 20 else v.max() for v in known)
-    high = min(high, usual + 1.5 * (usual - low))
-    bottom = min(low, 0.0) if from_zero else low
-    margin = 0.05 * (high - bottom) or 0.05 * abs(high) or 1.0
-    return (bottom if from_zero else bottom - margin), high + margin
+    finite = [curve.values[np.isfinite(curve.values)] for curve in curves]
+    low = 0.0 if from_zero else min(values.min() for values in finite)
+    usual = max(np.percentile(v, 95) if len(v) >= 20 else v.max() for v in finite)
+    high = min(max(values.max() for values in finite), usual + 1.5 * (usual - low))
+    margin = 0.05 * (high - low) or 0.5
+    return (low if from_zero else low - margin), high + margin
 
 
-def _svg(
-    kind: _Kind,
-    lines: Sequence[Line],
-    limits: tuple[float, float],
-    resumes: Iterable[int],
-    width: int,
-    height: int,
-) -> Markup:
-    file = io.StringIO()
+def _svg(curves: Sequence[Curve], limits: tuple[float, float]) -> str:
+    file = io.BytesIO()
     with matplotlib.style.context(["default", _STYLE]):  # not the user's matplotlibrc
-        figure = Figure(figsize=(width / 72, height / 72))
-        axes = figure.add_axes((52 / width, 42 / height, 1 - 64 / width, 1 - 62 / height))
-        for line in lines:
-            _plot(axes, line, is_noisy=kind.is_noisy)
-        for step in sorted(resumes):
-            axes.axvline(step, 0, 0.06, color="black", linewidth=1.5)
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for curve in curves:
+            _plot(axes, curve)
+        axes.spines[["left", "right", "top"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        axes.tick_params(axis="y", length=0)
+        axes.margins(x=0.01)
         axes.set_ylim(limits)
-        is_percent = kind.form.endswith("%")
-        axes.yaxis.set_major_formatter(PercentFormatter(1) if is_percent else "{x:,.10g}")
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter("{x:,.10g}")
-        axes.xaxis.set_major_locator(MaxNLocator(width // 100, integer=True))
-        axes.set_xlabel("step", loc="right")
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    svg = re.sub(r"(?s)^.*?<svg.*?>|<style.*?</style>|</svg>\s*$", "", file.getvalue())
-    svg = re.sub(r"#00c0d(\d)", r"var(--c\1)", svg.replace("#000000", "currentColor"))
-    # An id is unique on the page, not only in its drawing.
-    name = f"{kind.title}-{width}".replace(" ", "-")
-    return Markup(re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg))
+        axes.yaxis.set_major_formatter("{x:,.10g}")
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _plot(axes: Axes, line: Line, *, is_noisy: bool) -> None:
-    colour, values = f"#00c0d{line.number % 8}", line.values  # the page's variables --c0 to --c7
-    if is_noisy and not line.is_held_out and len(values) >= 40:
-        axes.plot(line.steps, values, color=colour, alpha=0.35, linewidth=0.8)
+def _plot(axes: Axes, curve: Curve) -> None:
+    colour, values = COLOURS[curve.number % len(COLOURS)], curve.values
+    is_short = len(values) <= 50
+    if curve.is_noisy and not is_short:
+        axes.plot(curve.steps, values, color=colour, alpha=0.35, linewidth=0.8)
         values = _running_mean(values)
-    gap = np.isnan(np.pad(values, 1, constant_values=np.nan))
-    marked = ~gap[1:-1] & gap[:-2] & gap[2:]  # a single point is invisible without a marker
-    marked |= line.is_held_out and len(values) <= 50
-    axes.plot(line.steps, values, color=colour, marker="o", markevery=marked, markersize=5)
+    marker = "o" if is_short else None  # a single point is invisible without
+    axes.plot(curve.steps, values, color=colour, marker=marker, markersize=4)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Returns the mean over the twentieth of the line around each point; NaN stays NaN."""
+    """Returns the mean over the twentieth of the curve around each point; NaN stays NaN."""
     place = np.arange(len(values))
-    # Symmetric at the ends too, so that the mean of a steep line stays on the line.
+    # Symmetric at the ends too, so that the mean of a steep curve stays on it.
     half = np.minimum(len(values) // 40, np.minimum(place, place[::-1]))
     return np.array(
         [

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,8 @@ import numpy as np
 from lomo_jax.errors import UserError
 from lomo_jax.plan.memory import PARTS
 from lomo_jax.report.runs import Run
+
+_Row = tuple[str, list[str]]  # of a table: its name, and a cell for each run
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -32,55 +32,47 @@ def render(runs: Sequence[Run]) -> str:
         raise UserError(f"a report needs {error.name}: pip install 'lomo_jax[plot]'") from None
     loader = jinja2.PackageLoader("lomo_jax.report", "")
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True)
-    environment.filters["loss"] = _loss
+    config = _rows(_fields(run.config) for run in runs)
     return environment.get_template("page.html.jinja").render(
         runs=runs,
         charts=charts.draw(runs),
-        held_out=[_held_out(run) for run in runs],
-        facts=_rows([dict(_facts(run)) for run in runs]),
+        colours=charts.COLOURS,
         parts=PARTS,
-        memory=_rows([dict(_memory(run)) for run in runs]),
-        environment=_rows([dict(_environment(run)) for run in runs]),
-        differing=[
-            row
-            for row in _rows([dict(_fields(run.config)) for run in runs])
-            if len(set(row[1])) > 1
-        ],
-        configs=[json.dumps(run.config, indent=2, ensure_ascii=False) for run in runs],
+        facts=_rows(_facts(run) for run in runs),
+        memory=_rows(_memory(run) for run in runs),
+        config=config,
+        differing=[(name, cells) for name, cells in config if len(set(cells)) > 1],
     )
 
 
-def _rows(columns: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """Returns the rows of a table: a name and a cell for each run, a dash where it has none."""
-    names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, [column.get(name, "\N{EN DASH}") for column in columns]) for name in names]
-
-
-def _held_out(run: Run) -> list[tuple[float, float]]:
-    """Returns loss and step of the first, the best and the last evaluation, [] without one."""
-    evaluations = [(value, step) for step, value in zip(*run.series("eval_loss"), strict=True)]
-    finite = [evaluation for evaluation in evaluations if math.isfinite(evaluation[0])]
-    return [evaluations[0], min(finite or evaluations), evaluations[-1]] if evaluations else []
+def _rows(columns: Iterable[Iterable[tuple[str, str]]]) -> list[_Row]:
+    """Returns the rows of a table from (name, cell) of each run; a dash where a run has none."""
+    cells = [dict(column) for column in columns]
+    names = dict.fromkeys(name for column in cells for name in column)
+    return [(name, [column.get(name, "\N{EN DASH}") for column in cells]) for name in names]
 
 
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
-    done = max(record["step"] for record in (*run.logged, *run.evaluations, *run.samples))
-    steps = run.config.get("steps")
-    total = f" of {steps:,}" + ", not finished" * (done < steps) if type(steps) is int else ""
-    yield "Steps", f"{done:,}{total}"
+    steps, losses = run.series("eval_loss")
+    yield "Held-out loss", _change(losses) if len(losses) else "not evaluated yet"
+    if np.isfinite(losses).any():
+        best = np.nanargmin(losses)
+        yield "Best held-out loss", f"{losses[best]:.3f} at step {steps[best]:,.0f}"
     if run.logged:
-        first, *_, last = np.repeat(run.series("loss")[1], 2)
-        yield "Training loss", f"{_loss(first)} \N{RIGHTWARDS ARROW} {_loss(last)}"
+        yield "Training loss", _change(run.series("loss")[1])
+    done = max(record["step"] for record in (*run.logged, *run.evaluations, *run.samples))
+    steps = run.config["steps"]
+    yield "Steps", f"{done:,} of {steps:,}{', not finished' * (done < steps)}"
     _, speeds = run.series("tokens_per_second")
     if np.isfinite(speeds).any():
         yield "Median throughput", f"{np.nanmedian(speeds):,.0f} tokens/s"
-    if run.started is not None:
-        started = datetime.datetime.fromtimestamp(run.started, datetime.UTC)
-        yield "Started", f"{started:%-d %B %Y, %H:%M} UTC"
+    started = datetime.datetime.fromtimestamp(run.started, datetime.UTC)
+    yield "Started", f"{started:%-d %B %Y, %H:%M} UTC"
     yield "Training time", str(datetime.timedelta(seconds=round(run.seconds)))
-    if run.info is not None:
-        yield "Parameters", f"{run.info.parameters / 1e6:,.1f} M"
-        yield "Device", f"{run.info.devices} \N{MULTIPLICATION SIGN} {run.info.device}"
+    yield "Model", run.info.source
+    yield "Parameters", f"{run.info.parameters / 1e6:,.1f} M"
+    yield "Device", f"{run.info.devices} \N{MULTIPLICATION SIGN} {run.info.device}"
+    yield "Versions", ", ".join(f"{name} {text}" for name, text in run.info.versions.items())
     if run.resumes:
         yield "Resumed", f"at step {', '.join(f'{step:,}' for step in run.resumes[-5:])}"
     _, skipped = run.series("skipped")
@@ -91,24 +83,16 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _memory(run: Run) -> Iterator[tuple[str, str]]:
-    if run.info is not None:
-        plan = run.info.memory
-        yield from ((label, _gib(getattr(plan, field))) for label, field in PARTS.items())
-        yield "planned in all", _gib(plan.total_gib)
-        if plan.usable_gib is not None:
-            yield "JAX may allocate", _gib(plan.usable_gib)
-        if plan.host_gib:
-            yield "planned in host memory", _gib(plan.host_gib)
+    plan = run.info.memory
+    yield from ((label, _gib(getattr(plan, field))) for label, field in PARTS.items())
+    yield "planned in all", _gib(plan.total_gib)
+    if plan.usable_gib is not None:
+        yield "JAX may allocate", _gib(plan.usable_gib)
+    if plan.host_gib:
+        yield "planned in host memory", _gib(plan.host_gib)
     _, used = run.series("device_memory_gib")
     if np.isfinite(used).any():
         yield "measured peak", _gib(np.nanmax(used))
-
-
-def _environment(run: Run) -> Iterator[tuple[str, str]]:
-    if run.info is not None:
-        yield "model from", run.info.source
-        yield "processes", str(run.info.processes)
-        yield from run.info.versions.items()
 
 
 def _fields(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -120,8 +104,10 @@ def _fields(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield prefix + name, str(value)
 
 
-def _loss(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "not finite"
+def _change(losses: np.ndarray) -> str:
+    """Returns the first and the last loss, such as "4.003 → 3.445"."""
+    ends = ("not finite" if np.isnan(loss) else f"{loss:.3f}" for loss in losses[[0, -1]])
+    return " \N{RIGHTWARDS ARROW} ".join(dict.fromkeys(ends))
 
 
 def _gib(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,15 @@ class Run:
     """One run. Its records are sorted by step, at most one per step."""
 
     name: str  # unique on the page
-    config: dict[str, Any]  # nested; empty without config.json
-    info: RunInfo | None  # None without run.json
+    config: dict[str, Any]  # nested
+    info: RunInfo
     logged: list[Record]  # training steps
     evaluations: list[Record]
     samples: list[Record]
     resumes: list[int]  # steps of the checkpoints it resumed from, in order of time
-    started: float | None  # Unix time
+    started: float  # Unix time
     seconds: float  # of training, without the time between a stop and a resume
-    unreadable: int  # lines that hold no record though no process was killed there
+    unreadable: int  # lines that hold no record, except a last one that is being written
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the steps and values of a number in the records.
@@ -42,12 +43,9 @@ class Run:
           Two float64 arrays of one length. A value that is not finite is NaN.
         """
         records = self.evaluations if key.startswith("eval_") else self.logged
-        found = [(record["step"], record[key]) for record in records if key in record]
-        values = [
-            value if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
-            for _, value in found
-        ]
-        return np.array([step for step, _ in found], np.float64), np.array(values, np.float64)
+        points = [(record["step"], record[key]) for record in records if key in record]
+        steps, values = np.array(points, np.float64).reshape(-1, 2).T
+        return steps, values
 
 
 def read(folders: Sequence[str | Path]) -> list[Run]:
@@ -57,57 +55,47 @@ def read(folders: Sequence[str | Path]) -> list[Run]:
       folders: The folder of each run.
 
     Returns:
-      The runs in the same order. A run is named by its folder, with as many parent folders as it
-      takes to make the names differ.
+      The runs in the same order. The name of a run is its path below the folder that all are in.
 
     Raises:
       UserError: A folder holds no run or is given twice, or one of its files is damaged.
       OSError: A file cannot be read.
     """
     paths = [Path(folder).expanduser() for folder in folders]
-    return [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
-
-
-def _read(path: Path, name: str) -> Run:
-    if not (path / run_files.METRICS).is_file():
-        problem = f"has no {run_files.METRICS}" if path.is_dir() else "is not a folder"
-        raise UserError(f"{path} {problem}: give the folder of a run, such as runs/quickstart")
-    lines = list(run_files.read_metrics(path))
-    history = _since_start([record for record in lines if record is not None])
-    records = [_by_step(history, key) for key in ("loss", "eval_loss", "sample")]
-    if not any(records):
-        raise UserError(f"{path / run_files.METRICS} has no records yet: wait for the first step")
-    has_config = (path / run_files.CONFIG).exists()
-    return Run(
-        name=name,
-        config=read_json(path / run_files.CONFIG) if has_config else {},
-        info=RunInfo.read(path),
-        **dict(zip(("logged", "evaluations", "samples"), records, strict=True)),
-        resumes=[record["step"] for record in history if "resumed" in record],
-        started=next((record["time"] for record in history if "time" in record), None),
-        seconds=_seconds(history),
-        unreadable=_count_unreadable(lines),
-    )
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    parts = [path.resolve().parts for path in paths]
-    for path, own in zip(paths, parts, strict=True):
-        if parts.count(own) > 1:
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
             raise UserError(f"{path} is given twice: name each run once")
-    length = 1
-    while len({own[-length:] for own in parts}) < len(parts):
-        length += 1
-    names = ("/".join(own[-length:]) for own in parts)
+    common = os.path.commonpath([place.parent for place in places])
     return [
-        "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in n) for n in names
+        _read(path, str(place.relative_to(common)))
+        for path, place in zip(paths, places, strict=True)
     ]
 
 
-def _since_start(history: list[Record]) -> list[Record]:
-    """Drops the records of processes that ended before the first checkpoint."""
-    restarts = [n for n, r in enumerate(history) if "resumed" in r and r["step"] == 0]
-    return history[restarts[-1] + 1 :] if restarts else history
+def _read(path: Path, name: str) -> Run:
+    info = RunInfo.read(path)
+    if info is None:
+        raise UserError(f"{path} is not the folder of a run: it has no {run_files.RUN}")
+    lines = list(run_files.read_metrics(path))
+    history = [record for record in lines if record is not None]
+    logged, evaluations, samples = (
+        _by_step(history, key) for key in ("loss", "eval_loss", "sample")
+    )
+    if not (logged or evaluations or samples):
+        raise UserError(f"{path / run_files.METRICS} has no records yet: wait for the first step")
+    return Run(
+        name=name,
+        config=read_json(path / run_files.CONFIG),
+        info=info,
+        logged=logged,
+        evaluations=evaluations,
+        samples=samples,
+        resumes=[record["step"] for record in history if "resumed" in record],
+        started=history[0]["time"],
+        seconds=_seconds(history),
+        unreadable=lines[:-1].count(None),
+    )
 
 
 def _by_step(history: Sequence[Record], key: str) -> list[Record]:
@@ -127,18 +115,8 @@ def _by_step(history: Sequence[Record], key: str) -> list[Record]:
 
 def _seconds(history: Sequence[Record]) -> float:
     """Returns the time between the first and the last record of each process, summed."""
-    timed = [record for record in history if "time" in record]
     return sum(
         max(0.0, after["time"] - before["time"])  # a clock may be set back
-        for before, after in itertools.pairwise(timed)
+        for before, after in itertools.pairwise(history)
         if "resumed" not in after
-    )
-
-
-def _count_unreadable(lines: Sequence[Record | None]) -> int:
-    # A killed process leaves half a line, at the end of the file or before a resume.
-    following = [*lines[1:], {"resumed": True}]
-    return sum(
-        line is None and "resumed" not in (after or {})
-        for line, after in zip(lines, following, strict=True)
     )

@@ -8,7 +8,6 @@ The run may be in progress: nothing in WORKDIR changes, and no GPU is used. An e
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import lomo_jax
 from lomo_jax import models, run_files, sharding
 from lomo_jax._json import read_json
-from lomo_jax.errors import CheckpointError, UserError
+from lomo_jax.errors import ArgumentParser, CheckpointError, UserError
 from lomo_jax.training import workdir as workdir_lib
 
 if TYPE_CHECKING:
@@ -31,9 +30,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="lomo-jax export",
         description="Exports a checkpoint of a run as a Hugging Face directory.",
+        allow_abbrev=False,
     )
     parser.add_argument("workdir", metavar="WORKDIR", help="the folder of the run")
     parser.add_argument("out", metavar="OUT", help="the directory to write")
@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> int:
         "--step",
         help="the step of the checkpoint, or best: the lowest held-out loss; default: last",
     )
-    arguments = parser.parse_args(argv[1:])
-    # Reading a checkpoint needs no GPU, and the GPU may be busy with the run.
-    jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
+        arguments = parser.parse_args(argv[1:])
+        # Reading a checkpoint needs no GPU, and the GPU may be busy with the run.
+        jax.config.update("jax_platforms", "cpu")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         step = export(Path(arguments.workdir), Path(arguments.out), _step(arguments.step))
     except (UserError, OSError) as error:
         if sys.flags.dev_mode:

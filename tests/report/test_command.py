@@ -49,11 +49,11 @@ def test_errors_are_one_line(run, tmp_path, capsys):
     empty.mkdir()
     for arguments, said in (
         ((), "required: RUN"),
-        ((tmp_path / "nowhere",), "is not a folder: give the folder of a run"),
-        ((empty,), "has no metrics.jsonl: give the folder of a run"),
+        ((tmp_path / "nowhere",), "nowhere is not the folder of a run: it has no run.json"),
+        ((empty,), "empty is not the folder of a run: it has no run.json"),
         ((run, "--ou", "x"), "unrecognized arguments: --ou"),
         ((run, run), "given twice"),
-        ((run / "metrics.jsonl",), "metrics.jsonl is not a folder"),
+        ((run / "metrics.jsonl",), "metrics.jsonl is not the folder of a run"),
         ((run, "--out", tmp_path / "nowhere" / "page.html"), "No such file or directory"),
     ):
         status, out, error = _report(capsys, *arguments)

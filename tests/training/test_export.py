@@ -86,6 +86,8 @@ def test_large_exports_have_several_files(made, tmp_path):
             "{made}/checkpoints/5 would replace files of the run ",
         ),
         (("{made}", "{tmp}/out", "--step=\u00b2"), "--step: '\u00b2' must be a number or best"),
+        (("{made}",), "the following arguments are required: OUT; lomo-jax export --help shows"),
+        (("{made}", "{tmp}/out", "--ste=4"), "unrecognized arguments: --ste=4; lomo-jax export"),
     ],
 )
 def test_a_mistake_gets_one_line(made, tmp_path, capsys, arguments, message):
