@@ -25,21 +25,17 @@ _STYLE: dict[str, Any] = {
 }
 
 
-class _Kind(NamedTuple):
-    title: str
-    curves: dict[str, str]  # names of curves -> keys of the records
-    from_zero: bool = True
-
-
-_KINDS = (
-    _Kind("loss", {"training": "loss", "held-out": "eval_loss"}, from_zero=False),
-    _Kind("accuracy", {"training": "accuracy", "held-out": "eval_accuracy"}, from_zero=False),
-    _Kind("learning rate", {"": "learning_rate"}),
-    _Kind("tokens per second", {"": "tokens_per_second"}),
-    _Kind("share of peak compute", {"": "flop_utilisation"}),
-    _Kind("gradient norm", {"": "grad_norm"}),
-    _Kind("loss scale", {"": "loss_scale"}),
-)
+# Title of a chart -> names of its curves -> keys of the records.
+_CHARTS = {
+    "loss": {"training": "loss", "held-out": "eval_loss"},
+    "accuracy": {"training": "accuracy", "held-out": "eval_accuracy"},
+    "learning rate": {"": "learning_rate"},
+    "tokens per second": {"": "tokens_per_second"},
+    "share of peak compute": {"": "flop_utilisation"},
+    "gradient norm": {"": "grad_norm"},
+    "loss scale": {"": "loss_scale"},
+}
+_NOT_FROM_ZERO = {"loss", "eval_loss", "accuracy", "eval_accuracy"}
 # Values of single steps: these get a running mean.
 _NOISY = {"loss", "accuracy", "tokens_per_second", "flop_utilisation", "grad_norm"}
 
@@ -48,8 +44,8 @@ class Curve(NamedTuple):
     """One curve."""
 
     label: str
+    key: str  # of the records
     number: int  # of its colour
-    is_noisy: bool
     steps: np.ndarray
     values: np.ndarray  # NaN is a gap
 
@@ -66,28 +62,25 @@ class Chart(NamedTuple):
 
 def draw(runs: Sequence[Run]) -> list[Chart]:
     """Draws the charts that the runs have values for, the most important first."""
-    kinds: Sequence[_Kind] = _KINDS
+    charts = _CHARTS
     if len(runs) > 1:  # training and held-out curves of several runs in one chart are a tangle
-        kinds = [
-            _Kind(f"{name} {title}".strip(), {"": key}, from_zero)
-            for title, curves, from_zero in _KINDS
-            for name, key in reversed(curves.items())
-        ]
-    drawn = ((kind, _curves(kind, runs)) for kind in kinds)
-    return [_chart(kind, curves) for kind, curves in drawn if curves]
+        charts = {
+            f"{name} {title}".strip(): {"": key}
+            for title, keys in _CHARTS.items()
+            for name, key in reversed(keys.items())
+        }
+    drawn = ((title, _curves(keys, runs)) for title, keys in charts.items())
+    return [_chart(title.capitalize(), curves) for title, curves in drawn if curves]
 
 
-def _curves(kind: _Kind, runs: Sequence[Run]) -> list[Curve]:
-    pairs = ((run, name, key) for run in runs for name, key in kind.curves.items())
-    curves = [
-        Curve(name or run.name, n, key in _NOISY, *run.series(key))
-        for n, (run, name, key) in enumerate(pairs)
-    ]
+def _curves(keys: dict[str, str], runs: Sequence[Run]) -> list[Curve]:
+    named = ((name or run.name, key, run) for run in runs for name, key in keys.items())
+    curves = [Curve(name, key, n, *run.series(key)) for n, (name, key, run) in enumerate(named)]
     return [curve for curve in curves if np.isfinite(curve.values).any()]
 
 
-def _chart(kind: _Kind, curves: list[Curve]) -> Chart:
-    limits = _limits(curves, from_zero=kind.from_zero)
+def _chart(title: str, curves: list[Curve]) -> Chart:
+    limits = _limits(curves)
     alt, notes = [], []
     for label, _, _, steps, values in curves:
         finite = np.flatnonzero(np.isfinite(values))
@@ -101,14 +94,13 @@ def _chart(kind: _Kind, curves: list[Curve]) -> Chart:
         if gaps := len(values) - len(finite):
             step = steps[np.isnan(values)][0]
             notes.append(f"{label}: {gaps:,} not finite, the first at step {step:,.0f}.")
-    title = kind.title.capitalize()
-    image = _svg(curves, limits)
-    return Chart(title, curves, image, f"{title}. {'; '.join(alt)}.", notes)
+    return Chart(title, curves, _svg(curves, limits), f"{title}. {'; '.join(alt)}.", notes)
 
 
-def _limits(curves: Sequence[Curve], *, from_zero: bool) -> tuple[float, float]:
+def _limits(curves: Sequence[Curve]) -> tuple[float, float]:
     """Returns the ends of the values' axis, without rare spikes that would flatten the rest."""
     finite = [curve.values[np.isfinite(curve.values)] for curve in curves]
+    from_zero = curves[0].key not in _NOT_FROM_ZERO
     low = 0.0 if from_zero else min(values.min() for values in finite)
     usual = max(np.percentile(v, 95) if len(v) >= 20 else v.max() for v in finite)
     high = min(max(values.max() for values in finite), usual + 1.5 * (usual - low))
@@ -139,7 +131,7 @@ def _svg(curves: Sequence[Curve], limits: tuple[float, float]) -> str:
 def _plot(axes: Axes, curve: Curve) -> None:
     colour, values = COLOURS[curve.number % len(COLOURS)], curve.values
     is_short = len(values) <= 50
-    if curve.is_noisy and not is_short:
+    if curve.key in _NOISY and not is_short:
         axes.plot(curve.steps, values, color=colour, alpha=0.35, linewidth=0.8)
         values = _running_mean(values)
     marker = "o" if is_short else None  # a single point is invisible without

@@ -12,8 +12,6 @@ from lomo_jax.errors import UserError
 from lomo_jax.plan.memory import PARTS
 from lomo_jax.report.runs import Run
 
-_Row = tuple[str, list[str]]  # of a table: its name, and a cell for each run
-
 
 def render(runs: Sequence[Run]) -> str:
     """Renders one run, or several side by side.
@@ -45,7 +43,7 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _rows(columns: Iterable[Iterable[tuple[str, str]]]) -> list[_Row]:
+def _rows(columns: Iterable[Iterable[tuple[str, str]]]) -> list[tuple[str, list[str]]]:
     """Returns the rows of a table from (name, cell) of each run; a dash where a run has none."""
     cells = [dict(column) for column in columns]
     names = dict.fromkeys(name for column in cells for name in column)

@@ -34,13 +34,9 @@ class Run:
     unreadable: int  # lines that hold no record, except a last one that is being written
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the steps and values of a number in the records.
+        """Returns the steps and the values of a number, such as "loss", as float64 arrays.
 
-        Args:
-          key: Its name, such as "loss" or "eval_loss".
-
-        Returns:
-          Two float64 arrays of one length. A value that is not finite is NaN.
+        A value that is not finite is NaN.
         """
         records = self.evaluations if key.startswith("eval_") else self.logged
         points = [(record["step"], record[key]) for record in records if key in record]
