@@ -2,11 +2,11 @@
 
     python train.py --config configs/llama13b.py --config.model.path=DIR --config.data.path=TEXT
 
-DIR is a Hugging Face directory of LLaMA-13B, or of another LLaMA-family model, whose shape is then
-read from there. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
+DIR is a Hugging Face directory of LLaMA-13B, or of another LLaMA-family model, which then sets
+the shape. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
 replace `--config.model.path=DIR` by `--config.model.init=random`.
 
-Hardware: one NVIDIA GPU with 24 GB, and a host whose memory holds the weights. Planned for an RTX
+Hardware: one NVIDIA GPU with 24 GB, and enough host memory for the weights. Planned for an RTX
 3090, not measured: 2.4 GiB of device memory and 27.4 GiB of host memory, by
 
     lomo-jax plan --config configs/llama13b.py --gpu rtx3090
@@ -37,7 +37,7 @@ def get_config() -> Config:
         num_heads=40,
         num_kv_heads=40,
     )
-    # A step moves the weights over PCIe twice to the GPU and once back, whatever the batch.
+    # A step moves the weights over PCIe twice to the GPU and once back, for any batch.
     config.offload = Offload(params=True, activations=True)
     config.sequence_length = 1024
     config.workdir = "runs/llama13b"

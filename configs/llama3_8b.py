@@ -2,8 +2,8 @@
 
     python train.py --config configs/llama3_8b.py --config.model.path=DIR --config.data.path=TEXT
 
-DIR is a Hugging Face directory of Llama-3-8B, or of another LLaMA-family model, whose shape is then
-read from there. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
+DIR is a Hugging Face directory of Llama-3-8B, or of another LLaMA-family model, which then sets
+the shape. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
 replace `--config.model.path=DIR` by `--config.model.init=random`.
 
 Hardware: one NVIDIA GPU with 24 GB. Planned for an RTX 3090, not measured: 17.1 GiB of device

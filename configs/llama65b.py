@@ -2,17 +2,17 @@
 
     python train.py --config configs/llama65b.py --config.model.path=DIR --config.data.path=TEXT
 
-DIR is a Hugging Face directory of LLaMA-65B, or of another LLaMA-family model, whose shape is then
-read from there. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
+DIR is a Hugging Face directory of LLaMA-65B, or of another LLaMA-family model, which then sets
+the shape. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
 replace `--config.model.path=DIR` by `--config.model.init=random`.
 
-Hardware: one NVIDIA GPU with 24 GB, and a host whose memory holds the weights. Planned for an RTX
+Hardware: one NVIDIA GPU with 24 GB, and enough host memory for the weights. Planned for an RTX
 3090, not measured: 3.6 GiB of device memory and 122.9 GiB of host memory, by
 
     lomo-jax plan --config configs/llama65b.py --gpu rtx3090
 
-At 1 x 1024 tokens moving the weights over PCIe takes longer than the computation: a larger batch,
-for which there is room, costs little more time.
+At 1 x 1024 tokens, moving the weights over PCIe takes longer than the computation. A larger batch
+fits, and takes little more time per step.
 
 Settings: those of `configs/llama7b.py`, the AdaLomo paper's for further pre-training.
 
@@ -39,7 +39,7 @@ def get_config() -> Config:
         num_kv_heads=64,
         norm_eps=1e-5,
     )
-    # A step moves the weights over PCIe twice to the GPU and once back, whatever the batch.
+    # A step moves the weights over PCIe twice to the GPU and once back, for any batch.
     config.offload = Offload(params=True, activations=True)
     config.batch_size = 1
     config.sequence_length = 1024

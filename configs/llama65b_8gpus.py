@@ -4,10 +4,11 @@ r"""Fine-tunes all parameters of LLaMA-65B with AdaLomo on eight 24 GB GPUs.
       --config.model.path=DIR --config.data.path=TEXT
 
 DIR and TEXT are as in `configs/llama65b.py`. Each GPU holds an eighth of every weight and of the
-optimizer state. A layer's weights are gathered when they are used; its gradient is reduced to the
-shard that a GPU updates. On several machines start the same command on each, with srun, with mpirun
-or with --coordinator, --num_processes and --process_id. --config.mesh.data=M puts one replica of
-the model on each of M machines: only gradients, already reduced to an eighth, travel between them.
+optimizer state. The GPUs gather a layer's weights when they use them, and reduce-scatter its
+gradient: each updates its own shard. --config.mesh.data=M puts one replica of the model on each of
+M machines; then only shards of gradients travel between machines. On several machines start the
+same command on each, with srun, with mpirun or with --coordinator, --num_processes and
+--process_id.
 
 Hardware: eight NVIDIA GPUs with 24 GB. Planned for RTX 3090s, not measured: 17.2 GiB on each, by
 

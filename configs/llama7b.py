@@ -2,8 +2,8 @@
 
     python train.py --config configs/llama7b.py --config.model.path=DIR --config.data.path=TEXT
 
-DIR is a Hugging Face directory of LLaMA-7B, or of another LLaMA-family model, whose shape is then
-read from there. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
+DIR is a Hugging Face directory of LLaMA-7B, or of another LLaMA-family model, which then sets
+the shape. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
 replace `--config.model.path=DIR` by `--config.model.init=random`: the same step on random weights,
 with one token per byte.
 
@@ -12,7 +12,7 @@ and longer sequences. Planned for an RTX 3090, not measured: 14.2 GiB of device 
 
     lomo-jax plan --config configs/llama7b.py --gpu rtx3090
 
-With --suggest it also plans the options that need less.
+With --suggest it also plans options that need less memory.
 
 Settings: the AdaLomo paper's for further pre-training (arXiv 2310.10195): peak learning rate 1e-3,
 cosine to 0, 3 % warm-up, bfloat16, no clipping, evaluation every 100 steps. The paper's batches are

@@ -1,4 +1,4 @@
-"""An export replaces an unchanged export, whole or not at all, and nothing else ever."""
+"""`models.save` replaces only an unchanged export, and replaces it completely or not at all."""
 
 import hashlib
 import json
@@ -87,7 +87,7 @@ def test_a_link_to_a_folder_is_followed(export, other_params):
 
 
 def test_another_model_is_not_replaced(tmp_path, other_params):
-    """A model of another program, with the names of an export."""
+    """Another program wrote the model; its files have the names of an export."""
     path = tmp_path / "model"
     path.mkdir()
     (path / "config.json").write_text("{}")
@@ -114,7 +114,7 @@ def test_a_file_is_not_replaced(tmp_path, other_params):
 @pytest.mark.parametrize("name", ["README.md", WEIGHTS, "config.json", "tokenizer.json"])
 def test_a_changed_file_of_an_export_is_not_replaced(export, other_params, name):
     content = bytearray((export / name).read_bytes())
-    content[-1] ^= 1  # the size stays
+    content[-1] ^= 1  # the size is unchanged
     (export / name).write_bytes(content)
     before = contents(export)
     with pytest.raises(UserError, match=rf"export/{name} was changed after its export and would"):
@@ -136,7 +136,7 @@ FOREIGN = [
 ]
 
 
-def test_files_of_users_stay_in_an_export(export, other_params):
+def test_user_files_in_an_export_stay(export, other_params):
     for name in FOREIGN:
         (export / name).parent.mkdir(exist_ok=True)
         (export / name).write_text(f"years of work: {name}")
@@ -156,7 +156,7 @@ def test_files_of_users_stay_in_an_export(export, other_params):
 
 
 def test_a_user_file_in_a_subfolder_of_the_export_stays(tmp_path, other_params):
-    """Several chat templates are files in a folder."""
+    """A tokenizer with several chat templates saves them in a subfolder."""
 
     class Tokenizer:
         def save_pretrained(self, path):
@@ -171,7 +171,7 @@ def test_a_user_file_in_a_subfolder_of_the_export_stays(tmp_path, other_params):
     assert [file.name for file in (path / "additional_chat_templates").iterdir()] == ["mine.jinja"]
 
 
-def test_a_file_of_a_user_with_a_name_of_the_new_export_is_not_replaced(tmp_path, other_params):
+def test_a_user_file_is_not_replaced_by_a_new_file_of_the_export(tmp_path, other_params):
     path = tmp_path / "export"
     models.save(path, CONFIG, other_params)
     (path / "tokenizer.json").write_text("mine")
@@ -214,7 +214,7 @@ def test_a_killed_save_loses_nothing(made, export, other_params, killed):
         export.rename(aside / "old")
     if killed == "after the swap":
         models.save(export, CONFIG, other_params, card="# The new one")
-        # That removed the folder of the killed save.
+        # This save removed the folder of the killed one.
         expected = contents(export)
         shutil.copytree(made, aside / "old")
         (aside / "old" / "notes.txt").write_text("mine")

@@ -85,7 +85,7 @@ def params():
 
 
 @pytest.mark.parametrize("config", [CONFIG, TIED])
-def test_weights_stored_by_llama_cpp_load_as_they_were(tmp_path, config):
+def test_weights_in_the_layout_of_llama_cpp_load_unchanged(tmp_path, config):
     params = random_params(config, 0)
     write(tmp_path / "model.gguf", config, params)
     loaded_config, loaded = models.load(tmp_path / "model.gguf")
@@ -115,11 +115,11 @@ def test_an_unsupported_or_damaged_model_is_reported(tmp_path, params, changes, 
         models.load(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 3, 60, 600, -64])
-def test_a_truncated_file_is_reported(tmp_path, params, kept_bytes):
+@pytest.mark.parametrize("num_bytes", [0, 3, 60, 600, -64])
+def test_a_truncated_file_is_reported(tmp_path, params, num_bytes):
     file = tmp_path / "model.gguf"
     write(file, CONFIG, params)
-    file.write_bytes(file.read_bytes()[:kept_bytes])
+    file.write_bytes(file.read_bytes()[:num_bytes])
     with pytest.raises(UserError, match=r"model\.gguf is truncated or not a GGUF .*again"):
         models.load(file)
 
@@ -162,7 +162,7 @@ def test_a_tokenizer_from_gguf_decodes_its_encoding(tmp_path, pre):
     assert len(ids) < len(TEXT.encode())
     assert tokenizer.decode(ids) == TEXT
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1)
-    # Special tokens in a text are one token, and survive export.
+    # A special token in the input is one token. An export keeps the tokenizer.
     assert tokenizer("at<|end|>")["input_ids"][-1] == 0
     models.save(tmp_path / "export", TIED, random_params(TIED, 0), tokenizer=tokenizer)
     assert models.tokenizer(tmp_path / "export")(TEXT)["input_ids"] == ids
@@ -226,7 +226,7 @@ def test_a_real_model_knows_english(smollm2):
         log_probs_TxV = jax.nn.log_softmax(logits_TxV[:-1])
         return jnp.exp(-jnp.take_along_axis(log_probs_TxV, tokens_T[1:, None], axis=-1).mean())
 
-    # 19.8 in float32; five times worse if the q and k rows stay in llama.cpp's order.
+    # 19.8 in float32; five times as much with the q and k rows in llama.cpp's order.
     assert perplexity(params, jnp.array(tokenizer(PROSE)["input_ids"])) < 22
 
     prompt = tokenizer("The capital of France is")["input_ids"]

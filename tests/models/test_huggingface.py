@@ -71,7 +71,7 @@ def test_a_large_model_is_sharded(tmp_path, with_index):
     chex.assert_trees_all_equal(models.load(tmp_path / "export")[1], params)
 
 
-def test_repeated_heads_of_tied_models_and_old_rotary_tensors_are_skipped(tmp_path):
+def test_a_copied_output_head_and_old_rotary_tensors_are_skipped(tmp_path):
     params = random_params(TIED, 0)
     models.save(tmp_path / "export", TIED, params)
 
@@ -111,10 +111,10 @@ def test_an_index_without_a_weight_map_is_reported(tmp_path):
         models.load(tmp_path / "export")
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 4, 100, 2000, -1])
-def test_truncated_weights_are_reported(export, kept_bytes):
+@pytest.mark.parametrize("num_bytes", [0, 4, 100, 2000, -1])
+def test_truncated_weights_are_reported(export, num_bytes):
     content = (export / WEIGHTS).read_bytes()
-    (export / WEIGHTS).write_bytes(content[:kept_bytes])
+    (export / WEIGHTS).write_bytes(content[:num_bytes])
     with pytest.raises(UserError, match=r"model\.safetensors is truncated or not .*again"):
         models.load(export)
 
@@ -198,5 +198,5 @@ def test_loading_needs_memory_for_one_copy_of_the_model(tmp_path):
         capture_output=True,
         text=True,
     ).stdout
-    # The largest tensor is 1 % of the model; a second copy, or one in float32, would give 2 or 3.
+    # The largest tensor is 1 % of the model. A second copy would give 2, one in float32 3.
     assert 0.95 < int(output) / model_bytes < 1.3

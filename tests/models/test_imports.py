@@ -1,4 +1,4 @@
-"""Importing one name does not import a room."""
+"""Importing a name imports only the packages that it needs."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ HEAVY = {"flax", "safetensors", "transformers", "gguf", "grain", "orbax", "huggi
         ("from lomo_jax.data import package_path", set()),
     ],
 )
-def test_heavy_packages_are_imported_by_those_who_use_them(code, expected):
+def test_heavy_packages_are_imported_only_where_needed(code, expected):
     script = f"import sys\n{code}\nprint(*(name for name in {HEAVY!r} if name in sys.modules))"
     output = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True

@@ -32,7 +32,7 @@ ROPE_SCALED = dataclasses.replace(
 
 @functools.cache
 def build(config=CONFIG):
-    """Returns a model whose weights are large enough for every part to matter."""
+    """Returns a model with weights so large that every part affects the logits."""
     graphdef, params = models.abstract(config)
     rng = np.random.default_rng(0)
     return nnx.merge(
@@ -72,12 +72,12 @@ def test_a_low_precision_model_is_close_to_the_float32_one(dtype):
     logits = logits_of(build(), tokens_of(2, 7))
     error = logits_of(rounded, tokens_of(2, 7)) - logits
     relative = jnp.linalg.norm(error) / jnp.linalg.norm(logits)
-    # Three layers of a dozen independent roundings each, and the rounding of the weights.
+    # The weights are rounded, and about a dozen results in each of three layers.
     assert 0 < relative < 6 * float(jnp.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("config", [CONFIG, TIED, ROPE_SCALED])
-def test_a_token_changes_its_own_and_later_logits_only(config):
+def test_a_token_changes_only_its_own_and_later_logits(config):
     model = build(config)
     tokens_BxT = tokens_of(1, 9)
     before = logits_of(model, tokens_BxT)
@@ -86,7 +86,7 @@ def test_a_token_changes_its_own_and_later_logits_only(config):
     assert (jnp.abs(after - before)[0, 5:].max(axis=-1) > 1e-3).all()
 
 
-def test_documents_in_a_packed_row_do_not_see_each_other():
+def test_documents_in_a_packed_row_do_not_attend_to_each_other():
     model = build()
     one, two = tokens_of(1, 5, seed=1), tokens_of(1, 4, seed=2)
     padding = jnp.zeros((1, 2), jnp.int32)
@@ -103,7 +103,7 @@ def test_documents_in_a_packed_row_do_not_see_each_other():
     assert jnp.abs(together[:, 5:] - logits_of(model, two)).max() > 1e-2
 
 
-def test_only_differences_of_positions_matter():
+def test_only_relative_positions_matter():
     model = build()
     tokens_BxT = tokens_of(1, 8)
     positions_BxT = jnp.arange(8)[None]
@@ -121,7 +121,7 @@ def test_only_differences_of_positions_matter():
     )
 
 
-def test_grouped_heads_equal_full_heads_that_repeat_the_shared_ones():
+def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values():
     full = nnx.clone(build())
     for projection in (full.layers.attention.k, full.layers.attention.v):
         heads_LxDxKxh = projection.kernel[...].reshape(
@@ -192,7 +192,7 @@ def test_rotary_frequencies():
 
 
 def test_scaled_rotary_frequencies():
-    """The factor divides frequencies below 1 turn in 400 tokens; those above 4 turns stay."""
+    """Divides frequencies below 1 turn in 400 tokens by the factor; leaves those above 4 turns."""
     scaling = models.RopeScaling(
         factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=400
     )
@@ -206,7 +206,7 @@ def test_scaled_rotary_frequencies():
 
 
 def test_rms_norm_near_its_epsilon():
-    """The epsilon is added to the mean square: it matters where that is as small."""
+    """The epsilon is added to the mean square, and matters when both are of similar size."""
     norm = llama.RMSNorm(4, eps=1e-4, param_dtype=jnp.float32)
     norm.scale.set_value(jnp.array([1.0, 2.0, 3.0, 4.0]))
     x_BxTxD = np.array([[[0.01, -0.01, 0.02, 0.0]]], np.float32)

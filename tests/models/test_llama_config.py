@@ -58,7 +58,7 @@ def test_reads_the_keys_of_transformers_4_and_5():
     assert models.LlamaConfig.from_hf(as_5) == LLAMA3_CONFIG
 
 
-def test_a_config_of_the_first_llama_is_complete():
+def test_keys_that_llama_1_lacks_get_defaults():
     later = ("architectures", "num_key_value_heads", "rope_theta", "rope_scaling")
     config = models.LlamaConfig.from_hf(without(LLAMA3, *later, "tie_word_embeddings"))
     assert config.num_kv_heads == 32
@@ -68,7 +68,7 @@ def test_a_config_of_the_first_llama_is_complete():
 
 
 @pytest.mark.parametrize("changes", [{}, {"rope_scaling": None, "eos_id": 2, "head_dim": 128}])
-def test_a_written_config_reads_back(changes):
+def test_a_config_survives_a_round_trip(changes):
     config = dataclasses.replace(LLAMA3_CONFIG, **changes)
     assert models.LlamaConfig.from_hf(config.to_hf("bfloat16")) == config
 
@@ -108,7 +108,7 @@ def test_a_missing_key_is_named():
         models.LlamaConfig.from_hf(without(LLAMA3, "vocab_size"))
 
 
-def test_the_frequencies_of_rope_scaling_are_in_order():
+def test_rope_scaling_checks_the_order_of_its_frequencies():
     with pytest.raises(UserError, match=r"high_freq_factor=1\.0 must be greater"):
         models.RopeScaling(8.0, 1.0, 1.0, 8192)
 
@@ -119,6 +119,6 @@ def test_the_defaults_are_llama_7b():
     assert models.LlamaConfig().norm_eps == 1e-6
 
 
-def test_a_config_is_checked_when_it_is_made():
+def test_the_constructor_checks_a_config():
     with pytest.raises(UserError, match="must be a multiple of num_kv_heads=5"):
         models.LlamaConfig(num_kv_heads=5)

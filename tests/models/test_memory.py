@@ -1,4 +1,4 @@
-"""Weights that are loaded into host memory and saved from there."""
+"""Loading weights into host memory, and saving them from there."""
 
 import chex
 import jax

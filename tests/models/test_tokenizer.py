@@ -1,4 +1,4 @@
-"""Tokenizers from Hugging Face directories: their code never runs, errors are one line."""
+"""Tokenizers of Hugging Face directories: code in them never runs, and errors are one line."""
 
 import builtins
 import json
@@ -31,7 +31,7 @@ def edit(file, **changes):
 
 @pytest.fixture
 def questions(monkeypatch):
-    """Answers every question on stdin with yes, and returns them."""
+    """Answers yes to every question on stdin, and returns the questions."""
     asked = []
     monkeypatch.setattr(builtins, "input", lambda prompt="": asked.append(prompt) or "y")
     return asked
@@ -63,7 +63,7 @@ def ask_inside_a_composite_tokenizer(directory):
     edit(nested / "config.json", **part)
 
 
-# A warning that is an error would end the reading before it comes to the code.
+# With warnings as errors, reading would stop before it reaches the code.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "ask",
@@ -102,7 +102,7 @@ def test_code_next_to_a_standard_tokenizer_is_ignored(directory, questions, tmp_
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"model": 3}', "[" * 100_000])
-def test_a_damaged_tokenizer_is_one_line(directory, content):
+def test_a_damaged_tokenizer_gets_one_line(directory, content):
     (directory / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"the tokenizer cannot be read \(.*\); copy") as caught:
         models.tokenizer(directory)

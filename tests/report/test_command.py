@@ -1,4 +1,4 @@
-"""`python -m lomo_jax.report` as users run it."""
+"""`lomo-jax report` as users run it."""
 
 import os
 import resource
@@ -27,7 +27,7 @@ def test_one_run_gets_its_page_in_its_folder(run, capsys):
     assert (run / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
-def test_several_runs_get_theirs_in_the_current_folder(run, tmp_path, capsys, monkeypatch):
+def test_several_runs_get_a_page_in_the_current_folder(run, tmp_path, capsys, monkeypatch):
     other = write(tmp_path / "runs" / "two", [step(1, 3.0)])
     monkeypatch.chdir(tmp_path)
     assert _report(capsys, run, other) == (0, "report.html\n", "")
@@ -37,7 +37,7 @@ def test_several_runs_get_theirs_in_the_current_folder(run, tmp_path, capsys, mo
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_out(run, tmp_path, capsys, before):
+def test_out_may_come_before_or_after_the_run(run, tmp_path, capsys, before):
     out = tmp_path / "page.html"
     arguments = ("--out", out, run) if before else (run, f"--out={out}")
     assert _report(capsys, *arguments) == (0, f"{out}\n", "")
@@ -47,7 +47,7 @@ def test_out(run, tmp_path, capsys, before):
 def test_errors_are_one_line(run, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
-    for arguments, said in (
+    for arguments, message in (
         ((), "required: RUN"),
         ((tmp_path / "nowhere",), "nowhere is not the folder of a run: it has no run.json"),
         ((empty,), "empty is not the folder of a run: it has no run.json"),
@@ -59,10 +59,10 @@ def test_errors_are_one_line(run, tmp_path, capsys):
         status, out, error = _report(capsys, *arguments)
         assert (status, out, error.count("\n")) == (1, "", 1), error
         assert error.startswith("error: ")
-        assert said in error
+        assert message in error
 
 
-def test_an_earlier_page_stays_where_a_new_one_cannot_be_written(run, capsys):
+def test_a_failed_write_leaves_the_earlier_page(run, capsys):
     (run / "report.html").write_text("earlier")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -103,7 +103,7 @@ def test_out_has_to_be_a_regular_file(run, tmp_path, capsys, kind):
     assert out.is_fifo() == (kind == "pipe")
 
 
-def test_as_a_module_without_the_trainer(run):
+def test_the_module_does_not_import_the_trainer(run):
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"

@@ -1,4 +1,4 @@
-"""The page, read as a browser reads it."""
+"""The text and the images of the page."""
 
 import base64
 import dataclasses
@@ -32,7 +32,7 @@ class _Reader(html.parser.HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.tags, self.text = [], [], []
+        self.open, self.tags, self.parts = [], [], []
         self.feed(page)
         self.close()
         assert self.open == []
@@ -43,7 +43,7 @@ class _Reader(html.parser.HTMLParser):
             base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode()
             for source in self.sources
         ]
-        self.said = " ".join(" ".join(self.text).split())
+        self.text = " ".join(" ".join(self.parts).split())
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -55,32 +55,32 @@ class _Reader(html.parser.HTMLParser):
 
     def handle_data(self, data):
         if "style" not in self.open:
-            self.text.append(data)
+            self.parts.append(data)
 
 
 @pytest.fixture
 def page(tmp_path):
-    """Writes runs and returns their page, as text and read."""
+    """Writes runs; returns their page as HTML and as a `_Reader`."""
 
     def make(*runs):
         folders = [
             write(tmp_path / f"run{number}", records, **options)
             for number, (records, options) in enumerate(runs)
         ]
-        text = report.render(report.read(folders))
-        return text, _Reader(text)
+        markup = report.render(report.read(folders))
+        return markup, _Reader(markup)
 
     return make
 
 
-def test_headline_and_facts(page):
+def test_facts(page):
     _, reader = page((_RECORDS, {}))
-    for said in (
+    for expected in (
         "Held-out loss 4.003 → 3.445",
         "Best held-out loss 3.112 at step 10",
         "Training loss 4.123 → 3.200",
         "Steps 30 of 30",
-        # Of 1000, 1000, 2000 and 1000: the 3000 are superseded.
+        # The median of 1000, 1000, 2000 and 1000; the resume superseded 3000.
         "Median throughput 1,000 tokens/s",
         "Training time 0:04:10",  # 130 s before the stop, 120 s after it
         "Model /models/llama-7b Parameters 6,738.4 M",
@@ -89,17 +89,17 @@ def test_headline_and_facts(page):
         "Resumed at step 10",
         "Skipped updates 7",
     ):
-        assert said in reader.said
+        assert expected in reader.text
 
 
-def test_the_plan_is_shown_by_parts_with_the_limit_and_the_measured_peak(page):
+def test_memory_by_parts_with_the_limit_and_the_measured_peak(page):
     _, reader = page((_RECORDS, {}))
-    for said in (
+    for expected in (
         *("weights 12.55 GiB", "layer inputs 1.00 GiB", "other temporaries 0.61 GiB"),
         *("optimizer state 10.24 MiB", "planned in all 14.17 GiB", "JAX may allocate 71.25 GiB"),
         *("planned in host memory 0.25 GiB", "measured peak 13.80 GiB"),
     ):
-        assert said in reader.said
+        assert expected in reader.text
 
 
 @pytest.mark.slow
@@ -110,34 +110,34 @@ def test_a_run_of_the_trainer(tmp_path):
     train(runs.make_config(text, folder, prompt="the cat ", prompt_tokens=8))
     info = RunInfo.read(folder)
     assert info is not None
-    # A CPU has no limit.
+    # A CPU has no memory limit: set one.
     memory = dataclasses.replace(info.memory, usable_gib=71.25)
     dataclasses.replace(info, memory=memory).write(folder)
     reader = _Reader(report.render(report.read([folder])))
-    assert f"planned in all {info.memory.total_gib * 1024:.2f} MiB" in reader.said
-    assert "JAX may allocate 71.25 GiB" in reader.said
-    assert "Steps 12 of 12" in reader.said
+    assert f"planned in all {info.memory.total_gib * 1024:.2f} MiB" in reader.text
+    assert "JAX may allocate 71.25 GiB" in reader.text
+    assert "Steps 12 of 12" in reader.text
     assert [alt.split(".")[0] for alt in reader.alts] == [
         *("Loss", "Accuracy", "Learning rate", "Tokens per second")
     ]
 
 
-def test_the_page_of_an_unfinished_run_states_it(page):
+def test_an_unfinished_run_is_marked(page):
     _, reader = page(([step(1, 2.5)], {}))
-    assert "Steps 1 of 30, not finished" in reader.said
-    assert "Held-out loss not evaluated yet" in reader.said
-    assert "Samples" not in reader.said
+    assert "Steps 1 of 30, not finished" in reader.text
+    assert "Held-out loss not evaluated yet" in reader.text
+    assert "Samples" not in reader.text
 
 
 def test_text_of_runs_is_escaped(page):
     hostile = "</title></pre><script>alert(2)</script>"
     info = dataclasses.replace(INFO, device=hostile, versions={hostile: hostile})
     config = Config(workdir=hostile, prompt=hostile)
-    text, reader = page((_RECORDS, {"config": config}), (_RECORDS, {"info": info}))
+    markup, reader = page((_RECORDS, {"config": config}), (_RECORDS, {"info": info}))
     assert "script" not in {tag for tag, _ in reader.tags}
-    assert not re.search(r"<script|<i>upon", text)
-    for said in ("<script>alert(1)</script>", "Once <i>upon</i>", 'a "time" & then', hostile):
-        assert said in reader.said
+    assert not re.search(r"<script|<i>upon", markup)
+    for expected in ("<script>alert(1)</script>", "Once <i>upon</i>", 'a "time" & then', hostile):
+        assert expected in reader.text
 
 
 def test_the_name_of_a_run_is_escaped(tmp_path):
@@ -149,10 +149,11 @@ def test_the_name_of_a_run_is_escaped(tmp_path):
 
 
 def test_the_page_refers_to_nothing_outside_itself(page):
-    text, reader = page((_RECORDS, {}), (_RECORDS, {}))
+    markup, reader = page((_RECORDS, {}), (_RECORDS, {}))
     assert {"link", "iframe", "script", "svg", "object"}.isdisjoint(dict(reader.tags))
-    assert "url(" not in text
-    assert "@import" not in text
+    assert "url(" not in markup
+    assert "@import" not in markup
+    assert "://" not in markup
     sources = [value for _, attrs in reader.tags for value in (attrs.get("src"), attrs.get("href"))]
     assert [source for source in sources if source] == reader.sources
     assert all(source.startswith("data:image/svg+xml;base64,") for source in reader.sources)
@@ -175,34 +176,34 @@ def test_charts_are_described(page):
 def test_null_leaves_a_gap_and_is_reported(page):
     losses = [step(number, None if number == 5 else 3.0 + number) for number in range(1, 11)]
     _, reader = page((losses, {}))
-    assert "training: 1 not finite, the first at step 5." in reader.said
+    assert "training: 1 not finite, the first at step 5." in reader.text
     lines = re.findall(r'd="(M[^"]*)"', reader.drawings[0])
     assert [line.count("M") for line in lines if line.count("L") == 7] == [2]
     _, reader = page(([step(1, None), step(2, None)], {}))
-    assert "Training loss not finite" in reader.said
+    assert "Training loss not finite" in reader.text
 
 
 def test_a_spike_is_reported_and_does_not_flatten_the_rest(page):
     losses = [step(n, 1000.0 if n == 50 else 3 - n / 100) for n in range(101)]
     _, reader = page((losses, {}))
-    assert "training: 1 above the chart, up to 1,000 at step 50." in reader.said
+    assert "training: 1 above the chart, up to 1,000 at step 50." in reader.text
 
 
 def test_the_latest_sample_comes_first(page):
     _, reader = page((_RECORDS, {}))
-    order = [reader.said.index(x) for x in ("After 10 steps", "After 0 steps")]
+    order = [reader.text.index(x) for x in ("After 10 steps", "After 0 steps")]
     assert order == sorted(order)
 
 
 def test_several_runs_are_compared(page):
     better = [evaluation(0, 4.0), step(1, 2.0), evaluation(30, 2.5)]
     config = Config(steps=30, learning_rate=0.01, clip_norm=1.0)
-    text, reader = page((_RECORDS, {}), (better, {"config": config}))
-    assert "<h1>2 runs compared</h1>" in text
-    assert "Held-out loss 4.003 → 3.445 4.000 → 2.500" in reader.said
+    markup, reader = page((_RECORDS, {}), (better, {"config": config}))
+    assert "<h1>2 runs compared</h1>" in markup
+    assert "Held-out loss 4.003 → 3.445 4.000 → 2.500" in reader.text
     held_out = next(alt for alt in reader.alts if alt.startswith("Held-out loss"))
     assert "run0: 4.003 at step 0 to 3.4449 at step 30; run1: 4 at" in held_out
-    table = text.partition("<h2>Config</h2>")[2].partition("</table>")[0]
+    table = markup.partition("<h2>Config</h2>")[2].partition("</table>")[0]
     names = re.findall(r'scope="row">(\w+)<', table)
     assert names == ["learning_rate", "clip_norm"]
 
@@ -211,10 +212,10 @@ def test_the_same_long_run_gives_the_same_small_page(page):
     records = [step(n, 5 - n / 1e4 + n % 7 / 10, n) for n in range(1, 5001)]
     records += [evaluation(n, 4.0) for n in range(100, 5001, 100)]
     records += [sample(n, "word " * 2000) for n in range(100, 5001, 100)]
-    text, _ = page((records, {}))
-    assert len(text.encode()) < 1_000_000
+    markup, _ = page((records, {}))
+    assert len(markup.encode()) < 1_000_000
     again, _ = page((records, {}))
-    assert again == text
+    assert again == markup
 
 
 def test_the_running_mean():
@@ -222,7 +223,7 @@ def test_the_running_mean():
 
     values = np.zeros(60)
     values[[10, 30]] = (3.0, np.nan)
-    mean = _running_mean(values)  # of three points
+    mean = _running_mean(values)  # over windows of three points
     np.testing.assert_allclose(mean[8:13], [0, 1, 1, 1, 0])
     assert np.flatnonzero(np.isnan(mean)).tolist() == [30]
     np.testing.assert_allclose(_running_mean(np.arange(60.0)), np.arange(60.0))

@@ -39,7 +39,7 @@ def test_a_resume_supersedes_later_steps(tmp_path):
     assert run.resumes == [3, 2, 4]
 
 
-def test_a_resume_at_step_0_starts_the_run_again(tmp_path):
+def test_a_resume_at_step_0_supersedes_every_step(tmp_path):
     records = [
         *(evaluation(0, 4.0, 5.0), step(1, 1.1, 9.0), step(2, None, 10.0)),
         *(resumed(0, 90.0), evaluation(0, 4.0, 100.0), step(1, 2.1, 103.0)),
@@ -51,14 +51,14 @@ def test_a_resume_at_step_0_starts_the_run_again(tmp_path):
     assert (run.started, run.seconds) == (5, 5 + 13)
 
 
-def test_records_of_the_step_of_the_checkpoint_stay(tmp_path):
+def test_records_at_the_step_of_the_checkpoint_count(tmp_path):
     records = [step(2, 1.0), evaluation(2, 5.0), step(3, 9.0), resumed(2), evaluation(2, 4.0)]
     (run,) = read([str(write(tmp_path, records))])
     assert _losses(run) == {2: 1.0}
     assert [record["eval_loss"] for record in run.evaluations] == [4.0]  # the last one counts
 
 
-def test_time_between_a_stop_and_a_resume_is_left_out(tmp_path):
+def test_time_between_a_stop_and_a_resume_is_not_training_time(tmp_path):
     records = [
         *(evaluation(0, 4.0, 100.0), step(1, 3.0, 110.0), step(2, 3.0, 125.0)),
         *(resumed(1, 9000.0), step(2, 3.0, 9007.0)),

@@ -1,4 +1,4 @@
-"""Writes the folders of runs with the writers that the trainer uses."""
+"""Writes folders of runs with the writers of the trainer."""
 
 from lomo_jax._json import write_json
 from lomo_jax.plan import MemoryPlan

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lomo_jax
 from lomo_jax import losses, models, sharding
 
-SHAPES = [  # the quick ones shard over one axis, or over all
+SHAPES = [  # of the meshes; those that shard over two of the three axes are slow tests
     pytest.param(s, marks=pytest.mark.slow if s.count(1) == 1 else ())
     for s in itertools.product((1, 2, 4, 8), repeat=3)
     if np.prod(s) == 8
@@ -108,8 +108,8 @@ def test_equals_one_device(shape, optimizer, on_one_device, assert_close, standa
         pytest.param({"state": True}, marks=pytest.mark.slow),
     ],
 )
-def test_host_memory_changes_nothing(offload, on_one_device, assert_close):
-    """Each device's shard of a weight is in host memory, and stays there."""
+def test_offload_does_not_change_results(offload, on_one_device, assert_close):
+    """Each device keeps its shard of a weight in host memory."""
     case = {"optimizer": "adalomo", "tied": True, "clip_norm": 0.5, "microbatches": 2}
     mesh = sharding.make_mesh(2, 2, 2)
     with jax.set_mesh(mesh):

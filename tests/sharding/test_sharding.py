@@ -1,4 +1,4 @@
-"""Meshes, partition rules, and sharded weights: made, read, written, used."""
+"""Meshes, partition rules, and sharded weights: initialised, loaded, saved, used."""
 
 import chex
 import jax
@@ -39,12 +39,12 @@ def test_a_mesh_uses_the_remaining_devices():
         ((0, 8, 1), "a size must be 1 or more"),
     ],
 )
-def test_mesh_that_does_not_fit_the_devices(sizes, message):
+def test_a_mesh_that_does_not_fit_the_devices_is_an_error(sizes, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(*sizes)
 
 
-def test_the_first_rule_that_matches_counts(mesh):
+def test_the_first_matching_rule_applies(mesh):
     params = {"a": {"kernel": np.zeros((4, 6))}, "b": np.zeros(3)}
     found = sharding.shardings(((r"/kernel$", P("fsdp", "tensor")), ("", P())), params, mesh)
     assert found["a"]["kernel"].spec == P("fsdp", "tensor")
@@ -62,19 +62,19 @@ def test_the_first_rule_that_matches_counts(mesh):
         ((("a", P(None, None, "data")),), r"shape \[6, 4\], fewer axes than"),
     ],
 )
-def test_rules_that_do_not_fit(rules, message, mesh):
+def test_rules_that_do_not_fit_are_an_error(rules, message, mesh):
     with pytest.raises(ValueError, match=message):
         sharding.shardings(rules, {"a": np.zeros((6, 4))}, mesh)
 
 
-def test_heads_that_cannot_be_sharded():
+def test_heads_that_cannot_be_sharded_are_an_error():
     _, params = models.abstract(CONFIG)
     with pytest.raises(ValueError, match=r"^num_kv_heads=2 .* tensor=4; tensor could be 1, 2$"):
         models.shardings(CONFIG, params, sharding.make_mesh(1, 2, 4))
 
 
 @pytest.mark.parametrize("on_host", [False, True])
-def test_weights_are_made_read_and_written_in_shards(mesh, tmp_path, on_host):
+def test_weights_are_initialised_loaded_and_saved_in_shards(mesh, tmp_path, on_host):
     _, expected = models.init(CONFIG, 3)
     drawn = models.init_layer_by_layer(CONFIG, 3, jnp.float32, on_host=on_host, mesh=mesh)
     models.save(tmp_path / "whole", CONFIG, expected)
@@ -99,7 +99,7 @@ def test_weights_are_made_read_and_written_in_shards(mesh, tmp_path, on_host):
 
 
 def test_no_device_gets_a_whole_stack(mesh, tmp_path, monkeypatch):
-    """While weights are read, only shards of stacks and one tensor are alive."""
+    """While weights are loaded, only shards of stacks and one tensor are alive."""
     from lomo_jax.models import weights
 
     models.save(tmp_path / "export", CONFIG, models.init(CONFIG, 3)[1])
@@ -113,7 +113,7 @@ def test_no_device_gets_a_whole_stack(mesh, tmp_path, monkeypatch):
 
     monkeypatch.setattr(weights, "_fill", watched)
     models.load(tmp_path / "export", mesh=mesh)
-    assert max(largest) <= 3 * 40 * 32 * 4 / 4  # of down, which has four parts
+    assert max(largest) <= 3 * 40 * 32 * 4 / 4  # `down`, in four shards
 
 
 def test_generation_is_the_same_as_on_one_device(mesh):
@@ -136,11 +136,11 @@ def test_the_state_is_sharded_like_its_parameter(mesh):
         factors = lomo_jax.adalomo(1e-3).init(params).moments["w"]
         assert jax.typeof(factors.row).sharding.spec == P("fsdp")
         assert jax.typeof(factors.col).sharding.spec == P("tensor")
-        # optax's own transformations make unsharded zeros.
-        careless = optax.GradientTransformation(
+        # The states of optax's own transformations are unsharded zeros.
+        unsharded = optax.GradientTransformation(
             lambda p: jax.tree.map(lambda x: jnp.zeros(x.shape), p), optax.identity().update
         )
-        step = lomo_jax.reference_step(lambda p, x: (x @ p["w"] + p["b"]).sum(), careless)
+        step = lomo_jax.reference_step(lambda p, x: (x @ p["w"] + p["b"]).sum(), unsharded)
         state = step.init(params, np.ones((4, 8), np.float32))
         assert jax.typeof(state.optimizer["w"]["w"]).sharding.spec == P("fsdp", "tensor")
 
@@ -152,7 +152,7 @@ def scanned(params, batch):
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_mesh_of_auto_axes_is_left_to_xla(microbatches, assert_close):
+def test_a_mesh_with_auto_axes_gives_the_same_results(microbatches, assert_close):
     auto = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     params = jax.random.normal(jax.random.key(0), (3, 8, 8))
     batch = jax.random.normal(jax.random.key(1), (16, 8))
@@ -163,7 +163,7 @@ def test_a_mesh_of_auto_axes_is_left_to_xla(microbatches, assert_close):
     assert_close(quick_jit(step)(params, step.init(params, batch), batch), expected)
 
 
-def test_microbatches_smaller_than_the_devices(mesh):
+def test_a_microbatch_with_fewer_rows_than_devices_is_an_error(mesh):
     with jax.set_mesh(mesh):
         batch = jax.device_put(np.ones((8, 4), np.float32), P(sharding.BATCH))
         params = jax.device_put(np.ones((2, 4, 4), np.float32), P())
@@ -173,7 +173,7 @@ def test_microbatches_smaller_than_the_devices(mesh):
 
 
 def test_gathered_weights_are_not_saved(mesh):
-    """With remat="none" too: they would be the whole model on every device."""
+    """Not even with remat="none": together they are the whole model, on every device."""
 
     def loss(params, x):
         layer = lambda x, w: (jnp.tanh(x @ sharding.gather(w)), None)  # noqa: E731
@@ -189,7 +189,7 @@ def test_gathered_weights_are_not_saved(mesh):
 
 
 @pytest.mark.parametrize("identity", ["copy", "name", "constraint"])
-def test_an_identity_of_a_whole_stack_is_seen_through(identity, assert_close):
+def test_a_stack_is_recognised_after_an_identity(identity, assert_close):
     auto = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     apply = {
         "copy": jnp.copy,
@@ -204,6 +204,6 @@ def test_an_identity_of_a_whole_stack_is_seen_through(identity, assert_close):
     for loss in (scanned, lambda params, batch: scanned(apply(params), batch)):
         step = lomo_jax.fused_step(loss, lomo_jax.adalomo(0.1))
         state = step.init(params, batch)
-        assert jax.tree.leaves(state.optimizer)[0].shape == (3,)  # a stack, updated by layers
+        assert jax.tree.leaves(state.optimizer)[0].shape == (3,)  # a stack, updated layer by layer
         results.append(quick_jit(step)(params, state, batch))
     assert_close(*results)
