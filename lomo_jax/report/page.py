@@ -59,8 +59,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if run.logged:
         yield "Training loss", _change(run.series("loss")[1])
     done = max(record["step"] for record in (*run.logged, *run.evaluations, *run.samples))
-    steps = run.config["steps"]
-    yield "Steps", f"{done:,} of {steps:,}{', not finished' * (done < steps)}"
+    total = run.config["steps"]
+    yield "Steps", f"{done:,} of {total:,}{', not finished' * (done < total)}"
     _, speeds = run.series("tokens_per_second")
     if np.isfinite(speeds).any():
         yield "Median throughput", f"{np.nanmedian(speeds):,.0f} tokens/s"
