@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,7 +16,6 @@ from lomo_jax import models, run_files, sharding
 from lomo_jax.data import package_path
 from lomo_jax.errors import ConfigError
 from lomo_jax.losses import Metrics, next_token_loss
-from lomo_jax.training import workdir
 from lomo_jax.training.config import ModelConfig
 
 if TYPE_CHECKING:  # slow to import
@@ -91,7 +91,7 @@ def abstract(
 def load_params(
     source: ModelConfig,
     model: Model,
-    param_dtype: str,
+    shapes: nnx.State,
     *,
     seed: int = 0,
     on_host: bool = False,
@@ -102,7 +102,7 @@ def load_params(
     Args:
       source: The source of the weights.
       model: The model, from `abstract`.
-      param_dtype: The dtype of the weights.
+      shapes: Its weights as `jax.ShapeDtypeStruct`, from `abstract`; see `on_host_like`.
       seed: The seed of random weights.
       on_host: Whether to put the weights in host memory; a device never holds all of them.
       mesh: The devices to shard the weights over; None for the default device.
@@ -110,19 +110,16 @@ def load_params(
     Raises:
       UserError: The checkpoint or one of its files does not exist, is damaged or is not supported.
     """
-    dtype = jnp.dtype(param_dtype)
+    dtype = jax.tree.leaves(shapes)[0].dtype
     if source.init == "random":
         return models.init_layer_by_layer(model.config, seed, dtype, on_host=on_host, mesh=mesh)
     assert source.path is not None, "validate() requires it"
-    run = workdir.locate(source.path)
+    run = _find_run(source.path)
     if run is None:
         return models.load(resolve(source.path), dtype, on_host=on_host, mesh=mesh)[1]
     from lomo_jax.training import checkpoint  # slow to import, and not needed for a plan
 
-    shapes = models.abstract(model.config, dtype)[1]
-    if mesh is not None:
-        shapes = sharding.with_shardings(shapes, models.shardings(model.config, shapes, mesh))
-    return checkpoint.read_params(*run, on_host_like(shapes) if on_host else shapes)[0]
+    return checkpoint.read_params(*run, shapes)[0]
 
 
 def load_tokenizer(path: str | None, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -180,8 +177,18 @@ def on_host_like(shapes: Any) -> Any:
 
 def _hf_path(path: str) -> str:
     """Returns the folder of config.json and tokenizer; for a checkpoint, that is in its run."""
-    run = workdir.locate(path)
+    run = _find_run(path)
     return resolve(path) if run is None else str(run[0] / run_files.MODEL)
+
+
+def _find_run(path: str) -> tuple[Path, int | None] | None:
+    """Returns (workdir, step) if a path is the workdir of a run (step None) or a checkpoint."""
+    place = Path(path).expanduser()
+    if (place / run_files.CHECKPOINTS).is_dir() and (place / run_files.MODEL).is_dir():
+        return place, None
+    if place.is_dir() and place.parent.name == run_files.CHECKPOINTS and place.name.isdigit():
+        return place.parent.parent, int(place.name)
+    return None
 
 
 def _attention(

@@ -1,6 +1,5 @@
-"""The training step of a run: its options from the config, its shapes, its compiled programs."""
+"""The training step of a run: its options from the config, and its compiled programs."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
 
 import lomo_jax
 from lomo_jax import sharding
 from lomo_jax.errors import ConfigError
-from lomo_jax.training import devices
 from lomo_jax.training.config import Config
 from lomo_jax.training.model import Model
 from lomo_jax.training.optimizer import make_optimizer, make_schedule
@@ -23,11 +20,33 @@ from lomo_jax.training.optimizer import make_optimizer, make_schedule
 class CompiledStep(NamedTuple):
     """The step of a run, compiled."""
 
+    step: lomo_jax.Step  # not compiled
+    batch: Mapping[str, jax.ShapeDtypeStruct]
     # (params, state, batch) -> (params, state, StepOutput, loss scale or None), updating params and
     # state in place
     update: jax.stages.Compiled
     init: jax.stages.Compiled  # params -> state
     state: lomo_jax.StepState  # of jax.ShapeDtypeStruct, with shardings
+
+    def init_missing(self, state: lomo_jax.StepState, params: nnx.State) -> lomo_jax.StepState:
+        """Initialises the parts of a state that the checkpoint lacks: loss scale and random key.
+
+        Args:
+          state: The state from the checkpoint; missing parts are None.
+          params: The parameters of the checkpoint.
+        """
+        missing = {
+            name: shapes
+            for name, shapes in self.state._asdict().items()
+            if shapes is not None and getattr(state, name) is None
+        }
+        if not missing:
+            return state
+        # Without the optimizer's part, which may be as large as the parameters.
+        init = jax.jit(lambda params: self.step.init(params, self.batch)._replace(optimizer={}))
+        first = init(params)._asdict()
+        shardings = {name: jax.tree.map(lambda x: x.sharding, missing[name]) for name in missing}
+        return state._replace(**jax.device_put({name: first[name] for name in missing}, shardings))
 
 
 def make_step(config: Config, model: Model) -> lomo_jax.Step:
@@ -74,33 +93,6 @@ def _loss_scale(dynamic: bool, skip_nonfinite: int) -> lomo_jax.DynamicLossScale
     return None
 
 
-def batch_shapes(
-    batch_size: int, sequence_length: int, mesh: Mesh | AbstractMesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a `data.Batch`, sharded over the devices."""
-    shape, sharded = (batch_size, sequence_length), devices.batch_sharding(mesh)
-    int32, float32 = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=sharded) for dtype in (jnp.int32, jnp.float32)
-    )
-    names = ("tokens", "positions", "segments", "targets")
-    return dict.fromkeys(names, int32) | {"weights": float32}
-
-
-def layer_inputs(batch: Mapping[str, jax.ShapeDtypeStruct], model: Model, param_dtype: str) -> int:
-    """Returns the bytes of layer inputs that each device saves for the backward pass.
-
-    Args:
-      batch: The shapes from `batch_shapes`.
-      model: The model.
-      param_dtype: The dtype of weights and activations.
-    """
-    tokens = batch["tokens"]
-    assert tokens.sharding is not None
-    shape = tokens.sharding.shard_shape(tokens.shape)
-    width = model.config.num_layers * model.config.width
-    return math.prod(shape) * width * jnp.dtype(param_dtype).itemsize
-
-
 def compile_step(
     step: lomo_jax.Step,
     params: nnx.State,
@@ -112,7 +104,7 @@ def compile_step(
     Args:
       step: The step, from `make_step`.
       params: The parameters as `jax.ShapeDtypeStruct`, with shardings and memory kinds.
-      batch: The shapes from `batch_shapes`.
+      batch: The shapes from `devices.batch_shapes`.
       optimizer: The optimizer's name, for errors.
 
     Raises:
@@ -136,38 +128,4 @@ def compile_step(
     init = lowered.compile()
     state = sharding.with_shardings(lowered.out_info, init.output_shardings)
     compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, batch).compile()
-    return CompiledStep(compiled, init, state)
-
-
-def init_missing(
-    state: lomo_jax.StepState,
-    step: lomo_jax.Step,
-    compiled: CompiledStep,
-    params: nnx.State,
-    batch: Mapping[str, jax.ShapeDtypeStruct],
-) -> lomo_jax.StepState:
-    """Initialises the parts of the state that the checkpoint lacks: loss scale and random key.
-
-    Args:
-      state: The state from the checkpoint; missing parts are None.
-      step: The step.
-      compiled: The compiled step.
-      params: The parameters of the checkpoint.
-      batch: The shapes from `batch_shapes`.
-    """
-    shapes = compiled.state
-    missing = [name for name in shapes._fields if getattr(state, name) is None]
-    missing = [name for name in missing if getattr(shapes, name) is not None]
-    if not missing:
-        return state
-    first = jax.jit(lambda params: step.init(params, batch)._replace(optimizer={}))(params)
-    return state._replace(
-        **{
-            name: jax.tree.map(
-                lambda x, like: jax.device_put(x, like.sharding),
-                getattr(first, name),
-                getattr(shapes, name),
-            )
-            for name in missing
-        }
-    )
+    return CompiledStep(step, batch, compiled, init, state)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import lomo_jax
 from lomo_jax import models
@@ -50,14 +51,19 @@ def _config(**changes) -> Config:
     return Config(**fields | changes)
 
 
-def _model(config: Config) -> model_lib.Model:
-    return model_lib.abstract(config.model, config.param_dtype, config.sequence_length)[0]
+def _abstract(config: Config) -> tuple[model_lib.Model, nnx.State]:
+    return model_lib.abstract(config.model, config.param_dtype, config.sequence_length)
+
+
+def _load(config: Config) -> tuple[model_lib.Model, nnx.State]:
+    model, shapes = _abstract(config)
+    return model, model_lib.load_params(config.model, model, shapes)
 
 
 def _make(**changes) -> lomo_jax.Step:
     config = _config(**changes)
     validate(config, for_plan=True)
-    return make_step(config, _model(config))
+    return make_step(config, _abstract(config)[0])
 
 
 @pytest.mark.parametrize("option", _OPTIONS)
@@ -97,8 +103,7 @@ def _batch(weights: np.ndarray) -> dict[str, np.ndarray]:
 def _update(batch, **changes):
     """Makes a step on `batch`; returns the parameters and the output."""
     config = _config(**changes)
-    model = _model(config)
-    params = model_lib.load_params(config.model, model, config.param_dtype)
+    model, params = _load(config)
     step = make_step(config, model)
     params, _, out = jax.jit(step)(params, step.init(params, batch), batch)
     return params, out
@@ -147,7 +152,7 @@ def test_a_field_of_the_optimizer_changes_the_update(field, value, assert_close)
 def test_clipping_bounds_the_update():
     fields = {"optimizer": "lomo", "learning_rate": 1.0, "clip_norm": 0.01}
     config = _config(**fields)
-    before = model_lib.load_params(config.model, _model(config), config.param_dtype)
+    _, before = _load(config)
     after, out = _update(_padded(), **fields)
     assert float(out.grad_norm) > 0.01
     squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), after, before)
@@ -157,8 +162,7 @@ def test_clipping_bounds_the_update():
 def test_skip_nonfinite_uses_a_constant_loss_scale_of_one():
     """A step that is not finite changes neither parameters nor scale."""
     config = _config(skip_nonfinite=2, optimizer="lomo")
-    model = _model(config)
-    params = model_lib.load_params(config.model, model, config.param_dtype)
+    model, params = _load(config)
     step = make_step(config, model)
     state = step.init(params, _padded())
     bad = _padded() | {"weights": np.full((4, 16), np.nan, np.float32)}
