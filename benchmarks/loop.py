@@ -99,7 +99,7 @@ def _bare(config: Config) -> float:
             config.model, config.param_dtype, config.sequence_length, mesh=mesh
         )
         params = model.load_params(config.model, found, params, mesh=mesh)
-        step = make_step(config, found)
+        step = make_step(found.loss, config.make_optimizer(), **config.step_options())
         shapes = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
         batch = jax.tree.map(
             lambda x: jax.device_put(jax.numpy.ones(x.shape, x.dtype), x.sharding), shapes

@@ -35,7 +35,6 @@ from lomo_jax.training.step import (
     compile_step,
     learning_rates,
     make_step,
-    schedule_of,
 )
 
 if TYPE_CHECKING:  # slow to import
@@ -123,15 +122,10 @@ def _set_up(
 ) -> Run:
     """Loads model and dataset, compiles the step, and starts or resumes the run."""
     settings = to_dict(config)
-    checkpoint = resume.find_checkpoint(checkpoints, settings, display)
+    checkpoint = resume.find_checkpoint(workdir, checkpoints, settings, display)
     source = config.model
-    if checkpoint is None:
-        resume.check_new(workdir, source.path)
-    else:
-        # The config and tokenizer saved by the run: `model.path` may be gone.
+    if checkpoint is not None:  # the run has saved config and tokenizer: `model.path` may be gone
         source = ModelConfig(path=str(workdir / run_files.MODEL))
-        with os_errors_are_the_users():  # now, and not only after the training
-            models.check_save_path(workdir / run_files.EXPORT)
     model, shapes, tokenizer = _load_model(config, source, mesh, display)
     params: Any = None
     if checkpoint is None:
@@ -223,7 +217,8 @@ def _compile(
 ) -> CompiledStep:
     display.status("compiling the step")
     started = time.perf_counter()
-    compiled = compile_step(make_step(config, model), shapes, batch, config.optimizer)
+    step = make_step(model.loss, config.make_optimizer(), **config.step_options())
+    compiled = compile_step(step, shapes, batch, config.optimizer)
     seconds = time.perf_counter() - started
     display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
     return compiled
@@ -276,7 +271,7 @@ def _open_recorder(
         display,
         sinks,
         Stopwatch(run.model.config, config.batch_size, config.sequence_length, num_devices),
-        learning_rates(schedule_of(config), config.steps),
+        learning_rates(config.make_schedule(), config.steps),
         log_every=config.log_every,
         skip_nonfinite=config.skip_nonfinite,
         dynamic_loss_scale=config.dynamic_loss_scale,

@@ -75,7 +75,7 @@ def compile_run(
     mesh = sharding.abstract_mesh(sizes)
     check_batch(mesh, config.batch_size, config.microbatches)
     model, params = _abstract_model(config, gpu, mesh)
-    step = make_step(config, model)
+    step = make_step(model.loss, config.make_optimizer(), **config.step_options())
     batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
     inputs = layer_inputs(batch, model, params)
     plan_mesh = make_plan_mesh(gpu, *sizes)
@@ -261,7 +261,7 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
         params = model_lib.load_params(
             source, model, params, on_host=config.offload.params, mesh=mesh
         )
-        step = make_step(config, model)
+        step = make_step(model.loss, config.make_optimizer(), **config.step_options())
         shapes = batch_shapes(config.batch_size, config.sequence_length, mesh)
         tokens = np.random.default_rng(0).integers(
             model.config.vocab_size, size=shapes["tokens"].shape, dtype=np.int32

@@ -22,7 +22,7 @@ import jax
 from flax import nnx
 
 import lomo_jax
-from lomo_jax import run_files
+from lomo_jax import models, run_files
 from lomo_jax.errors import CheckpointError, ConfigError, os_errors_are_the_users
 from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
 from lomo_jax.training.log import Display
@@ -93,27 +93,6 @@ def _lock(file: TextIO, workdir: Path) -> None:
     file.flush()
 
 
-def check_new(workdir: Path, model_path: str | None) -> None:
-    """Checks that a new run may start in a folder.
-
-    Raises:
-      ConfigError: The run would overwrite files that no run has written, or move its own initial
-        weights aside.
-    """
-    found = [name for name in run_files.ALL if not _is_empty(workdir / name)]
-    is_of_a_run = run_files.RUN in found or run_files.CHECKPOINTS in found
-    if not is_of_a_run and set(found) - {run_files.EXPORT}:
-        raise ConfigError(
-            f"workdir: {str(workdir)!r} is not that of a run, and a run would overwrite "
-            f"{', '.join(found)} there; set another --config.workdir"
-        )
-    if model_path is not None and run_files.contains(workdir, model_path):
-        raise ConfigError(
-            f"model.path: {model_path!r} is in the workdir of this run, which starts anew and "
-            "moves the earlier files aside; set another --config.workdir"
-        )
-
-
 def set_aside(workdir: Path) -> Path | None:
     """Moves the files of an earlier run to a new folder, `earlier-1` and so on.
 
@@ -142,27 +121,34 @@ def _is_empty(path: Path) -> bool:
 
 
 def find_checkpoint(
-    checkpoints: Checkpoints, config: dict[str, Any], display: Display
+    workdir: Path, checkpoints: Checkpoints, config: dict[str, Any], display: Display
 ) -> CheckpointMetadata | None:
     """Returns the metadata of the last readable checkpoint; None for a new run.
 
     Args:
-      checkpoints: The checkpoints of the workdir.
+      workdir: The folder, from `open_workdir`.
+      checkpoints: The checkpoints in it.
       config: The config of the run, from `config.to_dict`.
       display: Warns about damaged checkpoints.
 
     Raises:
-      ConfigError: There is none and `resume` is "must", or it belongs to another run.
+      ConfigError: There is none and `resume` is "must", or it belongs to another run. A new run
+        would overwrite files that no run has written, or move its own initial weights aside.
       CheckpointError: There are checkpoints, and all are damaged.
+      UserError: The run could not replace its earlier export.
     """
     steps = [] if config["resume"] == "never" else checkpoints.steps()
     if steps:
-        return _last_readable(steps, checkpoints, config, display)
+        metadata = _last_readable(steps, checkpoints, config, display)
+        with os_errors_are_the_users():  # now, and not only after the training
+            models.check_save_path(workdir / run_files.EXPORT)
+        return metadata
     if config["resume"] == "must":
         raise ConfigError(
             f"resume: 'must', but {config['workdir']!r} has no checkpoint; set "
             "--config.workdir to that of the run, or --config.resume=auto to start one"
         )
+    _check_new(workdir, config["model"]["path"])
     return None
 
 
@@ -188,6 +174,21 @@ def _last_readable(
         f"{', '.join(map(str, checkpoints.steps()))}; start anew with --config.resume=never, which "
         "moves them aside, or in another --config.workdir"
     )
+
+
+def _check_new(workdir: Path, model_path: str | None) -> None:
+    found = [name for name in run_files.ALL if not _is_empty(workdir / name)]
+    is_of_a_run = run_files.RUN in found or run_files.CHECKPOINTS in found
+    if not is_of_a_run and set(found) - {run_files.EXPORT}:
+        raise ConfigError(
+            f"workdir: {str(workdir)!r} is not that of a run, and a run would overwrite "
+            f"{', '.join(found)} there; set another --config.workdir"
+        )
+    if model_path is not None and run_files.contains(workdir, model_path):
+        raise ConfigError(
+            f"model.path: {model_path!r} is in the workdir of this run, which starts anew and "
+            "moves the earlier files aside; set another --config.workdir"
+        )
 
 
 def restore(

@@ -20,8 +20,7 @@ from lomo_jax.errors import NonFiniteError, UnexpectedError, UserError
 from lomo_jax.losses import Metrics
 from lomo_jax.training.checkpoint import Progress
 from lomo_jax.training.log import Display, Recorder, Stopwatch
-from lomo_jax.training.optimizer import make_schedule
-from lomo_jax.training.step import learning_rates
+from lomo_jax.training.step import learning_rates, make_schedule
 
 _PROGRAM = """
 from lomo_jax.training.log import Display

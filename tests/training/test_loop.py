@@ -25,7 +25,7 @@ from lomo_jax.training import (
     loop,
 )
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.optimizer import make_schedule
+from lomo_jax.training.step import make_schedule
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 

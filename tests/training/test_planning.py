@@ -188,8 +188,8 @@ def test_the_plan_of_a_run_is_per_device(offloaded, inputs):
     stats = {f"{prefix}{size}_size_in_bytes": 4096 for size in sizes for prefix in ("", "host_")}
     executable = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**stats))
     batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
-    state = StepState({}, None, None)
-    compiled = CompiledStep(make_step(config, model), batch, executable, None, state)
+    step = make_step(model.loss, config.make_optimizer(), **config.step_options())
+    compiled = CompiledStep(step, batch, executable, None, StepState({}, None, None))
     plan = plan_step(compiled, params, model)
     assert plan.devices == 8
     assert plan.layer_inputs_gib * 2**30 == inputs  # one sequence of 16 tokens, in three layers
