@@ -95,10 +95,8 @@ def _bare(config: Config) -> float:
     """Returns seconds per step of the same step in a bare loop."""
     mesh = devices.make_mesh(config.mesh, config.batch_size, config.microbatches)
     with jax.set_mesh(mesh):
-        found, params = model.abstract(
-            config.model, config.param_dtype, config.sequence_length, mesh=mesh
-        )
-        params = model.load_params(config.model, found, params, mesh=mesh)
+        found = model.abstract(config.model, config.param_dtype, config.sequence_length, mesh=mesh)
+        params = model.load_params(config.model, found, mesh=mesh)
         step = make_step(found.loss, config.make_optimizer(), **config.step_options())
         shapes = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
         batch = jax.tree.map(

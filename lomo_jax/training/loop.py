@@ -126,16 +126,16 @@ def _set_up(
     source = config.model
     if checkpoint is not None:  # the run has saved config and tokenizer: `model.path` may be gone
         source = ModelConfig(path=str(workdir / run_files.MODEL))
-    model, shapes, tokenizer = _load_model(config, source, mesh, display)
+    model, tokenizer = _load_model(config, source, mesh, display)
     params: Any = None
     if checkpoint is None:
-        params = _load_params(config, model, shapes, mesh)
+        params = _load_params(config, model, mesh)
     batch = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
     dataset, held_out = _load_dataset(config, tokenizer, devices.local_rows(batch), display)
     if checkpoint is not None:
         resume.check_same_dataset(checkpoint, settings, dataset.fingerprint)
-    compiled = _compile(config, model, shapes, batch, display)
-    memory.plan = plan_step(compiled, shapes, model)
+    compiled = _compile(config, model, batch, display)
+    memory.plan = plan_step(compiled, model)
     display.line("memory", describe(memory.plan))
 
     if checkpoint is None:
@@ -146,7 +146,7 @@ def _set_up(
     else:
         display.status("reading the checkpoint")
         progress, params, state = resume.restore(
-            checkpoints, checkpoint, settings, shapes, compiled, display
+            checkpoints, checkpoint, settings, model.shapes, compiled, display
         )
         dataset.train.set_state(progress.data)
     metadata = CheckpointMetadata(progress, settings, dataset.fingerprint, {})
@@ -162,10 +162,10 @@ def _set_up(
 @os_errors_are_the_users()
 def _load_model(
     config: Config, source: ModelConfig, mesh: Mesh, display: Display
-) -> tuple[Model, nnx.State, PreTrainedTokenizerBase]:
-    """Returns the model, the shapes of its weights, and its tokenizer."""
+) -> tuple[Model, PreTrainedTokenizerBase]:
+    """Returns the model without its weights, and the tokenizer."""
     display.status("reading the model")
-    model, shapes = model_lib.abstract(
+    model = model_lib.abstract(
         source,
         config.param_dtype,
         config.sequence_length,
@@ -173,20 +173,22 @@ def _load_model(
         capability=model_lib.compute_capability(),
         mesh=mesh,
     )
+    if config.offload.params:
+        model = model._replace(shapes=model_lib.on_host_like(model.shapes))
     tokenizer = model_lib.load_tokenizer(source.path, model.config.vocab_size)
     model_lib.check_prompt(config.prompt, config.prompt_tokens, tokenizer, model.config.max_length)
     name = _source_name(config.model.path, config.model.init)
-    display.line("model", f"{name}, {_size(shapes):,} parameters, {config.param_dtype}")
+    display.line("model", f"{name}, {_size(model.shapes):,} parameters, {config.param_dtype}")
     if mesh.size > 1:
         display.line("devices", devices.describe(mesh))
-    return model, model_lib.on_host_like(shapes) if config.offload.params else shapes, tokenizer
+    return model, tokenizer
 
 
 @os_errors_are_the_users()
-def _load_params(config: Config, model: Model, shapes: nnx.State, mesh: Mesh) -> nnx.State:
+def _load_params(config: Config, model: Model, mesh: Mesh) -> nnx.State:
     """Returns the initial weights."""
     return model_lib.load_params(
-        config.model, model, shapes, seed=config.seed, on_host=config.offload.params, mesh=mesh
+        config.model, model, seed=config.seed, on_host=config.offload.params, mesh=mesh
     )
 
 
@@ -212,13 +214,11 @@ def _load_dataset(
     return dataset, held_out
 
 
-def _compile(
-    config: Config, model: Model, shapes: nnx.State, batch: Any, display: Display
-) -> CompiledStep:
+def _compile(config: Config, model: Model, batch: Any, display: Display) -> CompiledStep:
     display.status("compiling the step")
     started = time.perf_counter()
     step = make_step(model.loss, config.make_optimizer(), **config.step_options())
-    compiled = compile_step(step, shapes, batch, config.optimizer)
+    compiled = compile_step(step, model.shapes, batch, config.optimizer)
     seconds = time.perf_counter() - started
     display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
     return compiled

@@ -29,6 +29,7 @@ class Model(NamedTuple):
 
     config: models.LlamaConfig
     graphdef: nnx.GraphDef[models.Llama]
+    shapes: nnx.State  # of its weights: jax.ShapeDtypeStruct, with shardings if there is a mesh
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
         """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight."""
@@ -45,7 +46,7 @@ def abstract(
     *,
     capability: tuple[int, int] | None = None,
     mesh: Mesh | AbstractMesh | None = None,
-) -> tuple[Model, nnx.State]:
+) -> Model:
     """Builds the model without reading or computing weights.
 
     Args:
@@ -55,9 +56,6 @@ def abstract(
       attention: "auto", "xla" or "cudnn".
       capability: The compute capability of the NVIDIA GPU to run on, None for another device.
       mesh: The devices to run on; None for the default device.
-
-    Returns:
-      The model, and its weights as `jax.ShapeDtypeStruct`, sharded over the devices.
 
     Raises:
       ConfigError: The model is too short for `sequence_length`, or the model or the GPU does not
@@ -79,19 +77,18 @@ def abstract(
             "param_dtype: 'bfloat16' needs an Ampere GPU or newer; set "
             "--config.param_dtype=float16 --config.dynamic_loss_scale=true"
         )
-    graphdef, params = models.abstract(shape, jnp.dtype(param_dtype), attention)
+    graphdef, shapes = models.abstract(shape, jnp.dtype(param_dtype), attention)
     if mesh is not None:
         try:
-            params = sharding.with_shardings(params, models.shardings(shape, params, mesh))
+            shapes = sharding.with_shardings(shapes, models.shardings(shape, shapes, mesh))
         except ValueError as error:
             raise ConfigError(f"mesh: {error}") from error
-    return Model(shape, graphdef), params
+    return Model(shape, graphdef, shapes)
 
 
 def load_params(
     source: ModelConfig,
     model: Model,
-    shapes: nnx.State,
     *,
     seed: int = 0,
     on_host: bool = False,
@@ -101,8 +98,7 @@ def load_params(
 
     Args:
       source: The source of the weights.
-      model: The model, from `abstract`.
-      shapes: Its weights as `jax.ShapeDtypeStruct`, from `abstract`; see `on_host_like`.
+      model: The model, from `abstract`; its shapes are those of the result.
       seed: The seed of random weights.
       on_host: Whether to put the weights in host memory; a device never holds all of them.
       mesh: The devices to shard the weights over; None for the default device.
@@ -110,7 +106,7 @@ def load_params(
     Raises:
       UserError: The checkpoint or one of its files does not exist, is damaged or is not supported.
     """
-    dtype = jax.tree.leaves(shapes)[0].dtype
+    dtype = jax.tree.leaves(model.shapes)[0].dtype
     if source.init == "random":
         return models.init_layer_by_layer(model.config, seed, dtype, on_host=on_host, mesh=mesh)
     assert source.path is not None, "validate() requires it"
@@ -119,7 +115,7 @@ def load_params(
         return models.load(resolve(source.path), dtype, on_host=on_host, mesh=mesh)[1]
     from lomo_jax.training import checkpoint  # slow to import, and not needed for a plan
 
-    return checkpoint.read_params(*run, shapes)[0]
+    return checkpoint.read_params(*run, model.shapes)[0]
 
 
 def load_tokenizer(path: str | None, vocab_size: int) -> PreTrainedTokenizerBase:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from lomo_jax import sharding
@@ -74,15 +73,15 @@ def compile_run(
     # Problems of the run are reported before a missing compiler.
     mesh = sharding.abstract_mesh(sizes)
     check_batch(mesh, config.batch_size, config.microbatches)
-    model, params = _abstract_model(config, gpu, mesh)
+    model = _abstract_model(config, gpu, mesh)
     step = make_step(model.loss, config.make_optimizer(), **config.step_options())
     batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
-    inputs = layer_inputs(batch, model, params)
+    inputs = layer_inputs(batch, model)
     plan_mesh = make_plan_mesh(gpu, *sizes)
-    executable, state = compile_step(step, params, batch, plan_mesh, compiler_options)
+    executable, state = compile_step(step, model.shapes, batch, plan_mesh, compiler_options)
     plan = read_memory(
         executable,
-        params,
+        model.shapes,
         state,
         gpu=gpu.device_kind,
         device_gib=gpu.memory_gib,
@@ -91,7 +90,7 @@ def compile_run(
         offload=step.offload,
         devices=plan_mesh.size,
     )
-    return CompiledRun(plan, executable, params, state, step.offload, inputs)
+    return CompiledRun(plan, executable, model.shapes, state, step.offload, inputs)
 
 
 def mesh_shape(mesh: MeshConfig, devices: int | None) -> tuple[int, int, int]:
@@ -122,36 +121,29 @@ def mesh_shape(mesh: MeshConfig, devices: int | None) -> tuple[int, int, int]:
         raise ConfigError(str(error)) from error
 
 
-def layer_inputs(batch: Mapping[str, jax.ShapeDtypeStruct], model: Model, params: nnx.State) -> int:
+def layer_inputs(batch: Mapping[str, jax.ShapeDtypeStruct], model: Model) -> int:
     """Returns the bytes of layer inputs that each device saves for the backward pass.
 
     Args:
       batch: The shapes from `devices.batch_shapes`.
-      model: The model.
-      params: Its weights as `jax.ShapeDtypeStruct`; activations have the same dtype.
+      model: The model; its activations have the dtype of its weights.
     """
-    tokens, dtype = batch["tokens"], jax.tree.leaves(params)[0].dtype
+    tokens, dtype = batch["tokens"], jax.tree.leaves(model.shapes)[0].dtype
     assert tokens.sharding is not None
     shape = tokens.sharding.shard_shape(tokens.shape)
     return math.prod(shape) * model.config.num_layers * model.config.width * dtype.itemsize
 
 
-def plan_step(compiled: CompiledStep, params: nnx.State, model: Model) -> MemoryPlan:
-    """Returns the plan of a step that is compiled for the devices of this process.
-
-    Args:
-      compiled: The step.
-      params: The weights as `jax.ShapeDtypeStruct`.
-      model: The model.
-    """
+def plan_step(compiled: CompiledStep, model: Model) -> MemoryPlan:
+    """Returns the plan of a step that is compiled for the devices of this process."""
     sharded: Any = compiled.batch["tokens"].sharding
     return read_memory(
         compiled.update,
-        params,
+        model.shapes,
         compiled.state,
         gpu=jax.local_devices()[0].device_kind,
         usable_gib=_usable_gib(),
-        layer_inputs=layer_inputs(compiled.batch, model, params),
+        layer_inputs=layer_inputs(compiled.batch, model),
         offload=compiled.step.offload,
         devices=sharded.mesh.size,
     )
@@ -256,11 +248,9 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
         )
     mesh = make_mesh(config.mesh, config.batch_size, config.microbatches)
     with jax.set_mesh(mesh):
-        model, params = _abstract_model(config, gpu, mesh)
+        model = _abstract_model(config, gpu, mesh)
         source = dataclasses.replace(config.model, init="random")
-        params = model_lib.load_params(
-            source, model, params, on_host=config.offload.params, mesh=mesh
-        )
+        params = model_lib.load_params(source, model, on_host=config.offload.params, mesh=mesh)
         step = make_step(model.loss, config.make_optimizer(), **config.step_options())
         shapes = batch_shapes(config.batch_size, config.sequence_length, mesh)
         tokens = np.random.default_rng(0).integers(
@@ -276,7 +266,7 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
     return (device.memory_stats() or {})["peak_bytes_in_use"] / 2**30
 
 
-def _abstract_model(config: Config, gpu: GPU, mesh: Mesh | AbstractMesh) -> tuple[Model, nnx.State]:
+def _abstract_model(config: Config, gpu: GPU, mesh: Mesh | AbstractMesh) -> Model:
     return model_lib.abstract(
         config.model,
         config.param_dtype,

@@ -35,8 +35,8 @@ def _config(text: str, folder: Path, **changes) -> Config:
 
 
 def _batches(config: Config):
-    model, shapes = model_lib.abstract(config.model, config.param_dtype, config.sequence_length)
-    params = model_lib.load_params(config.model, model, shapes, seed=config.seed)
+    model = model_lib.abstract(config.model, config.param_dtype, config.sequence_length)
+    params = model_lib.load_params(config.model, model, seed=config.seed)
     assert config.data.path is not None
     train, held_out, _ = data.text_dataset(
         config.data.path,

@@ -182,7 +182,7 @@ def test_the_plan_of_a_run_is_per_device(offloaded, inputs):
         offload=Offload(activations=offloaded),
     )
     mesh = make_mesh(config.mesh, config.batch_size, config.microbatches)
-    model, params = model_lib.abstract(config.model, "float32", 16, mesh=mesh)
+    model = model_lib.abstract(config.model, "float32", 16, mesh=mesh)
     # A CPU reports no host memory; a GPU with offloaded arrays does.
     sizes = ("argument", "output", "alias", "temp")
     stats = {f"{prefix}{size}_size_in_bytes": 4096 for size in sizes for prefix in ("", "host_")}
@@ -190,7 +190,7 @@ def test_the_plan_of_a_run_is_per_device(offloaded, inputs):
     batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
     step = make_step(model.loss, config.make_optimizer(), **config.step_options())
     compiled = CompiledStep(step, batch, executable, None, StepState({}, None, None))
-    plan = plan_step(compiled, params, model)
+    plan = plan_step(compiled, model)
     assert plan.devices == 8
     assert plan.layer_inputs_gib * 2**30 == inputs  # one sequence of 16 tokens, in three layers
     assert plan.total_gib * 2**30 == plan.host_gib * 2**30 == 2 * 4096

@@ -99,19 +99,19 @@ def _config(**changes) -> Config:
     return Config(**fields | changes)
 
 
-def _abstract(config: Config) -> tuple[model_lib.Model, nnx.State]:
+def _abstract(config: Config) -> model_lib.Model:
     return model_lib.abstract(config.model, config.param_dtype, config.sequence_length)
 
 
 def _load(config: Config) -> tuple[model_lib.Model, nnx.State]:
-    model, shapes = _abstract(config)
-    return model, model_lib.load_params(config.model, model, shapes)
+    model = _abstract(config)
+    return model, model_lib.load_params(config.model, model)
 
 
 def _make(**changes) -> lomo_jax.Step:
     config = _config(**changes)
     validate(config, for_plan=True)
-    return make_step(_abstract(config)[0].loss, config.make_optimizer(), **config.step_options())
+    return make_step(_abstract(config).loss, config.make_optimizer(), **config.step_options())
 
 
 @pytest.mark.parametrize("option", _OPTIONS)
