@@ -131,7 +131,8 @@ def _set_up(
     if checkpoint is None:
         params = _load_params(config, model, mesh)
     batch = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
-    dataset, held_out = _load_dataset(config, tokenizer, devices.local_rows(batch), display)
+    rows, send = devices.local_rows(batch), devices.batch_sender(batch)
+    dataset, held_out = _load_dataset(config, tokenizer, rows, display)
     if checkpoint is not None:
         resume.check_same_dataset(checkpoint, settings, dataset.fingerprint)
     compiled = _compile(config, model, batch, display)
@@ -150,7 +151,6 @@ def _set_up(
         )
         dataset.train.set_state(progress.data)
     metadata = CheckpointMetadata(progress, settings, dataset.fingerprint, {})
-    send = devices.batch_sender(batch)
     run = Run(model, tokenizer, dataset, held_out, send, compiled.update, params, state, metadata)
     if jax.process_index() == 0:
         _write_run_files(workdir, run, mesh, memory.plan, is_new=checkpoint is None)
@@ -172,9 +172,8 @@ def _load_model(
         config.attention,
         capability=model_lib.compute_capability(),
         mesh=mesh,
+        on_host=config.offload.params,
     )
-    if config.offload.params:
-        model = model._replace(shapes=model_lib.on_host_like(model.shapes))
     tokenizer = model_lib.load_tokenizer(source.path, model.config.vocab_size)
     model_lib.check_prompt(config.prompt, config.prompt_tokens, tokenizer, model.config.max_length)
     name = _source_name(config.model.path, config.model.init)
@@ -261,6 +260,7 @@ def _size(params: nnx.State) -> int:
 def _open_recorder(
     config: Config, run: Run, num_devices: int, workdir: Path, display: Display
 ) -> Recorder:
+    rates = learning_rates(config.make_schedule(), config.steps)
     # A run that was killed before its first checkpoint may have written metrics.
     is_resumed = run.progress.step > 0 or (workdir / run_files.METRICS).exists()
     with os_errors_are_the_users():
@@ -271,7 +271,7 @@ def _open_recorder(
         display,
         sinks,
         Stopwatch(run.model.config, config.batch_size, config.sequence_length, num_devices),
-        learning_rates(config.make_schedule(), config.steps),
+        rates,
         log_every=config.log_every,
         skip_nonfinite=config.skip_nonfinite,
         dynamic_loss_scale=config.dynamic_loss_scale,

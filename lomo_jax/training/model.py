@@ -46,6 +46,7 @@ def abstract(
     *,
     capability: tuple[int, int] | None = None,
     mesh: Mesh | AbstractMesh | None = None,
+    on_host: bool = False,
 ) -> Model:
     """Builds the model without reading or computing weights.
 
@@ -56,6 +57,7 @@ def abstract(
       attention: "auto", "xla" or "cudnn".
       capability: The compute capability of the NVIDIA GPU to run on, None for another device.
       mesh: The devices to run on; None for the default device.
+      on_host: Whether the weights are in host memory; ignored without a mesh.
 
     Raises:
       ConfigError: The model is too short for `sequence_length`, or the model or the GPU does not
@@ -80,9 +82,12 @@ def abstract(
     graphdef, shapes = models.abstract(shape, jnp.dtype(param_dtype), attention)
     if mesh is not None:
         try:
-            shapes = sharding.with_shardings(shapes, models.shardings(shape, shapes, mesh))
+            shardings = models.shardings(shape, shapes, mesh)
         except ValueError as error:
             raise ConfigError(f"mesh: {error}") from error
+        if on_host:
+            shardings = jax.tree.map(lambda x: x.with_memory_kind("pinned_host"), shardings)
+        shapes = sharding.with_shardings(shapes, shardings)
     return Model(shape, graphdef, shapes)
 
 
@@ -163,12 +168,6 @@ def resolve(path: str) -> str:
     if not path.startswith(_PACKAGE):
         return os.path.expanduser(path)
     return package_path(*path.removeprefix(_PACKAGE).split("/"))
-
-
-def on_host_like(shapes: Any) -> Any:
-    """Returns the same shapes with shardings in host memory."""
-    kinds = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), shapes)
-    return sharding.with_shardings(shapes, kinds)
 
 
 def _hf_path(path: str) -> str:

@@ -93,33 +93,6 @@ def _lock(file: TextIO, workdir: Path) -> None:
     file.flush()
 
 
-def set_aside(workdir: Path) -> Path | None:
-    """Moves the files of an earlier run to a new folder, `earlier-1` and so on.
-
-    A run with neither a checkpoint nor an export stays; the new run starts over in its place.
-
-    Returns:
-      The new folder; None if nothing was moved.
-    """
-    moving = workdir / _MOVING
-    is_new = all(_is_empty(workdir / name) for name in (run_files.CHECKPOINTS, run_files.EXPORT))
-    if is_new and not moving.exists():
-        return None
-    # Renamed to `earlier-1` last, so that `earlier-1` is always complete.
-    moving.mkdir(exist_ok=True)
-    for name in run_files.ALL:
-        if not _is_empty(workdir / name):
-            (workdir / name).rename(moving / name)
-    numbered = (workdir / f"earlier-{number}" for number in itertools.count(1))
-    aside = next(folder for folder in numbered if not folder.exists())
-    moving.rename(aside)
-    return aside
-
-
-def _is_empty(path: Path) -> bool:
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
-
-
 def find_checkpoint(
     workdir: Path, checkpoints: Checkpoints, config: dict[str, Any], display: Display
 ) -> CheckpointMetadata | None:
@@ -176,19 +149,41 @@ def _last_readable(
     )
 
 
-def _check_new(workdir: Path, model_path: str | None) -> None:
-    found = [name for name in run_files.ALL if not _is_empty(workdir / name)]
-    is_of_a_run = run_files.RUN in found or run_files.CHECKPOINTS in found
-    if not is_of_a_run and set(found) - {run_files.EXPORT}:
-        raise ConfigError(
-            f"workdir: {str(workdir)!r} is not that of a run, and a run would overwrite "
-            f"{', '.join(found)} there; set another --config.workdir"
+def check_same_run(saved: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises ConfigError, with both values, if one of `IDENTITY_FIELDS` differs.
+
+    Args:
+      saved: The config in the checkpoint.
+      config: The config of the run.
+    """
+    for name, (before, now) in _differences(saved, config).items():
+        if any(name == own or name.startswith(f"{own}.") for own in IDENTITY_FIELDS):
+            raise ConfigError(
+                f"{name}: {now!r}, but the checkpoint in {config['workdir']!r} is of a run with "
+                f"{before!r}; set it back, or use another --config.workdir"
+            )
+
+
+def check_same_dataset(
+    metadata: CheckpointMetadata, config: dict[str, Any], fingerprint: str
+) -> None:
+    """Raises ConfigError if the dataset is not the one of the checkpoint."""
+    if fingerprint == metadata.dataset:
+        return
+    before, now = metadata.config["data"], config["data"]
+    name = next((key for key in before if before[key] != now.get(key)), None)
+    if name is None:
+        what = f"data.path: the dataset at {now['path']!r} has changed since the checkpoint"
+    else:
+        what = (
+            f"data.{name}: {now[name]!r} is another dataset than {before[name]!r} of the checkpoint"
         )
-    if model_path is not None and run_files.contains(workdir, model_path):
-        raise ConfigError(
-            f"model.path: {model_path!r} is in the workdir of this run, which starts anew and "
-            "moves the earlier files aside; set another --config.workdir"
-        )
+    workdir = config["workdir"]
+    raise ConfigError(
+        f"{what} in {workdir!r}, and the position of the run in it is lost; restore the dataset, "
+        f"or start another run in another --config.workdir with --config.model.path={workdir} "
+        "--config.model.init=checkpoint"
+    )
 
 
 def restore(
@@ -237,43 +232,6 @@ def restore(
     return progress, restored, step.init_missing(state, restored)
 
 
-def check_same_run(saved: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raises ConfigError, with both values, if one of `IDENTITY_FIELDS` differs.
-
-    Args:
-      saved: The config in the checkpoint.
-      config: The config of the run.
-    """
-    for name, (before, now) in _differences(saved, config).items():
-        if any(name == own or name.startswith(f"{own}.") for own in IDENTITY_FIELDS):
-            raise ConfigError(
-                f"{name}: {now!r}, but the checkpoint in {config['workdir']!r} is of a run with "
-                f"{before!r}; set it back, or use another --config.workdir"
-            )
-
-
-def check_same_dataset(
-    metadata: CheckpointMetadata, config: dict[str, Any], fingerprint: str
-) -> None:
-    """Raises ConfigError if the dataset is not the one of the checkpoint."""
-    if fingerprint == metadata.dataset:
-        return
-    before, now = metadata.config["data"], config["data"]
-    name = next((key for key in before if before[key] != now.get(key)), None)
-    if name is None:
-        what = f"data.path: the dataset at {now['path']!r} has changed since the checkpoint"
-    else:
-        what = (
-            f"data.{name}: {now[name]!r} is another dataset than {before[name]!r} of the checkpoint"
-        )
-    workdir = config["workdir"]
-    raise ConfigError(
-        f"{what} in {workdir!r}, and the position of the run in it is lost; restore the dataset, "
-        f"or start another run in another --config.workdir with --config.model.path={workdir} "
-        "--config.model.init=checkpoint"
-    )
-
-
 def changes(metadata: CheckpointMetadata, config: dict[str, Any]) -> list[str]:
     """Returns a line for each field that has changed since the checkpoint."""
     return [
@@ -301,3 +259,45 @@ def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
 def _absolute(name: str, value: Any) -> Any:
     """Returns a path as an absolute one, and any other value as it is."""
     return os.path.abspath(os.path.expanduser(value)) if name.endswith("path") and value else value
+
+
+def _check_new(workdir: Path, model_path: str | None) -> None:
+    found = [name for name in run_files.ALL if not _is_empty(workdir / name)]
+    is_of_a_run = run_files.RUN in found or run_files.CHECKPOINTS in found
+    if not is_of_a_run and set(found) - {run_files.EXPORT}:
+        raise ConfigError(
+            f"workdir: {str(workdir)!r} is not that of a run, and a run would overwrite "
+            f"{', '.join(found)} there; set another --config.workdir"
+        )
+    if model_path is not None and run_files.contains(workdir, model_path):
+        raise ConfigError(
+            f"model.path: {model_path!r} is in the workdir of this run, which starts anew and "
+            "moves the earlier files aside; set another --config.workdir"
+        )
+
+
+def set_aside(workdir: Path) -> Path | None:
+    """Moves the files of an earlier run to a new folder, `earlier-1` and so on.
+
+    A run with neither a checkpoint nor an export stays; the new run starts over in its place.
+
+    Returns:
+      The new folder; None if nothing was moved.
+    """
+    moving = workdir / _MOVING
+    is_new = all(_is_empty(workdir / name) for name in (run_files.CHECKPOINTS, run_files.EXPORT))
+    if is_new and not moving.exists():
+        return None
+    # Renamed to `earlier-1` last, so that `earlier-1` is always complete.
+    moving.mkdir(exist_ok=True)
+    for name in run_files.ALL:
+        if not _is_empty(workdir / name):
+            (workdir / name).rename(moving / name)
+    numbered = (workdir / f"earlier-{number}" for number in itertools.count(1))
+    aside = next(folder for folder in numbered if not folder.exists())
+    moving.rename(aside)
+    return aside
+
+
+def _is_empty(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
