@@ -30,7 +30,7 @@ from lomo_jax.training import (
     loop,
     model,
 )
-from lomo_jax.training.step import batch_shapes, make_step
+from lomo_jax.training.step import make_step
 
 _STEPS = 40
 
@@ -95,12 +95,10 @@ def _bare(config: Config) -> float:
     """Returns seconds per step of the same step in a bare loop."""
     mesh = devices.make_mesh(config.mesh, config.batch_size, config.microbatches)
     with jax.set_mesh(mesh):
-        found, _ = model.abstract(
-            config.model, config.param_dtype, config.sequence_length, mesh=mesh
-        )
-        params = model.load_params(config.model, found, config.param_dtype, mesh=mesh)
-        step = make_step(config, found)
-        shapes = batch_shapes(config.batch_size, config.sequence_length, mesh)
+        found = model.abstract(config.model, config.param_dtype, config.sequence_length, mesh=mesh)
+        params = model.load_params(config.model, found, mesh=mesh)
+        step = make_step(found.loss, config.make_optimizer(), **config.step_options())
+        shapes = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
         batch = jax.tree.map(
             lambda x: jax.device_put(jax.numpy.ones(x.shape, x.dtype), x.sharding), shapes
         )

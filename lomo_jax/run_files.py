@@ -23,6 +23,7 @@ LOG = "log.txt"  # the lines of the terminal, and the traceback of an error
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 REPORT = "report.html"
+ALL = (CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REPORT, RUN)
 
 # A line of metrics.jsonl: "step" (steps made), "time" (Unix seconds), and one of
 # * a logged step: "loss", "learning_rate", "accuracy", "tokens_per_second", and where there is one
@@ -64,6 +65,12 @@ class RunInfo:
             return cls(**found)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / RUN} is damaged: {error}") from None
+
+
+def contains(workdir: Path, path: str) -> bool:
+    """Whether a path is the folder of a run or among its files."""
+    workdir, place = workdir.resolve(), Path(path).expanduser().resolve()
+    return place == workdir or any(place.is_relative_to(workdir / name) for name in ALL)
 
 
 class MetricsWriter:

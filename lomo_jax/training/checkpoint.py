@@ -145,12 +145,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(
-        self,
-        params: nnx.State,
-        state: lomo_jax.StepState,
-        metadata: CheckpointMetadata,
-        *,
-        block: bool = False,
+        self, params: nnx.State, state: lomo_jax.StepState, metadata: CheckpointMetadata
     ) -> bool:
         """Starts to write a checkpoint in the background; the caller may then donate the arrays.
 
@@ -160,8 +155,6 @@ class Checkpoints:
           params: The parameters after `metadata.progress.step` steps.
           state: The state of the step.
           metadata: The metadata; `save` sets its checksums.
-          block: Whether to wait until the checkpoint is on disk. Set it for arrays in host memory:
-            orbax does not copy them before it writes in the background.
 
         Returns:
           Whether all numbers are finite; if not, nothing is written.
@@ -185,7 +178,8 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
         except Exception as error:  # the disk, orbax or TensorStore may raise anything
             self._failure = reason(error)
-        if block:
+        # Orbax does not copy arrays in host memory before it writes in the background.
+        if any(map(is_on_host, jax.tree.leaves(items))):
             self.wait()
         return True
 

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import optax
 from absl import flags
 
 from lomo_jax._json import read_json
 from lomo_jax.errors import ConfigError, did_you_mean
 from lomo_jax.fused import REMAT_POLICIES, ROUNDINGS, Offload
 from lomo_jax.models.config import LlamaConfig
-from lomo_jax.training.optimizer import make_optimizer, make_schedule
+from lomo_jax.training.step import make_optimizer, make_schedule
 
 INITS = ("checkpoint", "random")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -107,6 +108,19 @@ class Config:
     checkpoint_minutes: float = 30.0  # longest time between checkpoints; 0: no limit
     keep_best: bool = True  # keep the checkpoint with the lowest held-out loss as well
     keep_checkpoints: int = 1  # number of last checkpoints; each is as large as weights and state
+
+    def make_schedule(self) -> optax.Schedule:
+        """Returns the learning rate as a function of the number of finished steps."""
+        return make_schedule(self.schedule, self.learning_rate, self.steps, self.warmup)
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """Returns the optimizer, with the schedule."""
+        return make_optimizer(self.optimizer, self.make_schedule(), self.optimizer_kwargs)
+
+    def step_options(self) -> dict[str, Any]:
+        """Returns the fields that are options of `step.make_step`, by name."""
+        names = ("fused", "microbatches", "clip_norm", "dynamic_loss_scale", "skip_nonfinite")
+        return {name: getattr(self, name) for name in (*names, "rounding", "remat", "offload")}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -366,8 +380,7 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
         )
     if not config.fused:
         _refuse_memory_options(config)
-    schedule = make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
-    make_optimizer(config.optimizer, schedule, config.optimizer_kwargs)
+    config.make_optimizer()
     for name, value in config.optimizer_kwargs.items():
         try:
             json.dumps(value)

@@ -1,13 +1,16 @@
-"""The devices of a run: its processes, their mesh, and the batch rows that each process reads."""
+"""The processes of a run, how they stop together, their mesh, and the batch rows of each."""
 
 import contextlib
 import importlib.util
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -107,6 +110,55 @@ def first_says(condition: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(condition)))
 
 
+class Stop:
+    """Turns signals into a request to stop after the current step; use as a context.
+
+    SIGTERM, SIGINT and SIGUSR1 request a stop; SLURM sends SIGUSR1 before a time limit. A second
+    SIGINT raises KeyboardInterrupt: the user does not want to wait for the step. SIGHUP is ignored:
+    the run continues when its terminal is lost.
+
+    With several processes any of them may get the signal. All must stop after the same step, which
+    JAX's coordination service chooses; it also handles SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self._is_requested = False  # by a signal that this process received
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        # Python allows signal handlers only in the main thread.
+        if threading.current_thread() is threading.main_thread():
+            numbers = [signal.SIGINT, signal.SIGUSR1]
+            if jax.process_count() == 1:
+                numbers.append(signal.SIGTERM)
+            for number in numbers:
+                self._previous[number] = signal.signal(number, self._handle)
+            self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop is requested. Always False with several processes: only a step decides."""
+        return self._is_requested and jax.process_count() == 1
+
+    def should_stop(self, step: int) -> bool:
+        """Whether to stop after `step`; all processes must call this after every step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self._is_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._is_requested = True
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def make_mesh(sizes: MeshConfig, batch_size: int, microbatches: int) -> Mesh:
     """Returns the mesh of all devices of all processes.
 
@@ -150,42 +202,62 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} x {kind}{of}: {axes}"
 
 
-def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Returns the sharding of a batch [B, T]: over its rows."""
-    return NamedSharding(mesh, PartitionSpec(sharding.BATCH, None))
+def batch_shapes(
+    batch_size: int, sequence_length: int, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes [B, T] of a `data.Batch`, its rows sharded over the devices."""
+    shape = (batch_size, sequence_length)
+    sharded = NamedSharding(mesh, PartitionSpec(sharding.BATCH, None))
+    int32, float32 = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharded) for dtype in (jnp.int32, jnp.float32)
+    )
+    names = ("tokens", "positions", "segments", "targets")
+    return dict.fromkeys(names, int32) | {"weights": float32}
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """Returns the rows of a batch that the devices of this process hold."""
-    indices: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1)).values()
-    every = range(batch_size)
-    return sorted({row for rows, _ in indices for row in every[rows]})
+def local_rows(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
+    """Returns the rows of a batch that the devices of this process hold.
+
+    Args:
+      shapes: The shapes from `batch_shapes`.
+    """
+    return sorted({row for rows in _rows_by_device(shapes["tokens"]).values() for row in rows})
 
 
 def batch_sender(
-    mesh: Mesh, batch_size: int, sequence_length: int
-) -> Callable[[Mapping[str, Any]], Any]:
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
     """Returns a function that sends the rows of a batch to the devices.
 
     It maps arrays [local rows, T], by name, to global arrays [B, T]. The local rows are those of
     `local_rows`.
+
+    Args:
+      shapes: The shapes from `batch_shapes`.
     """
-    shape, sharded = (batch_size, sequence_length), batch_sharding(mesh)
-    local = {row: index for index, row in enumerate(local_rows(mesh, batch_size))}
-    indices: Any = sharded.addressable_devices_indices_map(shape)
+    tokens = shapes["tokens"]
+    local = {row: index for index, row in enumerate(local_rows(shapes))}
     places = {
-        device: [local[row] for row in range(batch_size)[index[0]]]
-        for device, index in indices.items()
+        device: [local[row] for row in rows] for device, rows in _rows_by_device(tokens).items()
     }
 
-    def send(batch: Mapping[str, Any]) -> Any:
+    def send(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         # One call for all arrays: each transfer costs host time. Not
         # make_array_from_callback: a transfer guard refuses its implicit transfers.
         parts = {name: [x[part] for part in places.values()] for name, x in batch.items()}
         sent: Any = jax.device_put(parts, {name: list(places) for name in batch})
         return {
-            name: jax.make_array_from_single_device_arrays(shape, sharded, sent[name])
+            name: jax.make_array_from_single_device_arrays(
+                tokens.shape, tokens.sharding, sent[name]
+            )
             for name in batch
         }
 
     return send
+
+
+def _rows_by_device(tokens: jax.ShapeDtypeStruct) -> dict[Any, range]:
+    """Returns the rows that each device of this process holds."""
+    assert tokens.sharding is not None
+    indices: Any = tokens.sharding.addressable_devices_indices_map(tokens.shape)
+    return {device: range(len(tokens))[rows] for device, (rows, _) in indices.items()}

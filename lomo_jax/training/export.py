@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,9 @@ import lomo_jax
 from lomo_jax import models, run_files, sharding
 from lomo_jax._json import read_json
 from lomo_jax.errors import ArgumentParser, CheckpointError, UserError
-from lomo_jax.training import workdir as workdir_lib
 
 if TYPE_CHECKING:
-    from lomo_jax.training.checkpoint import Progress
+    from lomo_jax.training.checkpoint import CheckpointMetadata
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,20 +85,20 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
     shapes = models.abstract(config, dtype)[1]
     shapes = sharding.with_shardings(shapes, models.shardings(config, shapes, mesh))
     params, metadata = read_params(workdir, step, shapes)
-    card = model_card(metadata.config, metadata.progress)
+    card = model_card(metadata)
     models.save(out, config, params, tokenizer=models.tokenizer(model), card=card)
     return metadata.progress.step
 
 
-def model_card(config: dict[str, Any], progress: Progress) -> str:
+def model_card(checkpoint: CheckpointMetadata) -> str:
     """Returns the text of an export's README.md, with the metadata of the Hugging Face hub.
 
     Args:
-      config: The config of the run as nested dictionaries; see `config.to_dict`.
-      progress: The progress of the run when the weights were saved.
+      checkpoint: The metadata of the run when the weights were saved.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    config, progress = checkpoint.config, checkpoint.progress
     model, data, optimizer = config["model"], config["data"], config["optimizer"]
     metadata = ModelCardData(
         library_name="transformers",
@@ -144,7 +143,7 @@ def _check_outside_of_runs(out: Path) -> None:
     """Raises UserError if writing `out` would replace files of a run, except its export."""
     place = out.expanduser().absolute()
     for folder in (place, *place.parents):
-        is_run = (folder / run_files.RUN).exists() and workdir_lib.is_inside(str(out), folder)
+        is_run = (folder / run_files.RUN).exists() and run_files.contains(folder, str(out))
         if is_run and place != folder / run_files.EXPORT:
             raise UserError(
                 f"{out} would replace files of the run in {folder}; choose another path"

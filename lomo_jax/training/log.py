@@ -8,9 +8,9 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TextIO
+from typing import Any, NamedTuple, Protocol, Self, TextIO
 
 import jax
 import numpy as np
@@ -28,7 +28,6 @@ from lomo_jax.models import LlamaConfig
 from lomo_jax.plan import peak_flops
 from lomo_jax.run_files import MetricsWriter, Record
 from lomo_jax.training.checkpoint import Progress
-from lomo_jax.training.evaluate import Evaluation
 
 # A model may write characters that move a terminal's cursor.
 _CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACTER}")
@@ -224,6 +223,13 @@ class Sink(Protocol):
         ...
 
 
+class Evaluation(NamedTuple):
+    """Means over the held-out tokens."""
+
+    loss: float  # nats per token
+    accuracy: float  # fraction of the targets that have the largest logit
+
+
 class Recorder:
     """Records the metrics of steps and evaluations, and stops a run that diverges; a context."""
 
@@ -266,6 +272,7 @@ class Recorder:
             self._write({"step": progress.step, "resumed": True})
 
     def __enter__(self) -> Self:
+        self._stopwatch.restart()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
@@ -274,10 +281,6 @@ class Recorder:
         for sink in self._sinks:
             with contextlib.suppress(OSError):  # a full disk
                 sink.close()
-
-    def restart_clock(self) -> None:
-        """Excludes the time since the last step from the throughput."""
-        self._stopwatch.restart()
 
     def step(self, step: int, out: lomo_jax.StepOutput, scale: jax.Array | None) -> None:
         """Accepts the output of a step that may still be running, and records the step before.
@@ -299,6 +302,13 @@ class Recorder:
         """Waits for the last step and records it; raises the same errors as `step`."""
         before, self._pending = self._pending, None
         self._record(before)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Flushes, and excludes the time in the block from the throughput."""
+        self.flush()
+        yield
+        self._stopwatch.restart()
 
     def _record(self, pending: tuple[int, Any] | None) -> None:
         if pending is None:

@@ -1,13 +1,17 @@
 """The training loop: sets up the run, makes the steps, evaluates, saves and exports."""
 
+from __future__ import annotations
+
 import itertools
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -15,41 +19,45 @@ import lomo_jax
 from lomo_jax import data, models, run_files
 from lomo_jax._json import write_json
 from lomo_jax.errors import CheckpointError, NonFiniteError, os_errors_are_the_users
+from lomo_jax.fused.microbatches import split
 from lomo_jax.plan import MemoryPlan
 from lomo_jax.run_files import RunInfo
 from lomo_jax.training import devices, resume
 from lomo_jax.training import model as model_lib
-from lomo_jax.training import workdir as workdir_lib
 from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
 from lomo_jax.training.config import Config, ModelConfig, to_dict
-from lomo_jax.training.evaluate import continue_prompt, make_evaluate
 from lomo_jax.training.export import model_card
-from lomo_jax.training.log import Display, Recorder, Stopwatch, open_sinks
+from lomo_jax.training.log import Display, Evaluation, Recorder, Stopwatch, open_sinks
 from lomo_jax.training.model import Model
 from lomo_jax.training.planning import MemoryGuard, describe, plan_step
 from lomo_jax.training.step import (
-    batch_shapes,
+    CompiledStep,
     compile_step,
-    init_missing,
     learning_rates,
     make_step,
-    schedule_of,
 )
-from lomo_jax.training.stop import Stop
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
 
 
 class Run(NamedTuple):
-    """The state of a run between two steps."""
+    """A run between two steps."""
 
     model: Model
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     dataset: data.TextSplits
-    held_out: list[Any]  # batches, in host memory
+    held_out: list[data.Batch]  # in host memory
     send: Callable[[Any], Any]  # sends a batch to the devices
     update: jax.stages.Compiled  # the compiled step
     params: nnx.State
     state: lomo_jax.StepState
-    progress: Progress
+    metadata: CheckpointMetadata  # of the next checkpoint
+
+    @property
+    def progress(self) -> Progress:
+        """The progress, which the loop and the recorder update in place."""
+        return self.metadata.progress
 
 
 def train(config: Config) -> None:
@@ -58,7 +66,7 @@ def train(config: Config) -> None:
     `config.workdir` gets the files named in `lomo_jax.run_files`: config, metrics, log, checkpoints
     and at the end the model in Hugging Face form. A new run moves the files of an earlier one
     aside. SIGTERM, SIGINT and SIGUSR1 stop the run after the current step, with a checkpoint and
-    without an export; see `Stop`.
+    without an export; see `devices.Stop`.
 
     Args:
       config: A validated config.
@@ -76,12 +84,11 @@ def train(config: Config) -> None:
       KeyboardInterrupt: A second SIGINT.
     """
     quiet = jax.process_index() > 0
-    with Stop() as stop, Display(config.steps, quiet=quiet) as display:
+    with devices.Stop() as stop, Display(config.steps, quiet=quiet) as display:
         started = time.perf_counter()
         mesh = devices.make_mesh(config.mesh, config.batch_size, config.microbatches)
-        workdir = workdir_lib.make(config.workdir)
         with (
-            workdir_lib.lock(workdir),
+            resume.open_workdir(config.workdir) as workdir,
             devices.lost_process_errors(),
             jax.set_mesh(mesh),
             MemoryGuard(config) as memory,
@@ -96,12 +103,11 @@ def train(config: Config) -> None:
             with _open_recorder(config, run, mesh.size, workdir, display) as recorder:
                 run, is_stopped = _make_steps(config, run, checkpoints, recorder, display, stop)
             checkpoints.wait()
-            step = run.progress.step
             if is_stopped:
-                _report_stop(display, step, checkpoints.last, config.workdir)
+                _report_stop(display, run.progress.step, checkpoints.last, config.workdir)
                 return
             display.status("exporting")
-            _export(workdir / run_files.EXPORT, run, to_dict(config))
+            _export(run, workdir / run_files.EXPORT)
             minutes = (time.perf_counter() - started) / 60
             display.line("exported", f"{workdir / run_files.EXPORT}, {minutes:.1f} minutes in all")
 
@@ -116,134 +122,115 @@ def _set_up(
 ) -> Run:
     """Loads model and dataset, compiles the step, and starts or resumes the run."""
     settings = to_dict(config)
-    checkpoint = resume.find_checkpoint(checkpoints, settings, display)
-    display.status("reading the model")
+    checkpoint = resume.find_checkpoint(workdir, checkpoints, settings, display)
     source = config.model
-    if checkpoint is None:
-        workdir_lib.check_is_of_a_run(workdir)
-        resume.check_start(source.path, workdir)
-    else:  # the config and tokenizer saved by the run: `model.path` may be gone
+    if checkpoint is not None:  # the run has saved config and tokenizer: `model.path` may be gone
         source = ModelConfig(path=str(workdir / run_files.MODEL))
-        with os_errors_are_the_users():  # now, and not only after the training
-            models.check_save_path(workdir / run_files.EXPORT)
-    model, shapes, tokenizer = _load_model(config, source, mesh, display)
+    model, tokenizer = _load_model(config, source, mesh, display)
     params: Any = None
     if checkpoint is None:
-        with os_errors_are_the_users():
-            params = model_lib.load_params(
-                source,
-                model,
-                config.param_dtype,
-                seed=config.seed,
-                on_host=config.offload.params,
-                mesh=mesh,
-            )
-
-    display.status("reading the dataset")
-    dataset, held_out = _load_dataset(
-        config, tokenizer, devices.local_rows(mesh, config.batch_size)
-    )
-    display.line("dataset", f"{config.data.path}, {len(held_out)} held-out batches")
+        params = _load_params(config, model, mesh)
+    batch = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
+    rows, send = devices.local_rows(batch), devices.batch_sender(batch)
+    dataset, held_out = _load_dataset(config, tokenizer, rows, display)
     if checkpoint is not None:
         resume.check_same_dataset(checkpoint, settings, dataset.fingerprint)
-
-    display.status("compiling the step")
-    shapes = model_lib.on_host_like(shapes) if config.offload.params else shapes
-    batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
-    started = time.perf_counter()
-    step = make_step(config, model)
-    compiled = compile_step(step, shapes, batch, config.optimizer)
-    seconds = time.perf_counter() - started
-    display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
-    plan = plan_step(config, model, mesh, compiled.update, shapes, compiled.state)
-    memory.planned(plan)
-    display.line("memory", describe(plan))
+    compiled = _compile(config, model, batch, display)
+    memory.plan = plan_step(compiled, model)
+    display.line("memory", describe(memory.plan))
 
     if checkpoint is None:
         state, progress = compiled.init(params), Progress()
-        _move_aside(workdir, display)
+        if aside := resume.set_aside(workdir):
+            display.line("moved", f"the files of an earlier run in {workdir} to {aside.name}")
         checkpoints.start_anew()
     else:
         display.status("reading the checkpoint")
-        checkpoint, params, state = resume.restore(
-            checkpoints, checkpoint, settings, shapes, compiled.state, display
+        progress, params, state = resume.restore(
+            checkpoints, checkpoint, settings, model.shapes, compiled, display
         )
-        state = init_missing(state, step, compiled, params, batch)
-        progress = checkpoint.progress
         dataset.train.set_state(progress.data)
-    send = devices.batch_sender(mesh, config.batch_size, config.sequence_length)
-    run = Run(model, tokenizer, dataset, held_out, send, compiled.update, params, state, progress)
+    metadata = CheckpointMetadata(progress, settings, dataset.fingerprint, {})
+    run = Run(model, tokenizer, dataset, held_out, send, compiled.update, params, state, metadata)
     if jax.process_index() == 0:
-        _write_run_files(workdir, settings, run, plan, mesh, is_new=checkpoint is None)
-        with os_errors_are_the_users():
-            display.log_to(workdir / run_files.LOG)
+        _write_run_files(workdir, run, mesh, memory.plan, is_new=checkpoint is None)
+    with os_errors_are_the_users():
+        display.log_to(workdir / run_files.LOG)
     return run
 
 
+@os_errors_are_the_users()
 def _load_model(
     config: Config, source: ModelConfig, mesh: Mesh, display: Display
-) -> tuple[Model, nnx.State, Any]:
-    """Returns the model, the shapes of its weights, and its tokenizer."""
-    with os_errors_are_the_users():
-        model, shapes = model_lib.abstract(
-            source,
-            config.param_dtype,
-            config.sequence_length,
-            config.attention,
-            capability=model_lib.compute_capability(),
-            mesh=mesh,
-        )
-        tokenizer = model_lib.load_tokenizer(source.path, model.config.vocab_size)
+) -> tuple[Model, PreTrainedTokenizerBase]:
+    """Returns the model without its weights, and the tokenizer."""
+    display.status("reading the model")
+    model = model_lib.abstract(
+        source,
+        config.param_dtype,
+        config.sequence_length,
+        config.attention,
+        capability=model_lib.compute_capability(),
+        mesh=mesh,
+        on_host=config.offload.params,
+    )
+    tokenizer = model_lib.load_tokenizer(source.path, model.config.vocab_size)
     model_lib.check_prompt(config.prompt, config.prompt_tokens, tokenizer, model.config.max_length)
-    size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    display.line("model", f"{_source(config.model)}, {size:,} parameters, {config.param_dtype}")
+    name = _source_name(config.model.path, config.model.init)
+    display.line("model", f"{name}, {_size(model.shapes):,} parameters, {config.param_dtype}")
     if mesh.size > 1:
         display.line("devices", devices.describe(mesh))
-    return model, shapes, tokenizer
+    return model, tokenizer
 
 
-def _source(model: ModelConfig) -> str:
-    return "random weights" if model.init == "random" else str(model.path)
+@os_errors_are_the_users()
+def _load_params(config: Config, model: Model, mesh: Mesh) -> nnx.State:
+    """Returns the initial weights."""
+    return model_lib.load_params(
+        config.model, model, seed=config.seed, on_host=config.offload.params, mesh=mesh
+    )
 
 
+@os_errors_are_the_users()
 def _load_dataset(
-    config: Config, tokenizer: Any, rows: list[int]
-) -> tuple[data.TextSplits, list[Any]]:
+    config: Config, tokenizer: PreTrainedTokenizerBase, rows: list[int], display: Display
+) -> tuple[data.TextSplits, list[data.Batch]]:
     """Returns the dataset and its held-out batches."""
+    display.status("reading the dataset")
     assert config.data.path is not None, "validate() requires it"
-    with os_errors_are_the_users():
-        dataset = data.text_dataset(
-            model_lib.resolve(config.data.path),
-            tokenizer,
-            sequence_length=config.sequence_length,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            eval_fraction=config.data.eval_fraction,
-            text_key=config.data.text_key,
-            rows=rows,
-        )
-    return dataset, list(itertools.islice(dataset.held_out, config.eval_batches))
+    dataset = data.text_dataset(
+        model_lib.resolve(config.data.path),
+        tokenizer,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        eval_fraction=config.data.eval_fraction,
+        text_key=config.data.text_key,
+        rows=rows,
+    )
+    held_out = list(itertools.islice(dataset.held_out, config.eval_batches))
+    display.line("dataset", f"{config.data.path}, {len(held_out)} held-out batches")
+    return dataset, held_out
 
 
-def _move_aside(workdir: Path, display: Display) -> None:
-    if jax.process_index() == 0:
-        aside = workdir_lib.set_aside(workdir)
-        if aside is not None:
-            display.line("moved", f"the files of an earlier run in {workdir} to {aside.name}")
+def _compile(config: Config, model: Model, batch: Any, display: Display) -> CompiledStep:
+    display.status("compiling the step")
+    started = time.perf_counter()
+    step = make_step(model.loss, config.make_optimizer(), **config.step_options())
+    compiled = compile_step(step, model.shapes, batch, config.optimizer)
+    seconds = time.perf_counter() - started
+    display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
+    return compiled
 
 
+@os_errors_are_the_users()
 def _write_run_files(
-    workdir: Path,
-    settings: dict[str, Any],
-    run: Run,
-    plan: MemoryPlan,
-    mesh: Mesh,
-    *,
-    is_new: bool,
+    workdir: Path, run: Run, mesh: Mesh, plan: MemoryPlan, *, is_new: bool
 ) -> None:
+    settings = run.metadata.config
     info = RunInfo(
-        source=_source(ModelConfig(settings["model"]["path"], settings["model"]["init"])),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(run.params)),
+        source=_source_name(settings["model"]["path"], settings["model"]["init"]),
+        parameters=_size(run.params),
         device=mesh.devices.flat[0].device_kind,
         devices=mesh.size,
         processes=jax.process_count(),
@@ -254,30 +241,37 @@ def _write_run_files(
         },
         memory=plan,
     )
-    with os_errors_are_the_users():
-        info.write(workdir)  # first: it marks the folder as a run's
-        write_json(workdir / run_files.CONFIG, settings)
-        if is_new:
-            folder = workdir / run_files.MODEL
-            folder.mkdir(exist_ok=True)
-            models.save_config(folder, run.model.config, settings["param_dtype"], run.tokenizer)
+    info.write(workdir)  # first: it marks the folder as a run's
+    write_json(workdir / run_files.CONFIG, settings)
+    if is_new:
+        folder = workdir / run_files.MODEL
+        folder.mkdir(exist_ok=True)
+        models.save_config(folder, run.model.config, settings["param_dtype"], run.tokenizer)
+
+
+def _source_name(path: str | None, init: str) -> str:
+    return "random weights" if init == "random" else str(path)
+
+
+def _size(params: nnx.State) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _open_recorder(
     config: Config, run: Run, num_devices: int, workdir: Path, display: Display
 ) -> Recorder:
+    rates = learning_rates(config.make_schedule(), config.steps)
     # A run that was killed before its first checkpoint may have written metrics.
     is_resumed = run.progress.step > 0 or (workdir / run_files.METRICS).exists()
     with os_errors_are_the_users():
-        sinks = open_sinks(
-            workdir, config.wandb, to_dict(config), run.progress.step if is_resumed else None
-        )
+        resumed = run.progress.step if is_resumed else None
+        sinks = open_sinks(workdir, config.wandb, run.metadata.config, resumed)
     return Recorder(
         run.progress,
         display,
         sinks,
         Stopwatch(run.model.config, config.batch_size, config.sequence_length, num_devices),
-        learning_rates(schedule_of(config), config.steps),
+        rates,
         log_every=config.log_every,
         skip_nonfinite=config.skip_nonfinite,
         dynamic_loss_scale=config.dynamic_loss_scale,
@@ -291,7 +285,7 @@ def _make_steps(
     checkpoints: Checkpoints,
     recorder: Recorder,
     display: Display,
-    stop: Stop,
+    stop: devices.Stop,
 ) -> tuple[Run, bool]:
     """Makes the remaining steps, and evaluates and saves when it is due.
 
@@ -301,51 +295,30 @@ def _make_steps(
     evaluate = make_evaluate(
         run.model, run.held_out, run.send, config.microbatches, lambda: stop.requested
     )
-    params, state, progress = run.params, run.state, run.progress
     saved_at = time.monotonic()
-    recorder.restart_clock()
     while True:
-        step = progress.step
+        step = run.progress.step
         is_last = step >= config.steps
         is_best = False
         eval_is_due = is_last or step == 0 or _is_multiple(step, config.eval_every)
-        if eval_is_due and progress.evaluated < step and not stop.requested:
-            recorder.flush()
-            display.status("evaluating")
-            result = evaluate(params)
-            if result is not None:
-                is_best = recorder.evaluation(step, result)
-                _record_sample(recorder, run, params, config.prompt, config.prompt_tokens)
-            recorder.restart_clock()
+        if eval_is_due and run.progress.evaluated < step and not stop.requested:
+            with recorder.pause():
+                display.status("evaluating")
+                is_best = _evaluate(run, evaluate, recorder, config.prompt, config.prompt_tokens)
 
         should_stop = stop.should_stop(step)
-        if step > 0 and (
-            is_last
-            or should_stop
-            or _is_multiple(step, config.checkpoint_every)
-            or (is_best and config.keep_best)
-            or (
-                step % config.log_every == 0
-                and _is_older(saved_at, minutes=config.checkpoint_minutes)
-            )
-        ):
-            recorder.flush()
-            on_host = config.offload.params or config.offload.state
-            now = run._replace(params=params, state=state)
-            if not _save(checkpoints, now, to_dict(config), block=on_host):
-                raise NonFiniteError(
-                    f"a parameter or the optimizer's state is not finite after step {step}: the "
-                    f"run stopped, and saved and exported nothing; lower learning_rate "
-                    f"({config.learning_rate:g}) or lengthen warmup"
-                )
+        save_is_due = is_last or should_stop or (is_best and config.keep_best)
+        if step > 0 and (save_is_due or _checkpoint_is_due(config, step, saved_at)):
+            with recorder.pause():
+                _save(run, checkpoints)
             saved_at = time.monotonic()
-            recorder.restart_clock()
         if is_last or should_stop:
-            return run._replace(params=params, state=state), should_stop
+            return run, should_stop
 
         batch = run.send(next(run.dataset.train))
-        params, state, out, scale = run.update(params, state, batch)
-        progress.step = step + 1
+        params, state, out, scale = run.update(run.params, run.state, batch)
+        run = run._replace(params=params, state=state)
+        run.progress.step = step + 1
         recorder.step(step + 1, out, scale)
         checkpoints.poll()
 
@@ -355,24 +328,102 @@ def _is_multiple(step: int, every: int) -> bool:
     return step > 0 and every > 0 and step % every == 0
 
 
-def _is_older(saved_at: float, *, minutes: float) -> bool:
-    """Whether `minutes` have passed since the last save, by the first process; 0: never."""
-    return minutes > 0 and devices.first_says(time.monotonic() - saved_at > 60 * minutes)
+def _checkpoint_is_due(config: Config, step: int, saved_at: float) -> bool:
+    """Whether `checkpoint_every` or `checkpoint_minutes` demands one; the first process decides."""
+    if _is_multiple(step, config.checkpoint_every):
+        return True
+    if config.checkpoint_minutes == 0 or step % config.log_every:
+        return False
+    return devices.first_says(time.monotonic() - saved_at > 60 * config.checkpoint_minutes)
 
 
-def _record_sample(
-    recorder: Recorder, run: Run, params: nnx.State, prompt: str, max_new_tokens: int
-) -> None:
+def _evaluate(
+    run: Run,
+    evaluate: Callable[[nnx.State], Evaluation | None],
+    recorder: Recorder,
+    prompt: str,
+    prompt_tokens: int,
+) -> bool:
+    """Records the held-out loss and a sample; returns whether the loss is the lowest so far."""
+    result = evaluate(run.params)
+    if result is None:  # a stop was requested
+        return False
+    is_best = recorder.evaluation(run.progress.step, result)
     if prompt:
-        text = continue_prompt(run.model, run.tokenizer, params, prompt, max_new_tokens)
+        text = continue_prompt(run.model, run.tokenizer, run.params, prompt, prompt_tokens)
         recorder.sample(run.progress.step, prompt, text)
+    return is_best
 
 
-def _save(checkpoints: Checkpoints, run: Run, config: dict[str, Any], *, block: bool) -> bool:
-    """Saves the run; see `Checkpoints.save`."""
+def make_evaluate(
+    model: Model,
+    batches: Sequence[data.Batch],
+    send: Callable[[data.Batch], Any],
+    microbatches: int = 1,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Callable[[nnx.State], Evaluation | None]:
+    """Returns a function that evaluates parameters.
+
+    Args:
+      model: The model.
+      batches: Held-out batches in host memory.
+      send: Sends a batch to the devices.
+      microbatches: Number of microbatches; a whole batch may not fit in memory.
+      should_stop: Called before each batch; if it returns True the evaluation is abandoned.
+
+    Returns:
+      A function from parameters to their `Evaluation`, or None if it was abandoned.
+    """
+
+    @jax.jit
+    def sums(params: nnx.State, batch: Any) -> jax.Array:
+        def of_part(part: Any) -> jax.Array:
+            loss, metrics = model.loss(params, part)
+            return metrics.weight * jnp.stack([loss, metrics.accuracy, jnp.ones_like(loss)])
+
+        if microbatches == 1:
+            return of_part(batch)
+        return jax.lax.map(of_part, split(batch, microbatches)).sum(0)
+
+    def evaluate(params: nnx.State) -> Evaluation | None:
+        running: list[jax.Array] = []
+        for batch in batches:
+            if should_stop():
+                return None
+            running.append(sums(params, send(batch)))
+            # At most two batches at a time: the next one runs while the host waits for this one.
+            jax.block_until_ready(running[-2:-1])
+        loss, accuracy, weight = np.sum(jax.device_get(running), axis=0)
+        return Evaluation(float(loss / weight), float(accuracy / weight))
+
+    return evaluate
+
+
+def continue_prompt(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    params: nnx.State,
+    prompt: str,
+    max_new_tokens: int,
+) -> str:
+    """Returns the greedy continuation of `prompt`, up to the end-of-text token."""
+    tokens = tokenizer(prompt)["input_ids"]
+    end = tokenizer.eos_token_id
+    if tokens[-1] == end:  # some tokenizers append it, which would leave nothing to continue
+        tokens = tokens[:-1]
+    generated = models.generate(model.graphdef, params, np.array([tokens]), max_new_tokens)
+    new = generated[0, len(tokens) :].tolist()
+    return str(tokenizer.decode(new[: new.index(end)] if end in new else new))
+
+
+def _save(run: Run, checkpoints: Checkpoints) -> None:
     run.progress.data = run.dataset.train.get_state()
-    metadata = CheckpointMetadata(run.progress, config, run.dataset.fingerprint, {})
-    return checkpoints.save(run.params, run.state, metadata, block=block)
+    if not checkpoints.save(run.params, run.state, run.metadata):
+        raise NonFiniteError(
+            f"a parameter or the optimizer's state is not finite after step {run.progress.step}: "
+            "the run stopped, and saved and exported nothing; lower learning_rate "
+            f"({run.metadata.config['learning_rate']:g}) or lengthen warmup"
+        )
 
 
 def _report_stop(display: Display, step: int, saved: int | None, workdir: str) -> None:
@@ -393,7 +444,7 @@ def _report_stop(display: Display, step: int, saved: int | None, workdir: str) -
     display.line("stopped", f"after step {step}, saved; the same command resumes the run")
 
 
-def _export(folder: Path, run: Run, config: dict[str, Any]) -> None:
-    card = model_card(config, run.progress)
-    with os_errors_are_the_users():
-        models.save(folder, run.model.config, run.params, tokenizer=run.tokenizer, card=card)
+@os_errors_are_the_users()
+def _export(run: Run, folder: Path) -> None:
+    card = model_card(run.metadata)
+    models.save(folder, run.model.config, run.params, tokenizer=run.tokenizer, card=card)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,7 +16,6 @@ from lomo_jax import models, run_files, sharding
 from lomo_jax.data import package_path
 from lomo_jax.errors import ConfigError
 from lomo_jax.losses import Metrics, next_token_loss
-from lomo_jax.training import workdir
 from lomo_jax.training.config import ModelConfig
 
 if TYPE_CHECKING:  # slow to import
@@ -29,6 +29,7 @@ class Model(NamedTuple):
 
     config: models.LlamaConfig
     graphdef: nnx.GraphDef[models.Llama]
+    shapes: nnx.State  # of its weights: jax.ShapeDtypeStruct, with shardings if there is a mesh
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
         """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight."""
@@ -45,7 +46,8 @@ def abstract(
     *,
     capability: tuple[int, int] | None = None,
     mesh: Mesh | AbstractMesh | None = None,
-) -> tuple[Model, nnx.State]:
+    on_host: bool = False,
+) -> Model:
     """Builds the model without reading or computing weights.
 
     Args:
@@ -55,9 +57,7 @@ def abstract(
       attention: "auto", "xla" or "cudnn".
       capability: The compute capability of the NVIDIA GPU to run on, None for another device.
       mesh: The devices to run on; None for the default device.
-
-    Returns:
-      The model, and its weights as `jax.ShapeDtypeStruct`, sharded over the devices.
+      on_host: Whether the weights are in host memory; ignored without a mesh.
 
     Raises:
       ConfigError: The model is too short for `sequence_length`, or the model or the GPU does not
@@ -79,19 +79,21 @@ def abstract(
             "param_dtype: 'bfloat16' needs an Ampere GPU or newer; set "
             "--config.param_dtype=float16 --config.dynamic_loss_scale=true"
         )
-    graphdef, params = models.abstract(shape, jnp.dtype(param_dtype), attention)
+    graphdef, shapes = models.abstract(shape, jnp.dtype(param_dtype), attention)
     if mesh is not None:
         try:
-            params = sharding.with_shardings(params, models.shardings(shape, params, mesh))
+            shardings = models.shardings(shape, shapes, mesh)
         except ValueError as error:
             raise ConfigError(f"mesh: {error}") from error
-    return Model(shape, graphdef), params
+        if on_host:
+            shardings = jax.tree.map(lambda x: x.with_memory_kind("pinned_host"), shardings)
+        shapes = sharding.with_shardings(shapes, shardings)
+    return Model(shape, graphdef, shapes)
 
 
 def load_params(
     source: ModelConfig,
     model: Model,
-    param_dtype: str,
     *,
     seed: int = 0,
     on_host: bool = False,
@@ -101,8 +103,7 @@ def load_params(
 
     Args:
       source: The source of the weights.
-      model: The model, from `abstract`.
-      param_dtype: The dtype of the weights.
+      model: The model, from `abstract`; its shapes are those of the result.
       seed: The seed of random weights.
       on_host: Whether to put the weights in host memory; a device never holds all of them.
       mesh: The devices to shard the weights over; None for the default device.
@@ -110,19 +111,16 @@ def load_params(
     Raises:
       UserError: The checkpoint or one of its files does not exist, is damaged or is not supported.
     """
-    dtype = jnp.dtype(param_dtype)
+    dtype = jax.tree.leaves(model.shapes)[0].dtype
     if source.init == "random":
         return models.init_layer_by_layer(model.config, seed, dtype, on_host=on_host, mesh=mesh)
     assert source.path is not None, "validate() requires it"
-    run = workdir.locate(source.path)
+    run = _find_run(source.path)
     if run is None:
         return models.load(resolve(source.path), dtype, on_host=on_host, mesh=mesh)[1]
     from lomo_jax.training import checkpoint  # slow to import, and not needed for a plan
 
-    shapes = models.abstract(model.config, dtype)[1]
-    if mesh is not None:
-        shapes = sharding.with_shardings(shapes, models.shardings(model.config, shapes, mesh))
-    return checkpoint.read_params(*run, on_host_like(shapes) if on_host else shapes)[0]
+    return checkpoint.read_params(*run, model.shapes)[0]
 
 
 def load_tokenizer(path: str | None, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -172,16 +170,20 @@ def resolve(path: str) -> str:
     return package_path(*path.removeprefix(_PACKAGE).split("/"))
 
 
-def on_host_like(shapes: Any) -> Any:
-    """Returns the same shapes with shardings in host memory."""
-    kinds = jax.tree.map(lambda x: x.sharding.with_memory_kind("pinned_host"), shapes)
-    return sharding.with_shardings(shapes, kinds)
-
-
 def _hf_path(path: str) -> str:
     """Returns the folder of config.json and tokenizer; for a checkpoint, that is in its run."""
-    run = workdir.locate(path)
+    run = _find_run(path)
     return resolve(path) if run is None else str(run[0] / run_files.MODEL)
+
+
+def _find_run(path: str) -> tuple[Path, int | None] | None:
+    """Returns (workdir, step) if a path is the workdir of a run (step None) or a checkpoint."""
+    place = Path(path).expanduser()
+    if (place / run_files.CHECKPOINTS).is_dir() and (place / run_files.MODEL).is_dir():
+        return place, None
+    if place.is_dir() and place.parent.name == run_files.CHECKPOINTS and place.name.isdigit():
+        return place.parent.parent, int(place.name)
+    return None
 
 
 def _attention(

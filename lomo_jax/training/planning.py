@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from lomo_jax import sharding
@@ -21,9 +20,9 @@ from lomo_jax.plan import make_mesh as make_plan_mesh
 from lomo_jax.plan.memory import PARTS, Buffer, argument_buffers, temporary_buffers
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.config import Config, MeshConfig
-from lomo_jax.training.devices import batch_sender, check_batch, make_mesh
+from lomo_jax.training.devices import batch_sender, batch_shapes, check_batch, make_mesh
 from lomo_jax.training.model import Model
-from lomo_jax.training.step import batch_shapes, layer_inputs, make_step
+from lomo_jax.training.step import CompiledStep, make_step
 
 _REQUEST = re.compile(r"allocat\w+ ([\d.]+ ?(?:[KMGT]i?B|bytes))")
 
@@ -74,15 +73,15 @@ def compile_run(
     # Problems of the run are reported before a missing compiler.
     mesh = sharding.abstract_mesh(sizes)
     check_batch(mesh, config.batch_size, config.microbatches)
-    model, params = _abstract_model(config, gpu, mesh)
-    step = make_step(config, model)
+    model = _abstract_model(config, gpu, mesh)
+    step = make_step(model.loss, config.make_optimizer(), **config.step_options())
     batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
-    inputs = layer_inputs(batch, model, config.param_dtype)
+    inputs = layer_inputs(batch, model)
     plan_mesh = make_plan_mesh(gpu, *sizes)
-    executable, state = compile_step(step, params, batch, plan_mesh, compiler_options)
+    executable, state = compile_step(step, model.shapes, batch, plan_mesh, compiler_options)
     plan = read_memory(
         executable,
-        params,
+        model.shapes,
         state,
         gpu=gpu.device_kind,
         device_gib=gpu.memory_gib,
@@ -91,7 +90,7 @@ def compile_run(
         offload=step.offload,
         devices=plan_mesh.size,
     )
-    return CompiledRun(plan, executable, params, state, step.offload, inputs)
+    return CompiledRun(plan, executable, model.shapes, state, step.offload, inputs)
 
 
 def mesh_shape(mesh: MeshConfig, devices: int | None) -> tuple[int, int, int]:
@@ -122,25 +121,31 @@ def mesh_shape(mesh: MeshConfig, devices: int | None) -> tuple[int, int, int]:
         raise ConfigError(str(error)) from error
 
 
-def plan_step(
-    config: Config,
-    model: Model,
-    mesh: Mesh,
-    compiled: jax.stages.Compiled,
-    params: Any,
-    state: Any,
-) -> MemoryPlan:
+def layer_inputs(batch: Mapping[str, jax.ShapeDtypeStruct], model: Model) -> int:
+    """Returns the bytes of layer inputs that each device saves for the backward pass.
+
+    Args:
+      batch: The shapes from `devices.batch_shapes`.
+      model: The model; its activations have the dtype of its weights.
+    """
+    tokens, dtype = batch["tokens"], jax.tree.leaves(model.shapes)[0].dtype
+    assert tokens.sharding is not None
+    shape = tokens.sharding.shard_shape(tokens.shape)
+    return math.prod(shape) * model.config.num_layers * model.config.width * dtype.itemsize
+
+
+def plan_step(compiled: CompiledStep, model: Model) -> MemoryPlan:
     """Returns the plan of a step that is compiled for the devices of this process."""
-    batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
+    sharded: Any = compiled.batch["tokens"].sharding
     return read_memory(
-        compiled,
-        params,
-        state,
+        compiled.update,
+        model.shapes,
+        compiled.state,
         gpu=jax.local_devices()[0].device_kind,
         usable_gib=_usable_gib(),
-        layer_inputs=layer_inputs(batch, model, config.param_dtype),
-        offload=config.offload,
-        devices=mesh.size,
+        layer_inputs=layer_inputs(compiled.batch, model),
+        offload=compiled.step.offload,
+        devices=sharded.mesh.size,
     )
 
 
@@ -194,23 +199,19 @@ class MemoryGuard:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._plan: MemoryPlan | None = None
+        self.plan: MemoryPlan | None = None  # set it: its total is part of the message
 
     def __enter__(self) -> Self:
         return self
 
-    def planned(self, plan: MemoryPlan) -> None:
-        """Adds the plan of the step to the message of a later error."""
-        self._plan = plan
-
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            facts = [f"the step needs {self._plan.total_gib:.1f} GiB"] if self._plan else []
+            facts = [f"the step needs {self.plan.total_gib:.1f} GiB"] if self.plan else []
             if request := _REQUEST.search(str(error)):
                 facts.append(f"an allocation of {request[1]} failed")
             raise OutOfMemoryError(
                 f"the device is out of memory{': ' if facts else ''}{' and '.join(facts)}; "
-                f"{_advice(self._config, self._plan)}"
+                f"{_advice(self._config, self.plan)}"
             ) from error
 
 
@@ -247,19 +248,16 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
         )
     mesh = make_mesh(config.mesh, config.batch_size, config.microbatches)
     with jax.set_mesh(mesh):
-        model, _ = _abstract_model(config, gpu, mesh)
+        model = _abstract_model(config, gpu, mesh)
         source = dataclasses.replace(config.model, init="random")
-        params = model_lib.load_params(
-            source, model, config.param_dtype, on_host=config.offload.params, mesh=mesh
-        )
-        step = make_step(config, model)
+        params = model_lib.load_params(source, model, on_host=config.offload.params, mesh=mesh)
+        step = make_step(model.loss, config.make_optimizer(), **config.step_options())
         shapes = batch_shapes(config.batch_size, config.sequence_length, mesh)
         tokens = np.random.default_rng(0).integers(
             model.config.vocab_size, size=shapes["tokens"].shape, dtype=np.int32
         )
         batch = {name: np.ones(x.shape, x.dtype) for name, x in shapes.items()}
-        send = batch_sender(mesh, config.batch_size, config.sequence_length)
-        batch = send(batch | {"tokens": tokens})
+        batch = batch_sender(shapes)(batch | {"tokens": tokens})
         state = jax.jit(lambda params: step.init(params, shapes))(params)
         run = jax.jit(step, donate_argnums=(0, 1))
         for _ in range(steps):
@@ -268,7 +266,7 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
     return (device.memory_stats() or {})["peak_bytes_in_use"] / 2**30
 
 
-def _abstract_model(config: Config, gpu: GPU, mesh: Mesh | AbstractMesh) -> tuple[Model, nnx.State]:
+def _abstract_model(config: Config, gpu: GPU, mesh: Mesh | AbstractMesh) -> Model:
     return model_lib.abstract(
         config.model,
         config.param_dtype,

@@ -1,4 +1,4 @@
-"""Resuming a run: finds the checkpoint, checks that it fits the config, and reads it.
+"""What a run starts from: its folder, which it locks, and a checkpoint that fits the config.
 
 A run starts from the first of these that exists:
 
@@ -7,19 +7,29 @@ A run starts from the first of these that exists:
 3. random weights, if `model.init` is "random".
 """
 
+import contextlib
+import fcntl
+import itertools
 import json
 import os
+import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import jax
 from flax import nnx
 
 import lomo_jax
-from lomo_jax.errors import CheckpointError, ConfigError
-from lomo_jax.training import workdir as workdir_lib
-from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints
+from lomo_jax import models, run_files
+from lomo_jax.errors import CheckpointError, ConfigError, os_errors_are_the_users
+from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
 from lomo_jax.training.log import Display
+from lomo_jax.training.step import CompiledStep
+
+_LOCK = ".lock"
+_MOVING = ".earlier"  # files being moved to `earlier-1`
 
 # Fields that must not change: weights, optimizer state or position in the dataset would no longer
 # fit. The dataset itself is compared by its fingerprint.
@@ -31,32 +41,95 @@ IDENTITY_FIELDS = (
 SILENT_FIELDS = ("workdir", "resume", "data.path", "data.text_key", "wandb")
 
 
+@contextlib.contextmanager
+def open_workdir(name: str) -> Iterator[Path]:
+    """Creates the folder of a run, and locks it against other runs.
+
+    It completes a move to `earlier-1` that was interrupted. The first process holds the lock for
+    all. The lock is on the open file, so the kernel releases it however the process ends. Written
+    by hand so that the error can name the holder.
+
+    Raises:
+      ConfigError: The folder cannot be written, or another run holds the lock.
+    """
+    workdir = Path(name).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"workdir: {name!r} cannot be written: {error.strerror}; set --config.workdir"
+        ) from error
+    if jax.process_index() > 0:
+        yield workdir
+        return
+    with os_errors_are_the_users():
+        file = (workdir / _LOCK).open("a+")
+    with file:
+        _lock(file, workdir)
+        if (workdir / _MOVING).exists():
+            set_aside(workdir)  # an earlier process was killed during the move
+        yield workdir
+
+
+def _lock(file: TextIO, workdir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise ConfigError(
+            f"workdir: {str(workdir)!r} is in use by {holder}; wait for that run or stop it, "
+            "or set another --config.workdir"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"workdir: {str(workdir)!r} is on a file system that cannot lock files: "
+            f"{error.strerror}; set another --config.workdir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
 def find_checkpoint(
-    checkpoints: Checkpoints, config: dict[str, Any], display: Display, before: int | None = None
+    workdir: Path, checkpoints: Checkpoints, config: dict[str, Any], display: Display
 ) -> CheckpointMetadata | None:
     """Returns the metadata of the last readable checkpoint; None for a new run.
 
     Args:
-      checkpoints: The checkpoints of the workdir.
+      workdir: The folder, from `open_workdir`.
+      checkpoints: The checkpoints in it.
       config: The config of the run, from `config.to_dict`.
       display: Warns about damaged checkpoints.
-      before: Ignore checkpoints from this step on.
 
     Raises:
-      ConfigError: There is none and `resume` is "must", or it belongs to another run.
+      ConfigError: There is none and `resume` is "must", or it belongs to another run. A new run
+        would overwrite files that no run has written, or move its own initial weights aside.
       CheckpointError: There are checkpoints, and all are damaged.
+      UserError: The run could not replace its earlier export.
     """
     steps = [] if config["resume"] == "never" else checkpoints.steps()
-    if not steps:
-        if config["resume"] == "must":
-            raise ConfigError(
-                f"resume: 'must', but {config['workdir']!r} has no checkpoint; set "
-                "--config.workdir to that of the run, or --config.resume=auto to start one"
-            )
-        return None
+    if steps:
+        metadata = _last_readable(steps, checkpoints, config, display)
+        with os_errors_are_the_users():  # now, and not only after the training
+            models.check_save_path(workdir / run_files.EXPORT)
+        return metadata
+    if config["resume"] == "must":
+        raise ConfigError(
+            f"resume: 'must', but {config['workdir']!r} has no checkpoint; set "
+            "--config.workdir to that of the run, or --config.resume=auto to start one"
+        )
+    _check_new(workdir, config["model"]["path"])
+    return None
+
+
+def _last_readable(
+    steps: list[int], checkpoints: Checkpoints, config: dict[str, Any], display: Display
+) -> CheckpointMetadata:
+    """Returns the metadata of the first of `steps` that is readable."""
     for step in steps:
-        if before is not None and step >= before:
-            continue
         try:
             metadata = checkpoints.metadata(step)
         except CheckpointError as error:
@@ -71,57 +144,9 @@ def find_checkpoint(
         return metadata
     raise CheckpointError(
         f"{config['workdir']!r} has no readable checkpoint among the steps "
-        f"{', '.join(map(str, steps))}; start anew with --config.resume=never, which moves "
-        "them aside, or in another --config.workdir"
+        f"{', '.join(map(str, checkpoints.steps()))}; start anew with --config.resume=never, which "
+        "moves them aside, or in another --config.workdir"
     )
-
-
-def restore(
-    checkpoints: Checkpoints,
-    metadata: CheckpointMetadata,
-    config: dict[str, Any],
-    params: nnx.State,
-    state: lomo_jax.StepState,
-    display: Display,
-) -> tuple[CheckpointMetadata, nnx.State, lomo_jax.StepState]:
-    """Reads a checkpoint, or the last intact one before it, and logs changes of the config.
-
-    Args:
-      checkpoints: The checkpoints of the workdir.
-      metadata: The metadata from `find_checkpoint`.
-      config: The config of the run, from `config.to_dict`.
-      params: The parameters as `jax.ShapeDtypeStruct` with shardings.
-      state: The state of the step as `jax.ShapeDtypeStruct` with shardings.
-      display: Logs the changes and warns about damaged checkpoints.
-
-    Returns:
-      The metadata of the checkpoint that was read, the parameters, and the state. Parts of the
-      state that the caller must initialise are None.
-
-    Raises:
-      CheckpointError: All checkpoints are damaged.
-    """
-    while True:
-        try:
-            restored, restored_state = checkpoints.restore(metadata, params, state)
-            break
-        except CheckpointError as error:
-            display.warn(f"{error}; trying the previous one")
-            previous = find_checkpoint(checkpoints, config, display, metadata.progress.step)
-            assert previous is not None, "there are checkpoints"
-            metadata = previous
-    if metadata.config["dynamic_loss_scale"] != config["dynamic_loss_scale"]:
-        restored_state = restored_state._replace(loss_scale=None)  # skip_nonfinite's is always 1
-    progress = metadata.progress
-    if metadata.config["eval_batches"] != config["eval_batches"]:
-        progress.best = progress.best_step = None  # losses on other batches cannot be compared
-    damaged = [step for step in checkpoints.steps() if step > progress.step]
-    if damaged:
-        checkpoints.set_aside(damaged)
-    for change in changes(metadata, config):
-        display.line("changed", change)
-    display.line("resumed", f"after step {progress.step} of {config['steps']}")
-    return metadata, restored, restored_state
 
 
 def check_same_run(saved: dict[str, Any], config: dict[str, Any]) -> None:
@@ -161,6 +186,52 @@ def check_same_dataset(
     )
 
 
+def restore(
+    checkpoints: Checkpoints,
+    metadata: CheckpointMetadata,
+    config: dict[str, Any],
+    params: nnx.State,
+    step: CompiledStep,
+    display: Display,
+) -> tuple[Progress, nnx.State, lomo_jax.StepState]:
+    """Reads a checkpoint, or the last intact one before it, and logs changes of the config.
+
+    Args:
+      checkpoints: The checkpoints of the workdir.
+      metadata: The metadata from `find_checkpoint`.
+      config: The config of the run, from `config.to_dict`.
+      params: The parameters as `jax.ShapeDtypeStruct` with shardings.
+      step: The step, which initialises the parts of its state that the checkpoint lacks.
+      display: Logs the changes and warns about damaged checkpoints.
+
+    Returns:
+      The progress, the parameters and the state of the step.
+
+    Raises:
+      CheckpointError: All checkpoints are damaged.
+    """
+    while True:
+        try:
+            restored, state = checkpoints.restore(metadata, params, step.state)
+            break
+        except CheckpointError as error:
+            display.warn(f"{error}; trying the previous one")
+            earlier = [step for step in checkpoints.steps() if step < metadata.progress.step]
+            metadata = _last_readable(earlier, checkpoints, config, display)
+    if metadata.config["dynamic_loss_scale"] != config["dynamic_loss_scale"]:
+        state = state._replace(loss_scale=None)  # skip_nonfinite's is always 1
+    progress = metadata.progress
+    if metadata.config["eval_batches"] != config["eval_batches"]:
+        progress.best = progress.best_step = None  # losses on other batches cannot be compared
+    damaged = [step for step in checkpoints.steps() if step > progress.step]
+    if damaged:
+        checkpoints.set_aside(damaged)
+    for change in changes(metadata, config):
+        display.line("changed", change)
+    display.line("resumed", f"after step {progress.step} of {config['steps']}")
+    return progress, restored, step.init_missing(state, restored)
+
+
 def changes(metadata: CheckpointMetadata, config: dict[str, Any]) -> list[str]:
     """Returns a line for each field that has changed since the checkpoint."""
     return [
@@ -168,15 +239,6 @@ def changes(metadata: CheckpointMetadata, config: dict[str, Any]) -> list[str]:
         for name, (before, now) in _differences(metadata.config, config).items()
         if name not in SILENT_FIELDS
     ]
-
-
-def check_start(model_path: str | None, workdir: Path) -> None:
-    """Raises ConfigError if a new run would move its own initial weights aside."""
-    if model_path is not None and workdir_lib.is_inside(model_path, workdir):
-        raise ConfigError(
-            f"model.path: {model_path!r} is in the workdir of this run, which starts anew and "
-            "moves the earlier files aside; set another --config.workdir"
-        )
 
 
 def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -197,3 +259,45 @@ def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
 def _absolute(name: str, value: Any) -> Any:
     """Returns a path as an absolute one, and any other value as it is."""
     return os.path.abspath(os.path.expanduser(value)) if name.endswith("path") and value else value
+
+
+def _check_new(workdir: Path, model_path: str | None) -> None:
+    found = [name for name in run_files.ALL if not _is_empty(workdir / name)]
+    is_of_a_run = run_files.RUN in found or run_files.CHECKPOINTS in found
+    if not is_of_a_run and set(found) - {run_files.EXPORT}:
+        raise ConfigError(
+            f"workdir: {str(workdir)!r} is not that of a run, and a run would overwrite "
+            f"{', '.join(found)} there; set another --config.workdir"
+        )
+    if model_path is not None and run_files.contains(workdir, model_path):
+        raise ConfigError(
+            f"model.path: {model_path!r} is in the workdir of this run, which starts anew and "
+            "moves the earlier files aside; set another --config.workdir"
+        )
+
+
+def set_aside(workdir: Path) -> Path | None:
+    """Moves the files of an earlier run to a new folder, `earlier-1` and so on.
+
+    A run with neither a checkpoint nor an export stays; the new run starts over in its place.
+
+    Returns:
+      The new folder; None if nothing was moved.
+    """
+    moving = workdir / _MOVING
+    is_new = all(_is_empty(workdir / name) for name in (run_files.CHECKPOINTS, run_files.EXPORT))
+    if is_new and not moving.exists():
+        return None
+    # Renamed to `earlier-1` last, so that `earlier-1` is always complete.
+    moving.mkdir(exist_ok=True)
+    for name in run_files.ALL:
+        if not _is_empty(workdir / name):
+            (workdir / name).rename(moving / name)
+    numbered = (workdir / f"earlier-{number}" for number in itertools.count(1))
+    aside = next(folder for folder in numbered if not folder.exists())
+    moving.rename(aside)
+    return aside
+
+
+def _is_empty(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))

@@ -1,59 +1,65 @@
-"""The training step of a run: its options from the config, its shapes, its compiled programs."""
+"""The training step of a run: learning rates, optimizer, loss scale, compiled programs."""
 
-import math
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
 
 import lomo_jax
 from lomo_jax import sharding
-from lomo_jax.errors import ConfigError
-from lomo_jax.training import devices
-from lomo_jax.training.config import Config
-from lomo_jax.training.model import Model
-from lomo_jax.training.optimizer import make_optimizer, make_schedule
+from lomo_jax.errors import ConfigError, did_you_mean
+from lomo_jax.fused.arrays import Params
+
+SCHEDULES = ("constant", "linear", "cosine")
 
 
-class CompiledStep(NamedTuple):
-    """The step of a run, compiled."""
+def make_schedule(kind: str, learning_rate: float, steps: int, warmup: float) -> optax.Schedule:
+    """A linear warm-up to `learning_rate`, then constant, or decaying to 0 at step `steps`.
 
-    # (params, state, batch) -> (params, state, StepOutput, loss scale or None), updating params and
-    # state in place
-    update: jax.stages.Compiled
-    init: jax.stages.Compiled  # params -> state
-    state: lomo_jax.StepState  # of jax.ShapeDtypeStruct, with shardings
+    No step has a learning rate of 0: the first of `w` warm-up steps has `learning_rate / (w + 1)`,
+    and the decay reaches 0 one step after the last.
 
+    Args:
+      kind: The schedule after the warm-up, one of `SCHEDULES`.
+      learning_rate: The peak.
+      steps: Number of steps of the run.
+      warmup: Length of the warm-up. Below 1 a fraction of `steps`, from 1 on a number of steps.
 
-def make_step(config: Config, model: Model) -> lomo_jax.Step:
-    """Returns the step of a run, not compiled."""
+    Returns:
+      A function from the number of finished steps to the learning rate.
 
-    def loss(params: nnx.State, batch: Any) -> tuple[lomo_jax.WeightedLoss, Any]:
-        mean, metrics = model.loss(params, batch)
-        return lomo_jax.WeightedLoss(mean, metrics.weight), metrics
-
-    make = lomo_jax.fused_step if config.fused else lomo_jax.reference_step
-    return make(
-        loss,
-        make_optimizer(config.optimizer, schedule_of(config), config.optimizer_kwargs),
-        has_aux=True,
-        clip_norm=config.clip_norm,
-        microbatches=config.microbatches,
-        loss_scale=_loss_scale(config.dynamic_loss_scale, config.skip_nonfinite),
-        rounding=config.rounding,
-        remat=config.remat,
-        offload=config.offload,
+    Raises:
+      ConfigError: `warmup` is not shorter than the run, or `kind` is unknown.
+    """
+    warmup_steps = round(warmup * steps) if warmup < 1 else round(warmup)
+    if warmup_steps >= steps:
+        raise ConfigError(
+            f"warmup: {warmup:g} is {warmup_steps} of {steps} steps, it must be shorter than the "
+            "run; below 1 it is a fraction of `steps`, from 1 on a number of steps"
+        )
+    decay_steps = steps - warmup_steps
+    match kind:
+        case "constant":
+            decay = optax.constant_schedule(learning_rate)
+        case "linear":
+            decay = optax.linear_schedule(learning_rate, 0.0, decay_steps)
+        case "cosine":
+            decay = optax.cosine_decay_schedule(learning_rate, decay_steps)
+        case _:
+            raise ConfigError(
+                f"schedule: {kind!r} is not one of {', '.join(SCHEDULES)}"
+                + did_you_mean(kind, SCHEDULES)
+            )
+    if warmup_steps == 0:
+        return decay
+    start = learning_rate / (warmup_steps + 1)
+    return optax.join_schedules(
+        [optax.linear_schedule(start, learning_rate, warmup_steps), decay], [warmup_steps]
     )
-
-
-def schedule_of(config: Config) -> optax.Schedule:
-    """Returns the learning-rate schedule of a run."""
-    return make_schedule(config.schedule, config.learning_rate, config.steps, config.warmup)
 
 
 def learning_rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
@@ -62,6 +68,82 @@ def learning_rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
     All at once: calling the schedule in the loop would put work on the device.
     """
     return np.asarray(jax.vmap(schedule)(jnp.arange(steps)))
+
+
+def make_optimizer(
+    name: str, learning_rate: optax.ScalarOrSchedule, kwargs: Mapping[str, Any]
+) -> optax.GradientTransformation:
+    """Builds an optimizer by its name.
+
+    Args:
+      name: "adalomo", "lomo" or an optimizer of optax.
+      learning_rate: A float, or a schedule.
+      kwargs: The optimizer's other arguments.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ConfigError: There is no such optimizer, or it refuses `kwargs`.
+    """
+    known = _optimizers()
+    if name not in known:
+        raise ConfigError(
+            f"optimizer: {name!r} is not adalomo, lomo or an optimizer of optax, such as adamw"
+            + did_you_mean(name, known)
+        )
+    arguments = list(inspect.signature(known[name]).parameters)[1:]  # without learning_rate
+    for argument in kwargs:
+        if argument not in arguments:
+            raise ConfigError(
+                f"optimizer_kwargs: {name} takes no {argument!r}"
+                + (did_you_mean(argument, arguments) or f"; it takes {', '.join(arguments)}")
+            )
+    try:
+        return known[name](learning_rate, **kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer_kwargs: {name} refuses {dict(kwargs)}: {error}") from error
+
+
+def _optimizers() -> dict[str, Any]:
+    """Returns the functions whose first argument is a learning rate, by name."""
+    functions = dict(inspect.getmembers(optax, inspect.isfunction))
+    optimizers = {
+        name: function
+        for name, function in functions.items()
+        if next(iter(inspect.signature(function).parameters), None) == "learning_rate"
+        and not name.startswith("scale_by")
+    }
+    return optimizers | {"adalomo": lomo_jax.adalomo, "lomo": lomo_jax.lomo}
+
+
+def make_step(
+    loss: Callable[[Params, Any], tuple[jax.Array, Any]],
+    optimizer: optax.GradientTransformation,
+    *,
+    fused: bool = True,
+    dynamic_loss_scale: bool = False,
+    skip_nonfinite: int = 0,
+    **options: Any,
+) -> lomo_jax.Step:
+    """Returns the step of a run, not compiled.
+
+    Args:
+      loss: (params, batch) -> mean loss and `losses.Metrics`, such as `Model.loss`.
+      optimizer: The optimizer.
+      fused: Whether to use `lomo_jax.fused_step`; otherwise `lomo_jax.reference_step`.
+      dynamic_loss_scale: Whether to scale the loss, for float16.
+      skip_nonfinite: If not 0, an update that is not finite is skipped; `Recorder` counts them.
+      **options: Other options of `lomo_jax.fused_step`.
+    """
+
+    def weighted_loss(params: Params, batch: Any) -> tuple[lomo_jax.WeightedLoss, Any]:
+        mean, metrics = loss(params, batch)
+        return lomo_jax.WeightedLoss(mean, metrics.weight), metrics
+
+    make = lomo_jax.fused_step if fused else lomo_jax.reference_step
+    scale = _loss_scale(dynamic_loss_scale, skip_nonfinite)
+    return make(weighted_loss, optimizer, has_aux=True, loss_scale=scale, **options)
 
 
 def _loss_scale(dynamic: bool, skip_nonfinite: int) -> lomo_jax.DynamicLossScale | None:
@@ -74,36 +156,41 @@ def _loss_scale(dynamic: bool, skip_nonfinite: int) -> lomo_jax.DynamicLossScale
     return None
 
 
-def batch_shapes(
-    batch_size: int, sequence_length: int, mesh: Mesh | AbstractMesh
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a `data.Batch`, sharded over the devices."""
-    shape, sharded = (batch_size, sequence_length), devices.batch_sharding(mesh)
-    int32, float32 = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=sharded) for dtype in (jnp.int32, jnp.float32)
-    )
-    names = ("tokens", "positions", "segments", "targets")
-    return dict.fromkeys(names, int32) | {"weights": float32}
+class CompiledStep(NamedTuple):
+    """The step of a run, compiled."""
 
+    step: lomo_jax.Step  # not compiled
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    # (params, state, batch) -> (params, state, StepOutput, loss scale or None), updating params and
+    # state in place
+    update: jax.stages.Compiled
+    init: jax.stages.Compiled  # params -> state
+    state: lomo_jax.StepState  # of jax.ShapeDtypeStruct, with shardings
 
-def layer_inputs(batch: Mapping[str, jax.ShapeDtypeStruct], model: Model, param_dtype: str) -> int:
-    """Returns the bytes of layer inputs that each device saves for the backward pass.
+    def init_missing(self, state: lomo_jax.StepState, params: Params) -> lomo_jax.StepState:
+        """Initialises the parts of a state that the checkpoint lacks: loss scale and random key.
 
-    Args:
-      batch: The shapes from `batch_shapes`.
-      model: The model.
-      param_dtype: The dtype of weights and activations.
-    """
-    tokens = batch["tokens"]
-    assert tokens.sharding is not None
-    shape = tokens.sharding.shard_shape(tokens.shape)
-    width = model.config.num_layers * model.config.width
-    return math.prod(shape) * width * jnp.dtype(param_dtype).itemsize
+        Args:
+          state: The state from the checkpoint; missing parts are None.
+          params: The parameters of the checkpoint.
+        """
+        missing = {
+            name: shapes
+            for name, shapes in self.state._asdict().items()
+            if shapes is not None and getattr(state, name) is None
+        }
+        if not missing:
+            return state
+        # Without the optimizer's part, which may be as large as the parameters.
+        init = jax.jit(lambda params: self.step.init(params, self.batch)._replace(optimizer={}))
+        first = init(params)._asdict()
+        shardings = {name: jax.tree.map(lambda x: x.sharding, missing[name]) for name in missing}
+        return state._replace(**jax.device_put({name: first[name] for name in missing}, shardings))
 
 
 def compile_step(
     step: lomo_jax.Step,
-    params: nnx.State,
+    params: Params,
     batch: Mapping[str, jax.ShapeDtypeStruct],
     optimizer: str,
 ) -> CompiledStep:
@@ -112,7 +199,7 @@ def compile_step(
     Args:
       step: The step, from `make_step`.
       params: The parameters as `jax.ShapeDtypeStruct`, with shardings and memory kinds.
-      batch: The shapes from `batch_shapes`.
+      batch: The shapes from `devices.batch_shapes`.
       optimizer: The optimizer's name, for errors.
 
     Raises:
@@ -136,38 +223,4 @@ def compile_step(
     init = lowered.compile()
     state = sharding.with_shardings(lowered.out_info, init.output_shardings)
     compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, batch).compile()
-    return CompiledStep(compiled, init, state)
-
-
-def init_missing(
-    state: lomo_jax.StepState,
-    step: lomo_jax.Step,
-    compiled: CompiledStep,
-    params: nnx.State,
-    batch: Mapping[str, jax.ShapeDtypeStruct],
-) -> lomo_jax.StepState:
-    """Initialises the parts of the state that the checkpoint lacks: loss scale and random key.
-
-    Args:
-      state: The state from the checkpoint; missing parts are None.
-      step: The step.
-      compiled: The compiled step.
-      params: The parameters of the checkpoint.
-      batch: The shapes from `batch_shapes`.
-    """
-    shapes = compiled.state
-    missing = [name for name in shapes._fields if getattr(state, name) is None]
-    missing = [name for name in missing if getattr(shapes, name) is not None]
-    if not missing:
-        return state
-    first = jax.jit(lambda params: step.init(params, batch)._replace(optimizer={}))(params)
-    return state._replace(
-        **{
-            name: jax.tree.map(
-                lambda x, like: jax.device_put(x, like.sharding),
-                getattr(first, name),
-                getattr(shapes, name),
-            )
-            for name in missing
-        }
-    )
+    return CompiledStep(step, batch, compiled, init, state)

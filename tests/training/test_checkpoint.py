@@ -74,6 +74,20 @@ def test_a_restore_returns_all_saved_items(tmp_path, state, assert_close):
             assert_close(found, expected, tolerance=0)
 
 
+@pytest.mark.parametrize("space", [jax.memory.Space.Device, jax.memory.Space.Host])
+def test_a_save_waits_only_for_arrays_in_host_memory(tmp_path, space):
+    """The next step updates them in place, and orbax has no copy of them."""
+    params = jax.device_put(_PARAMS, space)
+    saved = CheckpointMetadata(_PROGRESS, {"param_dtype": "float32"}, "fingerprint", {})
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.start_anew()
+        assert checkpoints.save(params, _STATE, saved)
+        is_on_disk = checkpoints.last == 3
+        assert is_on_disk == (space == jax.memory.Space.Host)
+        checkpoints.wait()
+        assert checkpoints.last == 3
+
+
 SHAPES = [(), (6,), (4, 6), (3, 4, 6)]
 DTYPES = ["float32", "bfloat16", "float16", "int32", "uint8", "bool"]
 

@@ -42,9 +42,10 @@ def test_mesh_sizes_that_do_not_fit_raise_an_error(arguments, message):
 
 def test_each_row_goes_to_its_device():
     mesh = _mesh(16, data=2, fsdp=2, tensor=2)
-    assert devices.local_rows(mesh, 16) == list(range(16))  # this process has all devices
+    shapes = devices.batch_shapes(16, 3, mesh)
+    assert devices.local_rows(shapes) == list(range(16))  # this process has all devices
     tokens = np.arange(48).reshape(16, 3)
-    sent = devices.batch_sender(mesh, 16, 3)({"tokens": tokens})["tokens"]
+    sent = devices.batch_sender(shapes)({"tokens": tokens})["tokens"]
     np.testing.assert_array_equal(sent, tokens)
     assert sent.sharding.spec == P(("data", "fsdp"), None)
     assert {shard.data.shape for shard in sent.addressable_shards} == {(4, 3)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lomo_jax.losses import Metrics
-from lomo_jax.training.evaluate import make_evaluate
+from lomo_jax.training.loop import make_evaluate
 
 _RNG = np.random.default_rng(0)
 BATCHES = [

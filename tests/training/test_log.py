@@ -20,8 +20,7 @@ from lomo_jax.errors import NonFiniteError, UnexpectedError, UserError
 from lomo_jax.losses import Metrics
 from lomo_jax.training.checkpoint import Progress
 from lomo_jax.training.log import Display, Recorder, Stopwatch
-from lomo_jax.training.optimizer import make_schedule
-from lomo_jax.training.step import learning_rates
+from lomo_jax.training.step import learning_rates, make_schedule
 
 _PROGRAM = """
 from lomo_jax.training.log import Display
@@ -272,3 +271,23 @@ def test_stopwatch_counts_the_steps_since_the_last_reading(monkeypatch):
     stopwatch.step()
     now[0] += 1.0
     assert stopwatch.read()["tokens_per_second"] == 16
+
+
+def test_the_time_of_a_pause_is_not_spent_on_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    metrics = Metrics(accuracy=jnp.float32(0.5), weight=jnp.float32(8))
+    out = lomo_jax.StepOutput(jnp.float32(1), metrics, None, jnp.array(True))
+    sink = _List()
+    recorder = _recorder(Progress(), Display(2, quiet=True), sink, 2)
+    now[0] += 100.0
+    with recorder:
+        now[0] += 1.0
+        recorder.step(1, out, None)
+        with recorder.pause():
+            assert len(sink) == 1  # step 1 is recorded before an evaluation or a save
+            now[0] += 100.0
+        now[0] += 2.0
+        recorder.step(2, out, None)
+        recorder.flush()
+    assert [record["tokens_per_second"] for record in sink] == [4 * 32, 4 * 32 / 2]

@@ -25,7 +25,7 @@ from lomo_jax.training import (
     loop,
 )
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.optimizer import make_schedule
+from lomo_jax.training.step import make_schedule
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -35,8 +35,8 @@ def _config(text: str, folder: Path, **changes) -> Config:
 
 
 def _batches(config: Config):
-    model, _ = model_lib.abstract(config.model, config.param_dtype, config.sequence_length)
-    params = model_lib.load_params(config.model, model, config.param_dtype, seed=config.seed)
+    model = model_lib.abstract(config.model, config.param_dtype, config.sequence_length)
+    params = model_lib.load_params(config.model, model, seed=config.seed)
     assert config.data.path is not None
     train, held_out, _ = data.text_dataset(
         config.data.path,

@@ -12,7 +12,7 @@ import jax
 import pytest
 import runs
 
-from lomo_jax.training import loop, workdir
+from lomo_jax.training import loop, resume
 from lomo_jax.training.__main__ import main
 
 # Flags added to a valid command -> the error.
@@ -222,7 +222,7 @@ def test_a_bad_input_gets_one_line(answer, tmp_path, mistake):
 
 
 def test_a_folder_in_use_gets_one_line(answer, made, tmp_path):
-    with workdir.lock(tmp_path / "run"):
+    with resume.open_workdir(str(tmp_path / "run")):
         message = answer("--config.workdir={tmp}/run")
     assert message.startswith("error: workdir: '{tmp}/run' is in use by process ")
     assert message.endswith("; wait for that run or stop it, or set another --config.workdir\n")

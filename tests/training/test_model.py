@@ -41,9 +41,9 @@ def test_a_file_missing_in_a_package_raises_an_error():
 
 
 def test_without_a_checkpoint_the_config_gives_the_architecture():
-    model, params = model_lib.abstract(ModelConfig(architecture=_TINY), "bfloat16", 512)
+    model = model_lib.abstract(ModelConfig(architecture=_TINY), "bfloat16", 512)
     assert model.config == _TINY
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.shapes)} == {jnp.dtype("bfloat16")}
 
 
 def test_abstract_reads_the_architecture_of_a_checkpoint_but_no_weights(tmp_path):
@@ -51,14 +51,14 @@ def test_abstract_reads_the_architecture_of_a_checkpoint_but_no_weights(tmp_path
     models.save(tmp_path / "export", shape, models.init(shape, 0)[1])
     (tmp_path / "export" / "model.safetensors").unlink()
     source = ModelConfig(str(tmp_path / "export"), architecture=_TINY)
-    assert model_lib.abstract(source, "float32", 512)[0].config == shape
+    assert model_lib.abstract(source, "float32", 512).config == shape
 
 
 def _attention(
     capability, *, param_dtype="bfloat16", head_dim=8, sequence_length=32, attention="auto"
 ) -> str:
     shape = models.LlamaConfig(257, 8, 8, 1, 1, 1, head_dim, max_length=32)
-    model, _ = model_lib.abstract(
+    model = model_lib.abstract(
         ModelConfig(architecture=shape),
         param_dtype,
         sequence_length,

@@ -16,7 +16,7 @@ from lomo_jax.sharding import abstract_mesh
 from lomo_jax.training import Config, MeshConfig, ModelConfig
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.config import set_fields, validate
-from lomo_jax.training.devices import check_batch, make_mesh
+from lomo_jax.training.devices import batch_shapes, check_batch, make_mesh
 from lomo_jax.training.planning import (
     CompiledRun,
     MemoryGuard,
@@ -26,6 +26,7 @@ from lomo_jax.training.planning import (
     mesh_shape,
     plan_step,
 )
+from lomo_jax.training.step import CompiledStep, make_step
 
 PLAN = MemoryPlan(12.0, 0.5, 1.0, 1.2, 0.0, 14.7, 12.0, 11.0, False, "GPU", 1)
 
@@ -39,7 +40,7 @@ def _out_of_memory(config, plan=None):
     """Returns the error message of a run that needs too much memory."""
     guard = MemoryGuard(config)
     if plan is not None:
-        guard.planned(plan)
+        guard.plan = plan
     with pytest.raises(OutOfMemoryError) as caught, guard:
         _allocate_too_much()
     return str(caught.value)
@@ -181,12 +182,15 @@ def test_the_plan_of_a_run_is_per_device(offloaded, inputs):
         offload=Offload(activations=offloaded),
     )
     mesh = make_mesh(config.mesh, config.batch_size, config.microbatches)
-    model, params = model_lib.abstract(config.model, "float32", 16, mesh=mesh)
+    model = model_lib.abstract(config.model, "float32", 16, mesh=mesh)
     # A CPU reports no host memory; a GPU with offloaded arrays does.
     sizes = ("argument", "output", "alias", "temp")
     stats = {f"{prefix}{size}_size_in_bytes": 4096 for size in sizes for prefix in ("", "host_")}
     executable = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**stats))
-    plan = plan_step(config, model, mesh, executable, params, StepState({}, None, None))
+    batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
+    step = make_step(model.loss, config.make_optimizer(), **config.step_options())
+    compiled = CompiledStep(step, batch, executable, None, StepState({}, None, None))
+    plan = plan_step(compiled, model)
     assert plan.devices == 8
     assert plan.layer_inputs_gib * 2**30 == inputs  # one sequence of 16 tokens, in three layers
     assert plan.total_gib * 2**30 == plan.host_gib * 2**30 == 2 * 4096

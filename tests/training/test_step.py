@@ -1,18 +1,21 @@
-"""The step of a run: it gets every option of the config, and ignores padding."""
+"""The step of a run: schedules, optimizers by name, every option of the config, padding."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import lomo_jax
 from lomo_jax import models
 from lomo_jax.training import Config, ModelConfig
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.config import validate
-from lomo_jax.training.step import make_step
+from lomo_jax.training.step import make_optimizer, make_schedule, make_step
 
 _SHAPE = models.LlamaConfig(32, 8, 16, 2, 2, 1, 4, max_length=16)
 # For each option of a step: a config that sets it, the field of the step and its value.
@@ -37,6 +40,52 @@ _OPTIONS = {
 }
 
 
+def _rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
+    return np.asarray([schedule(step) for step in range(steps)])
+
+
+@pytest.mark.parametrize("warmup", [0.2, 2])
+def test_warmup_by_fraction_and_by_steps(warmup):
+    schedule = make_schedule("constant", 0.3, 10, warmup)
+    np.testing.assert_allclose(_rates(schedule, 5), [0.1, 0.2, 0.3, 0.3, 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "decay"),
+    [("linear", lambda x: 1 - x), ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2)],
+)
+def test_decay_reaches_zero_one_step_after_the_last(kind, decay):
+    schedule = make_schedule(kind, 2.0, 10, 2)
+    rates = _rates(schedule, 11)
+    np.testing.assert_allclose(rates[2:], [2 * decay(i / 8) for i in range(9)], atol=1e-6)
+    assert np.all(rates[:10] > 0)
+
+
+def test_no_warmup_starts_at_the_peak():
+    np.testing.assert_allclose(_rates(make_schedule("linear", 2.0, 10, 0), 1), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lomo", lambda rate: lomo_jax.lomo(rate, weight_decay=0.1)),
+        ("adalomo", lambda rate: lomo_jax.adalomo(rate, weight_decay=0.1)),
+        ("adamw", lambda rate: optax.adamw(rate, weight_decay=0.1)),
+        ("lion", lambda rate: optax.lion(rate, weight_decay=0.1)),
+    ],
+)
+@pytest.mark.usefixtures("standard_promotion")
+def test_optimizers_by_name_get_their_arguments(name, expected):
+    params = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)}
+    grads = {"w": jnp.cos(params["w"])}
+
+    def update(tx):
+        return tx.update(grads, tx.init(params), params)[0]["w"]
+
+    made = make_optimizer(name, 0.1, {"weight_decay": 0.1})
+    np.testing.assert_array_equal(update(made), update(expected(0.1)))
+
+
 def _config(**changes) -> Config:
     fields = {
         "model": ModelConfig(init="random", architecture=_SHAPE),
@@ -50,14 +99,19 @@ def _config(**changes) -> Config:
     return Config(**fields | changes)
 
 
-def _model(config: Config) -> model_lib.Model:
-    return model_lib.abstract(config.model, config.param_dtype, config.sequence_length)[0]
+def _abstract(config: Config) -> model_lib.Model:
+    return model_lib.abstract(config.model, config.param_dtype, config.sequence_length)
+
+
+def _load(config: Config) -> tuple[model_lib.Model, nnx.State]:
+    model = _abstract(config)
+    return model, model_lib.load_params(config.model, model)
 
 
 def _make(**changes) -> lomo_jax.Step:
     config = _config(**changes)
     validate(config, for_plan=True)
-    return make_step(config, _model(config))
+    return make_step(_abstract(config).loss, config.make_optimizer(), **config.step_options())
 
 
 @pytest.mark.parametrize("option", _OPTIONS)
@@ -97,9 +151,8 @@ def _batch(weights: np.ndarray) -> dict[str, np.ndarray]:
 def _update(batch, **changes):
     """Makes a step on `batch`; returns the parameters and the output."""
     config = _config(**changes)
-    model = _model(config)
-    params = model_lib.load_params(config.model, model, config.param_dtype)
-    step = make_step(config, model)
+    model, params = _load(config)
+    step = make_step(model.loss, config.make_optimizer(), **config.step_options())
     params, _, out = jax.jit(step)(params, step.init(params, batch), batch)
     return params, out
 
@@ -147,7 +200,7 @@ def test_a_field_of_the_optimizer_changes_the_update(field, value, assert_close)
 def test_clipping_bounds_the_update():
     fields = {"optimizer": "lomo", "learning_rate": 1.0, "clip_norm": 0.01}
     config = _config(**fields)
-    before = model_lib.load_params(config.model, _model(config), config.param_dtype)
+    _, before = _load(config)
     after, out = _update(_padded(), **fields)
     assert float(out.grad_norm) > 0.01
     squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), after, before)
@@ -157,9 +210,8 @@ def test_clipping_bounds_the_update():
 def test_skip_nonfinite_uses_a_constant_loss_scale_of_one():
     """A step that is not finite changes neither parameters nor scale."""
     config = _config(skip_nonfinite=2, optimizer="lomo")
-    model = _model(config)
-    params = model_lib.load_params(config.model, model, config.param_dtype)
-    step = make_step(config, model)
+    model, params = _load(config)
+    step = make_step(model.loss, config.make_optimizer(), **config.step_options())
     state = step.init(params, _padded())
     bad = _padded() | {"weights": np.full((4, 16), np.nan, np.float32)}
     for batch, is_finite in ((bad, False), (_padded(), True)):

@@ -17,8 +17,7 @@ import pytest
 import runs
 
 from lomo_jax.training import MeshConfig, export, loop
-from lomo_jax.training import evaluate as evaluate_lib
-from lomo_jax.training.stop import Stop
+from lomo_jax.training.devices import Stop
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -68,14 +67,15 @@ def test_a_signal_before_the_first_step_saves_nothing(text, whole, tmp_path, cap
 
 def _stop_in_evaluation(monkeypatch, workdir, step):
     """Sends SIGTERM at the start of the evaluation after step `step`."""
+    make = loop.make_evaluate
 
     def make_evaluate(*args):
-        make = evaluate_lib.make_evaluate(*args)
+        made = make(*args)
 
         def evaluate(params):
             if runs.last_step(workdir) == step:
                 signal.raise_signal(signal.SIGTERM)
-            return make(params)
+            return made(params)
 
         return evaluate
 
