@@ -124,3 +124,8 @@ def to_device(tree: PyTree) -> PyTree:
 def match_memory(tree: PyTree, like: PyTree) -> PyTree:
     """Moves every array to the memory, host or device, of its counterpart in `like`."""
     return jax.tree.map(lambda x, y: to_host(x) if is_on_host(y) else to_device(x), tree, like)
+
+
+def read_layer(stack: jax.Array, i: Any, axis: int = 0) -> jax.Array:
+    """Returns layer i of a stack, on the device."""
+    return to_device(jax.lax.dynamic_index_in_dim(stack, i, axis, keepdims=False))

@@ -18,14 +18,16 @@ from lomo_jax.fused.arrays import PyTree, add, widen
 from lomo_jax.fused.flags import scatter, select, zip_and, zip_not
 from lomo_jax.fused.forward import DensePass, ForwardPass, LayersPass, Values, swap_axes
 from lomo_jax.fused.order import evaluate_in_order
+from lomo_jax.fused.trace import Stack
 
 
 class Consumer(Protocol):
     """Uses gradients: `update.Update` and `update.SumOfSquares`.
 
-    Parameters are given by their index among the leaves of the tree. The stacked parameters of one
-    scan are used in a loop: `init_carry` returns its first carry, `use_layer` and `next_layer`
-    update it, and `store` gets the result of `finish` on the last one.
+    Parameters are given by their index among the leaves of the tree. The stacks of one scan are used
+    in a loop: `init_carry` returns its first carry, `use_layer` and `next_layer` update it, and
+    `store` gets the result of `finish` on the last one. Layer i is the layer that the scan reads
+    with its xs i.
     """
 
     def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
@@ -36,36 +38,36 @@ class Consumer(Protocol):
         """Whether `use_layer` needs all gradients of a layer in one call."""
         ...
 
-    def init_carry(self, indices: Sequence[int], first: int, read_ahead: bool) -> PyTree:
+    def init_carry(self, stacks: Sequence[Stack], first: int, read_ahead: bool) -> PyTree:
         """Returns the carry of the loop over stacked parameters.
 
         Args:
-          indices: the parameters.
+          stacks: the parameters.
           first: the layer that the loop starts with.
           read_ahead: whether the carry holds a copy of the next layer.
         """
 
-    def read_layer(self, carry: PyTree, indices: Sequence[int], k: int, i: jax.Array) -> jax.Array:
-        """Returns layer i of parameter `indices[k]`."""
+    def read_layer(self, carry: PyTree, stacks: Sequence[Stack], k: int, i: jax.Array) -> jax.Array:
+        """Returns layer i of `stacks[k]`."""
         ...
 
     def use_layer(
         self,
         carry: PyTree,
-        indices: Sequence[int],
+        stacks: Sequence[Stack],
         ks: Sequence[int],
         i: jax.Array,
         grads: Sequence[jax.Array],
     ) -> PyTree:
-        """Uses the gradients of layer i of the parameters `indices[k]`; returns the new carry."""
+        """Uses the gradients of layer i of `stacks[k]`; returns the new carry."""
 
-    def next_layer(self, carry: PyTree, i: jax.Array) -> PyTree:
+    def next_layer(self, carry: PyTree, stacks: Sequence[Stack], i: jax.Array) -> PyTree:
         """Moves on to layer i; returns the new carry."""
 
     def finish(self, carry: PyTree) -> PyTree:
         """Returns the part of the last carry that `store` needs."""
 
-    def store(self, result: PyTree, indices: Sequence[int]) -> None:
+    def store(self, result: PyTree, stacks: Sequence[Stack]) -> None:
         """Stores the result of `finish`."""
 
 
@@ -162,7 +164,15 @@ def _backward_layers(
     cotangents.add(diff_consts, ct_consts)
     diff_others = layers.diff_others
     cotangents.add(
-        select(scan.xs, diff_others), swap_axes(ct_others, select(layers.vary_xs, diff_others))
+        select(scan.xs, diff_others),
+        [
+            _in_place(ct, place)
+            for ct, place in zip(
+                swap_axes(ct_others, select(layers.vary_xs, diff_others)),
+                select(scan.layers, diff_others),
+                strict=True,
+            )
+        ],
     )
     starts = select(scan.carry, layers.diff_carry)
     # A carry that varies may start from a value that does not, and one with a gradient from a value
@@ -228,7 +238,7 @@ class _LayerLoop(NamedTuple):
         xs, is_param = self.layers.xs, self.layers.is_param
         # Read each x only when it is needed; parameters whose gradients are used come first.
         order = [*select(range(len(xs)), is_param), *select(range(len(xs)), zip_not(is_param))]
-        others = select(xs, zip_not(is_param))
+        others = select(list(zip(xs, scan.layers, strict=True)), zip_not(is_param))
 
         def gradients(layer, *args):
             ordered = sorted(zip(order, layer, strict=True), key=lambda pair: pair[0])
@@ -237,12 +247,15 @@ class _LayerLoop(NamedTuple):
         def read(carry, k):
             if k < len(stacked):
                 return self.consumer.read_layer(carry, stacked, k, i)
-            layer = jax.lax.dynamic_index_in_dim(others[k - len(stacked)], i, keepdims=False)
-            return arrays.to_device(layer)
+            x, place = others[k - len(stacked)]
+            return arrays.read_layer(x, i + place.start if place.start else i, place.axis)
 
         (ct_carry, ct_consts, ct_others), carry = evaluate_in_order(
             gradients,
-            [jax.eval_shape(_first_layer, xs[k]) for k in order],
+            [
+                jax.eval_shape(lambda k=k: arrays.read_layer(xs[k], 0, scan.layers[k].axis))
+                for k in order
+            ],
             (inputs, residuals, ct_carry, ct_ys, ct_consts),
             read,
             lambda carry, ks, grads: self.consumer.use_layer(carry, stacked, ks, i, grads),
@@ -251,7 +264,7 @@ class _LayerLoop(NamedTuple):
         )
         step = 1 if scan.reverse else -1
         following = jnp.clip(i + step, 0, scan.length - 1)
-        carry = self.consumer.next_layer(carry, following)
+        carry = self.consumer.next_layer(carry, stacked, following)
         return (following, carry, ct_carry, ct_consts), ct_others
 
     def gradients(
@@ -286,5 +299,10 @@ class _LayerLoop(NamedTuple):
         return select(ct_xs, layers.is_param), (new_ct_carry, new_ct_consts, others)
 
 
-def _first_layer(stack: jax.Array) -> jax.Array:
-    return arrays.to_device(jax.lax.index_in_dim(stack, 0, keepdims=False))
+def _in_place(gradient: jax.Array, place: jaxprs.Layers) -> jax.Array:
+    """Returns the gradient of a whole stack, given the gradient of some layers, [L, ...]."""
+    if not place.axis and not place.start and len(gradient) == jaxprs.shape(place.of)[0]:
+        return gradient
+    gradient = jnp.moveaxis(gradient, 0, place.axis)
+    zeros = jnp.zeros(jaxprs.shape(place.of), gradient.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(zeros, gradient, place.start, place.axis)

@@ -263,10 +263,10 @@ class Step:
             )
         params = jax.eval_shape(to_device, params)  # the loss sees its parameters on the device
         loss = trace(self.loss_fn, params, batch, has_aux=self.has_aux, trainable=trainable)
-        check_independent(self.tx, params, trainable, loss.stacked)
+        check_independent(self.tx, params, trainable, loss.layer_axes)
         treedef = jax.tree.structure(params)
         updaters = {
-            i: Updater(self.tx, treedef, i, stacked=i in loss.stacked)
+            i: Updater(self.tx, treedef, i, loss.layer_axes.get(i))
             for i, is_trainable in enumerate(trainable)
             if is_trainable
         }

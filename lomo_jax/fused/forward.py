@@ -104,7 +104,7 @@ class LayersPass(NamedTuple):
     @property
     def is_param(self) -> list[bool]:
         """Which xs are trainable parameters."""
-        return [k in self.segment.xs_params for k in range(len(self.xs))]
+        return [k in self.segment.stacks for k in range(len(self.xs))]
 
     @property
     def diff_others(self) -> list[bool]:
@@ -249,15 +249,36 @@ def _run_layers(
         varies_out = [*body.varies_out, *layers.split.varies]
         body = Microbatched(layers.split.forward, body.varies_in, varies_out)
 
-    def layer(carry, x):
+    # `jax.lax.scan` reads layers on axis 0. Layers in other places are read by their index.
+    in_front = [
+        not x.axis and not x.start and jaxprs.shape(x.of)[0] == scan.length for x in scan.layers
+    ]
+    is_saved = any(layers.diff_out) and any(layers.diff_in)
+
+    def layer(loop, x):
+        i, carry = loop
+        x, next_i = scatter(layers.xs, x, in_front), i
+        if i is not None:
+            x = [
+                xk if flag else arrays.read_layer(xk, i + place.start, place.axis)
+                for xk, place, flag in zip(x, scan.layers, in_front, strict=True)
+            ]
+            next_i = i + (-1 if scan.reverse else 1)
         results = body.run([*consts, *carry, *arrays.to_device(x)])
         carry_out, results = results[: len(carry)], results[len(carry) :]
         ys, residuals = results[: len(scan.ys)], results[len(scan.ys) :]
-        saved = select(carry, layers.changed), residuals
-        return carry_out, (ys, arrays.to_host(saved) if offload_activations else saved)
+        saved = (select(carry, layers.changed), residuals) if is_saved else ([], [])
+        saved = arrays.to_host(saved) if offload_activations else saved
+        return (next_i, carry_out), (ys, saved)
 
-    carry_out, (ys, saved) = jax.lax.scan(
-        layer, layers.carry, layers.xs, scan.length, scan.reverse, scan.unroll
+    first = None if all(in_front) else jnp.int32(scan.length - 1 if scan.reverse else 0)
+    (_, carry_out), (ys, saved) = jax.lax.scan(
+        layer,
+        (first, layers.carry),
+        select(layers.xs, in_front),
+        scan.length,
+        scan.reverse,
+        scan.unroll,
     )
     values.by_var.update(zip(scan.carry_out, carry_out, strict=True))
     values.by_var.update(zip(scan.ys, swap_axes(ys, vary_ys), strict=True))
@@ -280,7 +301,7 @@ def _split_layer(layers: LayersPass, remat: str | Callable[..., Any]) -> SplitLa
     first = len(layers.consts) + len(layers.carry)
     return save_residuals(
         layers.segment.scan.body,
-        [first + k for k in layers.segment.xs_params],
+        [first + k for k in layers.segment.stacks],
         remat,
         layers.body.varies_in,
         layers.diff_in,
@@ -324,7 +345,7 @@ def save_residuals(
     closed, (outputs, _) = jax.make_jaxpr(forward, return_shape=True)(*(v.aval for v in inputs))
     treedef, static = vjp_parts
     variables = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
-    eqns, results = jaxprs.inline(closed, variables, {}, lambda eqn: False)
+    eqns, results = jaxprs.inline(closed, variables, lambda eqn: False)
     results, leaf_atoms = results[: len(outputs)], results[len(outputs) :]
     # The backward pass has the inputs anyway: they need not be saved.
     inputs_by_var = {v: k for k, v in enumerate(variables)}
@@ -356,7 +377,7 @@ def _without_outer_checkpoint(body: Any, stacked: Sequence[int]) -> Callable[...
             jaxprs.variables(eqn.invars)
         )
 
-    eqns, results = jaxprs.inline(body, variables, {}, is_around_the_layer)
+    eqns, results = jaxprs.inline(body, variables, is_around_the_layer)
     return jaxprs.as_function(body, eqns, variables, results)
 
 

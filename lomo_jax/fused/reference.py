@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from lomo_jax.fused import arrays, jaxprs, microbatches
 from lomo_jax.fused.arrays import Params, PyTree
 from lomo_jax.fused.base import Result, Step, TracedStep
-from lomo_jax.fused.trace import LayerScan
+from lomo_jax.fused.trace import LayerScan, Stack
 from lomo_jax.fused.update import all_finite, scale_gradient, sum_of_squares
 
 
@@ -45,22 +45,25 @@ class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_v
                     if self.dynamic.skip == "layers":
                         finite = go_on.all()
                     skip_update = ~go_on
-                for i in segment.stacked:
-                    updater = traced.updaters[i]
-                    keys = jax.vmap(lambda layer, u=updater: u.key(key, layer))(
-                        jnp.arange(segment.scan.length)
+                for stack in segment.stacked:
+                    i, layers = stack.index, (stack, segment.scan.length)
+                    leaf, state = traced.updaters[i].apply_to_layers(
+                        _take(grads[i], *layers),
+                        _take(states[i], *layers, axis=0),
+                        _take(leaves[i], *layers),
+                        key,
+                        skip_update,
+                        stack.start,
                     )
-                    leaves[i], states[i] = jax.vmap(updater.apply)(
-                        grads[i], states[i], leaves[i], keys, skip_update
-                    )
+                    leaves[i] = _put(leaves[i], leaf, stack)
+                    states[i] = _put(states[i], state, stack, axis=0)
             if segment.dense:
                 if self.dynamic and self.dynamic.skip == "layers":
                     finite &= all_finite([grads[i] for i in segment.dense])
                 skip_update = ~finite if self.dynamic else None
                 for i in segment.dense:
-                    updater = traced.updaters[i]
-                    leaves[i], states[i] = updater.apply(
-                        grads[i], states[i], leaves[i], updater.key(key), skip_update
+                    leaves[i], states[i] = traced.updaters[i].apply_whole(
+                        grads[i], states[i], leaves[i], key, skip_update
                     )
         return Result(leaves, states, loss, aux, share, norm, finite)
 
@@ -70,7 +73,9 @@ class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_v
         """Returns for each layer whether the backward pass has met finite gradients only, [L]."""
         go_on = jnp.broadcast_to(finite, (segment.scan.length,))
         if self.dynamic and self.dynamic.skip == "layers":
-            flags = jax.vmap(all_finite)([grads[i] for i in segment.stacked])
+            length = segment.scan.length
+            layers = [_take(grads[stack.index], stack, length) for stack in segment.stacked]
+            flags = jax.vmap(all_finite, ([stack.axis for stack in segment.stacked],))(layers)
             # The backward pass of a scan from the last layer to the first begins at the first.
             go_on &= jax.lax.cumprod(
                 flags.astype(jnp.int32), reverse=not segment.scan.reverse
@@ -113,3 +118,17 @@ class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_v
         zeros = [jnp.zeros_like(arrays.widen(x)) for x in trained]
         grads, (loss, aux) = jax.lax.scan(accumulate, zeros, (batch, share))
         return dict(zip(indices, grads, strict=True)), share, loss, aux
+
+
+def _take(tree: PyTree, stack: Stack, length: int, axis: int | None = None) -> PyTree:
+    """Returns the layers of a stack, which are on its own axis or on `axis`."""
+    axis = stack.axis if axis is None else axis
+    end = stack.start + length
+    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, stack.start, end, axis=axis), tree)
+
+
+def _put(tree: PyTree, layers: PyTree, stack: Stack, axis: int | None = None) -> PyTree:
+    """Replaces the layers of a stack."""
+    axis = stack.axis if axis is None else axis
+    write = jax.lax.dynamic_update_slice_in_dim
+    return jax.tree.map(lambda x, new: write(x, new, stack.start, axis), tree, layers)

@@ -1,13 +1,13 @@
 """Traces a loss and cuts it at its layer scans: dense segment, layer scan, dense segment, ..."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lomo_jax.fused import arrays, jaxprs
+from lomo_jax.fused import arrays, jaxprs, stacks
 from lomo_jax.fused.arrays import Params, PyTree
 from lomo_jax.fused.jaxprs import Atom
 from lomo_jax.fused.microbatches import WeightedLoss
@@ -22,22 +22,30 @@ class DenseSegment(NamedTuple):
     dense: list[int]  # parameters first used here: their gradients are complete after this segment
 
     @property
-    def stacked(self) -> list[int]:
+    def stacked(self) -> list["Stack"]:
         """No parameter is scanned here."""
         return []
+
+
+class Stack(NamedTuple):
+    """The layers of a parameter that one scan updates."""
+
+    index: int  # of the parameter
+    axis: int  # of its layers
+    start: int  # the first of these layers
 
 
 class LayerScan(NamedTuple):
     """A scan over stacked parameters: one layer's gradient exists at a time."""
 
     scan: jaxprs.Scan
-    xs_params: dict[int, int]  # position in scan.xs -> trainable parameter
+    stacks: dict[int, Stack]  # position in scan.xs -> the layers that it updates
     dense: list[int]  # parameters that all layers share, first used here
 
     @property
-    def stacked(self) -> list[int]:
-        """The trainable parameters that are scanned, in the order of the scan's inputs."""
-        return list(self.xs_params.values())
+    def stacked(self) -> list[Stack]:
+        """The layers that it updates, in the order of the scan's inputs."""
+        return list(self.stacks.values())
 
 
 class TracedLoss(NamedTuple):
@@ -53,13 +61,14 @@ class TracedLoss(NamedTuple):
     weight: Callable[..., list[Any]] | None  # (*batch) -> [weight of a `WeightedLoss`]
     aux: list[Atom]
     aux_tree: Any
+    layer_axes: dict[int, int]  # of the trainable parameters that are stacks
     differentiable: frozenset[jex.Var]  # floating-point, and depend on a trainable parameter
     of_batch: frozenset[jex.Var]  # depend on the batch
 
     @property
     def stacked(self) -> frozenset[int]:
-        """The trainable parameters that are scanned."""
-        return frozenset(i for segment in self.segments for i in segment.stacked)
+        """The trainable parameters whose layers are updated one by one."""
+        return frozenset(stack.index for segment in self.segments for stack in segment.stacked)
 
     def differentiates(self, atoms: Sequence[Atom]) -> list[bool]:
         """Returns for each atom whether it has a cotangent."""
@@ -85,93 +94,155 @@ def trace(
 
     Raises:
       TypeError: the loss is not a floating-point scalar.
-      ValueError: a stacked parameter is used in a way that needs the gradient of all its layers at
-        once, or the weight of the loss depends on a parameter.
+      ValueError: the weight of the loss depends on a parameter.
     """
-    closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, batch)
-    weighted, aux_tree = _check_result(shape, has_aux)
-    names = arrays.names(params)
-    inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
-    param_vars, batch_vars = inputs[: len(names)], inputs[len(names) :]
-
-    finder = _LayerScanFinder(names, param_vars, trainable)
-    labels = finder.labels(batch_vars)
-    eqns, results = jaxprs.inline(
-        closed, inputs, labels, lambda eqn: finder.is_call_of_layer_scan(eqn, labels)
-    )
-    eqns, results = jaxprs.see_through(eqns, results, param_vars)
-    weight = None
-    if weighted:
-        weight_atom = results.pop(1)
-        _check_weight(jaxprs.label(weight_atom, labels), names)
-        weight = jaxprs.as_function(
-            closed, jaxprs.live(eqns, [weight_atom]), batch_vars, [weight_atom]
+    with jax.disable_jit(False):  # it unrolls the loops over layers
+        closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, batch)
+        weighted, aux_tree = _check_result(shape, has_aux)
+        names = arrays.names(params)
+        inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
+        param_vars, batch_vars = inputs[: len(names)], inputs[len(names) :]
+        loss = stacks.Loss(
+            closed, param_vars, {v: i for i, v in enumerate(param_vars) if trainable[i]}, batch_vars
         )
-    eqns = jaxprs.live(eqns, results)
-    scans = finder.find(eqns, results[0], labels)
+        program, results = _inline(loss, inputs)
+        weight = None
+        if weighted:
+            weight_atom = results.pop(1)
+            labels = jaxprs.labels(program, loss.labels)
+            _check_weight(jaxprs.label(weight_atom, labels), names)
+            weight = jaxprs.as_function(
+                closed, jaxprs.live(program, [weight_atom]), batch_vars, [weight_atom]
+            )
+        program = stacks.scan_parameters(program, results, loss)
+    axes, walked = _layers_to_update(program, results[0], loss)
+    labels = jaxprs.labels(program, loss.labels)
+    of_trainable = dict.fromkeys(loss.trainable, 1)
+    reached = jaxprs.labels(program, of_trainable, derivative=True)
     return TracedLoss(
         params=param_vars,
         batch=batch_vars,
-        segments=_cut(closed, eqns, results, scans, finder.trainable),
+        segments=_cut(loss, program, results, walked),
         loss=results[0],
         weight=weight,
         aux=results[1:],
         aux_tree=aux_tree,
-        differentiable=frozenset(
-            v for v, label in labels.items() if label & finder.trainable_labels and _is_float(v)
-        ),
-        of_batch=frozenset(v for v, label in labels.items() if label & finder.batch_label),
+        layer_axes=axes,
+        differentiable=frozenset(v for v in reached if reached[v] and jaxprs.is_float(v)),
+        of_batch=frozenset(v for v in labels if labels[v] & loss.of_batch),
     )
 
 
+def _inline(loss: stacks.Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprEqn], list[Atom]]:
+    """Replaces calls by their bodies, but of checkpoints only those around a layer scan."""
+    everything, _ = jaxprs.inline(loss.closed, inputs, jaxprs.is_call)
+    bodies = stacks.scanned_bodies(everything, loss)
+
+    def has_layer_scan(jaxpr) -> bool:
+        return any(
+            id(eqn.params["jaxpr"]) in bodies
+            if jaxprs.is_scan(eqn)
+            else jaxprs.is_call(eqn) and has_layer_scan(jaxprs.called_jaxpr(eqn))
+            for eqn in jaxprs.open_jaxpr(jaxpr).eqns
+        )
+
+    return jaxprs.inline(
+        loss.closed,
+        inputs,
+        lambda eqn: (
+            jaxprs.is_call(eqn)
+            and (not jaxprs.is_checkpoint(eqn) or has_layer_scan(jaxprs.called_jaxpr(eqn)))
+        ),
+    )
+
+
+def _layers_to_update(
+    program: Sequence[jaxprs.Operation], result: Atom, loss: stacks.Loss
+) -> tuple[dict[int, int], dict[int, dict[int, Stack]]]:
+    """Finds the parameters whose layers can be updated one by one.
+
+    Returns:
+      The layer axis of each stack, by index; and for each `Scan`, by `id`, the layers that it
+      updates, by their position among its xs.
+    """
+    active = stacks.active_variables(program, result)
+    uses: dict[int, list[tuple[jaxprs.Scan, jaxprs.Layers] | None]] = {}
+    for operation in program:
+        is_active = not active.isdisjoint(operation.outvars)
+        is_scan = isinstance(operation, jaxprs.Scan)
+        for layers in operation.layers if is_scan else ():
+            if layers.of in loss.trainable and is_active:
+                uses.setdefault(loss.trainable[layers.of], []).append((operation, layers))
+        others = [*operation.consts, *operation.carry] if is_scan else operation.invars
+        for v in jaxprs.variables(others):
+            if v in loss.trainable and is_active and not _stops(operation):
+                uses.setdefault(loss.trainable[v], []).append(None)
+    axes: dict[int, int] = {}
+    walked: dict[int, dict[int, Stack]] = {}
+    for i, found in uses.items():
+        scans = [use for use in found if use is not None]
+        if len({layers.axis for _, layers in scans}) != 1:
+            continue
+        (axis,) = {layers.axis for _, layers in scans}
+        axes[i] = axis
+        ends = sorted((layers.start, layers.start + scan.length) for scan, layers in scans)
+        whole = jaxprs.shape(loss.params[i])[axis]
+        starts_after = [0, *(end for _, end in ends)]
+        if len(scans) == len(found) and [*(s for s, _ in ends), whole] == starts_after:
+            for scan, layers in scans:
+                position = [x.key for x in scan.layers].index(layers.key)
+                walked.setdefault(id(scan), {})[position] = Stack(i, axis, layers.start)
+    return axes, walked
+
+
+def _stops(operation: jaxprs.Operation) -> bool:
+    return not isinstance(operation, jaxprs.Scan) and operation.primitive.name == "stop_gradient"
+
+
 def _cut(
-    closed: Any,
-    eqns: Sequence[jex.JaxprEqn],
+    loss: stacks.Loss,
+    program: Sequence[jaxprs.Operation],
     results: Sequence[Atom],
-    scans: Mapping[int, dict[int, int]],
-    trainable: Mapping[jex.Var, int],
+    walked: Mapping[int, dict[int, Stack]],
 ) -> list[DenseSegment | LayerScan]:
-    """Cuts equations before and after each layer scan.
+    """Cuts a program before and after each layer scan.
 
     Args:
-      closed: the jaxpr that the equations come from.
-      eqns: the equations.
-      results: the results of the equations.
-      scans: by the `id` of a layer scan's equation, see `_LayerScanFinder.find`.
-      trainable: the indices of the trainable parameters.
+      loss: the inputs of the program.
+      program: see `stacks.scan_parameters`.
+      results: its results.
+      walked: see `_layers_to_update`.
     """
-    groups: list[list[jex.JaxprEqn]] = [[]]
-    for eqn in eqns:
-        if id(eqn) in scans:
-            groups += [[eqn], []]
+    groups: list[list[jaxprs.Operation]] = [[]]
+    for operation in program:
+        if isinstance(operation, jaxprs.Scan):
+            groups += [[operation], []]
         else:
-            groups[-1].append(eqn)
+            groups[-1].append(operation)
     groups = [group for group in groups if group] or [[]]
 
-    used = [jaxprs.variables(a for eqn in group for a in eqn.invars) for group in groups]
-    first_use = dict.fromkeys(trainable.values(), 0)  # an unused one has a zero gradient
+    used = [
+        jaxprs.variables(a for operation in group for a in operation.invars) for group in groups
+    ]
+    first_use = dict.fromkeys(loss.trainable.values(), 0)  # an unused one has a zero gradient
     for k in reversed(range(len(groups))):
-        first_use.update({trainable[v]: k for v in used[k] if v in trainable})
+        first_use.update({loss.trainable[v]: k for v in used[k] if v in loss.trainable})
 
-    stacked = {i for xs_params in scans.values() for i in xs_params.values()}
+    stacked = {stack.index for found in walked.values() for stack in found.values()}
     segments: list[DenseSegment | LayerScan] = []
     for k, group in enumerate(groups):
         dense = [i for i, first in first_use.items() if first == k and i not in stacked]
-        xs_params = scans.get(id(group[0])) if group else None
-        if xs_params is not None:
-            segments.append(LayerScan(jaxprs.read_scan(group[0]), xs_params, dense))
+        if group and isinstance(group[0], jaxprs.Scan):
+            found = walked.get(id(group[0]), {})
+            segments.append(LayerScan(group[0], dict(sorted(found.items())), dense))
         else:
             defined = jaxprs.variables(v for eqn in group for v in eqn.outvars)
             later = jaxprs.variables(results).keys() | {v for u in used[k + 1 :] for v in u}
             inputs = [v for v in used[k] if v not in defined]
             outputs = [v for v in defined if v in later]
-            function = jaxprs.as_function(closed, group, inputs, outputs)
+            function = jaxprs.as_function(loss.closed, group, inputs, outputs)
             segments.append(DenseSegment(function, inputs, outputs, dense))
     return segments
-
-
-def _is_float(var: jex.Var) -> bool:
-    return jnp.issubdtype(jaxprs.dtype(var), jnp.inexact)
 
 
 def _check_result(shape: PyTree, has_aux: bool) -> tuple[bool, Any]:
@@ -209,172 +280,3 @@ def _check_weight(label: int, names: Sequence[str]) -> None:
             f"the weight of the loss depends on parameter {names[of_params.bit_length() - 1]}: "
             "compute it from the batch alone, such as a count of tokens"
         )
-
-
-class _LayerScanFinder:
-    """Finds the scans over parameters, and refuses uses that would need a whole stack's gradient.
-
-    Every variable has a label: the set of parameters that it depends on, and whether it depends on
-    the batch, as the bits of an int (see `jaxprs.dependence`).
-    """
-
-    def __init__(self, names: Sequence[str], params: Sequence[jex.Var], trainable: Sequence[bool]):
-        self.names, self.params = names, params
-        self.trainable = {v: i for i, v in enumerate(params) if trainable[i]}
-        self.frozen = {v: i for i, v in enumerate(params) if not trainable[i]}
-        self.trainable_labels = sum(1 << i for i in self.trainable.values())
-        self.batch_label = 1 << len(params)
-
-    def labels(self, batch: Sequence[jex.Var]) -> dict[jex.Var, int]:
-        """Returns the labels of the inputs of the loss."""
-        labels = {v: 1 << i for i, v in enumerate(self.params)}
-        labels.update(dict.fromkeys(batch, self.batch_label))
-        return labels
-
-    def is_call_of_layer_scan(self, eqn: jex.JaxprEqn, labels: Mapping[jex.Var, int]) -> bool:
-        """Returns whether `eqn` is a call, such as `jit`, of a function with a layer scan."""
-        called = jaxprs.called_jaxpr(eqn)
-        if called is None:
-            return False
-        jaxpr = jaxprs.open_jaxpr(called)
-        env = {v: jaxprs.label(a, labels) for v, a in zip(jaxpr.invars, eqn.invars, strict=True)}
-        for inner in jaxpr.eqns:
-            if self._is_layer_scan(inner, env) or self.is_call_of_layer_scan(inner, env):
-                return True
-            env.update(zip(inner.outvars, jaxprs.eqn_dependence(inner, env), strict=True))
-        return False
-
-    def find(
-        self,
-        eqns: Sequence[jex.JaxprEqn],
-        loss: Atom,
-        labels: Mapping[jex.Var, int],
-    ) -> dict[int, dict[int, int]]:
-        """Finds the layer scans.
-
-        Returns:
-          For each layer scan, by the `id` of its equation, the trainable parameters by their
-          position among its xs; none if all its parameters are frozen.
-
-        Raises:
-          ValueError: the layers of a parameter cannot be updated one by one.
-        """
-        scans: dict[int, dict[int, int]] = {}
-        producers: dict[Atom, jex.JaxprEqn] = {v: eqn for eqn in eqns for v in eqn.outvars}
-        for eqn in eqns:
-            found = self._scanned(eqn, labels, self.trainable)
-            xs = jaxprs.read_scan(eqn).xs if found else []
-            for position, i in found.items():
-                if xs[position] is not self.params[i]:
-                    self._refuse_derived(i, producers[xs[position]])
-            if self._is_layer_scan(eqn, labels):
-                scans[id(eqn)] = found
-            else:
-                self._refuse_hidden(eqn, eqn.invars)
-        # Only the loss is differentiated: aux and prints may use a stack in any way.
-        for_loss = jaxprs.live(eqns, [loss], effects=False)
-        for found in scans.values():
-            for i in found.values():
-                self._refuse_shared(i, for_loss)
-        return scans
-
-    def _is_layer_scan(self, eqn: jex.JaxprEqn, labels: Mapping[jex.Var, int]) -> bool:
-        # The backward pass recomputes frozen layers from their inputs too.
-        return any(self._scanned(eqn, labels, group) for group in (self.trainable, self.frozen))
-
-    def _scanned(
-        self,
-        eqn: jex.JaxprEqn,
-        labels: Mapping[jex.Var, int],
-        params: Mapping[jex.Var, int],
-    ) -> dict[int, int]:
-        """Returns which of `params` a scan's xs are, or are derived from, by position.
-
-        A value that depends on the batch is an activation. An x is a stack of layers if it is a
-        parameter, or derived from one with three axes, or has the shape of one up to the order of
-        its axes (a cast, a transpose): an embedding that is scanned in chunks is none of these.
-        """
-        if not jaxprs.is_scan(eqn):
-            return {}
-        scan = jaxprs.read_scan(eqn)
-        found = {}
-        for position, x in enumerate(scan.xs):
-            label = jaxprs.label(x, labels)
-            if not scan.length or label & self.batch_label:
-                continue
-            for v, i in params.items():
-                shape, x_shape = jaxprs.shape(v), jaxprs.shape(x)
-                rearranged = scan.length in shape and sorted(shape) == sorted(x_shape)
-                if label >> i & 1 and (x is v or len(shape) > 2 or rearranged):
-                    found[position] = i
-        return found
-
-    def _refuse_derived(self, i: int, producer: jex.JaxprEqn) -> NoReturn:
-        op = producer.primitive.name
-        raise ValueError(
-            f"parameter {self.names[i]} reaches the layer scan through `{op}` of the whole "
-            "stack: scan the parameter itself, layers on axis 0, and apply the operation to one "
-            "layer inside the scanned function"
-        )
-
-    def _refuse_shared(self, i: int, eqns: Sequence[jex.JaxprEqn]) -> None:
-        users = [eqn.primitive.name for eqn in eqns for a in eqn.invars if a is self.params[i]]
-        if len(users) > 1:
-            users.remove("scan")
-            raise ValueError(
-                f"parameter {self.names[i]} is scanned over its layers and also used by "
-                f"`{users[0]}`, which needs the gradients of all layers at once: give the second "
-                "use a parameter of its own, or return what it needs from the scan as ys"
-            )
-
-    def _refuse_hidden(
-        self, eqn: jex.JaxprEqn, operands: Sequence[Atom | None], inside: str | None = None
-    ) -> None:
-        """Refuses loops over layers, in `eqn` and in the jaxprs inside it, that cannot be cut.
-
-        Args:
-          eqn: an equation of the loss, or of a jaxpr inside it.
-          operands: the variables of the loss that its operands are; None for other operands.
-          inside: the operation around `eqn` that cannot be cut open, if there is one.
-        """
-        if jaxprs.is_scan(eqn):
-            self._refuse_indexed(eqn, operands)
-            scan = jaxprs.read_scan(eqn)
-            for i in map(self._param, operands[len(operands) - len(scan.xs) :]):
-                if inside and i is not None:
-                    raise ValueError(
-                        f"parameter {self.names[i]} is scanned over its layers inside `{inside}`, "
-                        f"which cannot be cut: move the layer scan out of `{inside}`"
-                    )
-        if inside is None and jaxprs.called_jaxpr(eqn) is None:
-            inside = eqn.primitive.name
-        for body in jaxprs.bodies(eqn):
-            inner = jaxprs.open_jaxpr(body)
-            if len(inner.invars) <= len(operands):
-                # A branch of `cond` lacks the first operand.
-                env = dict(zip(inner.invars[::-1], operands[::-1], strict=False))
-                for e in inner.eqns:
-                    outer = [None if isinstance(a, jex.Literal) else env.get(a) for a in e.invars]
-                    self._refuse_hidden(e, outer, inside)
-
-    def _refuse_indexed(self, eqn: jex.JaxprEqn, operands: Sequence[Atom | None]) -> None:
-        """Refuses a loop whose body indexes layer i of a stack."""
-        scan = jaxprs.read_scan(eqn)
-        consts = jaxprs.open_jaxpr(scan.body).invars[: len(scan.consts)]
-        for i, v in zip(map(self._param, operands), consts, strict=False):
-            if i is None or scan.length not in jaxprs.shape(v)[:1]:
-                continue
-            # A gather from a matrix may as well look up rows of an embedding.
-            is_matrix = len(jaxprs.shape(v)) < 3
-            lookups = {"dynamic_slice"} if is_matrix else {"dynamic_slice", "gather"}
-            if any(
-                eqn.primitive.name in lookups and eqn.params["slice_sizes"][0] == 1
-                for eqn in jaxprs.users(scan.body, v)
-            ):
-                raise ValueError(
-                    f"parameter {self.names[i]} is indexed by layer inside a loop: make it a "
-                    "scanned input of lax.scan (xs) instead"
-                )
-
-    def _param(self, atom: Atom | None) -> int | None:
-        return self.trainable.get(atom) if isinstance(atom, jex.Var) else None

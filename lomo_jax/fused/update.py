@@ -1,6 +1,6 @@
 """Uses gradients: applies an optax transformation to parameters and layers, or sums squares."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,22 +9,23 @@ import optax
 
 from lomo_jax.fused import arrays, jaxprs
 from lomo_jax.fused.arrays import Params, PyTree, match_memory, reshard_like, widen
+from lomo_jax.fused.trace import Stack
 
 
 class Updater:
-    """Updates the leaf `index` of a tree of parameters, which is a stack of layers if `stacked`.
+    """Updates the leaf `index` of a tree of parameters, a stack of layers if it has a `layer_axis`.
 
     `tx` sees trees with the structure and the paths of the whole tree, the other leaves masked by
     `optax.MaskedNode`. Of a stack it sees one layer.
     """
 
     def __init__(
-        self, tx: optax.GradientTransformation, treedef: Any, index: int, *, stacked: bool
+        self, tx: optax.GradientTransformation, treedef: Any, index: int, layer_axis: int | None
     ):
-        self.tx, self.treedef, self.index, self.stacked = tx, treedef, index, stacked
+        self.tx, self.treedef, self.index, self.layer_axis = tx, treedef, index, layer_axis
 
     def init(self, leaf: jax.Array) -> PyTree:
-        """Returns the optimizer's first state, with a layer axis in front if `stacked`."""
+        """Returns the optimizer's first state; for a stack it has a layer axis in front."""
 
         def init(leaf):
             state = self.tx.init(_masked(self.treedef, {self.index: leaf}))
@@ -32,7 +33,7 @@ class Updater:
             shard = lambda x: reshard_like(x, leaf) if jnp.shape(x) == leaf.shape else x  # noqa: E731
             return jax.tree.map(shard, state)
 
-        return (jax.vmap(init) if self.stacked else init)(leaf)
+        return init(leaf) if self.layer_axis is None else jax.vmap(init, self.layer_axis)(leaf)
 
     def apply(
         self,
@@ -68,6 +69,48 @@ class Updater:
             return new if skip_update is None else jnp.where(skip_update, old, new)
 
         return jax.tree.map(settle, (new, new_state), (leaf, state))
+
+    def apply_whole(
+        self,
+        grad: jax.Array,
+        state: PyTree,
+        leaf: jax.Array,
+        key: jax.Array | None = None,
+        skip_update: jax.Array | None = None,
+    ) -> tuple[jax.Array, PyTree]:
+        """Updates the parameter, or all its layers, as `apply` does with the key of the step."""
+        if self.layer_axis is None:
+            return self.apply(grad, state, leaf, self.key(key), skip_update)
+        return self.apply_to_layers(grad, state, leaf, key, skip_update)
+
+    def apply_to_layers(
+        self,
+        grad: jax.Array,
+        state: PyTree,
+        leaf: jax.Array,
+        key: jax.Array | None = None,
+        skip_update: jax.Array | None = None,
+        start: int = 0,
+    ) -> tuple[jax.Array, PyTree]:
+        """Updates several layers at once.
+
+        Args:
+          grad: of the layers, with the layer axis where the parameter has it.
+          state: of the layers, with the layer axis in front.
+          leaf: the layers.
+          key: of the step.
+          skip_update: bool [], or [L] for each layer.
+          start: the index of the first layer.
+        """
+        axis = self.layer_axis
+        i = start + jnp.arange(leaf.shape[axis])
+        each = skip_update is not None and skip_update.ndim > 0
+
+        def apply(grad, state, leaf, i, skip_update):
+            return self.apply(grad, state, leaf, self.key(key, i), skip_update)
+
+        in_axes = (axis, 0, axis, 0, 0 if each else None)
+        return jax.vmap(apply, in_axes, (axis, 0))(grad, state, leaf, i, skip_update)
 
     def key(self, key: jax.Array | None, i: Any = None) -> jax.Array | None:
         """Returns the key for this parameter, or for layer i of it, given the key of the step."""
@@ -118,61 +161,76 @@ class Update:
         # An overflow in any gradient of a layer skips the update of the whole layer.
         return self.stop_at_overflow
 
-    def init_carry(self, indices: Sequence[int], first: int, read_ahead: bool) -> PyTree:
-        stacks = [(self.params[i], self.states[i]) for i in indices]
-        return stacks, _read(stacks, first) if read_ahead else None, self.finite
+    def init_carry(self, stacks: Sequence[Stack], first: int, read_ahead: bool) -> PyTree:
+        pairs = [(self.params[stack.index], self.states[stack.index]) for stack in stacks]
+        layers = list(map(_read, pairs, stacks, [first] * len(pairs))) if read_ahead else None
+        return pairs, layers, self.finite
 
-    def read_layer(self, carry: PyTree, indices: Sequence[int], k: int, i: jax.Array) -> jax.Array:
-        del indices
-        stacks, layers, _ = carry
-        return _read(stacks[k][0], i) if layers is None else layers[k][0]
+    def read_layer(self, carry: PyTree, stacks: Sequence[Stack], k: int, i: jax.Array) -> jax.Array:
+        pairs, layers, _ = carry
+        return _read_param(pairs[k][0], stacks[k], i) if layers is None else layers[k][0]
 
     @jax.named_scope("update")
     def use_layer(
         self,
         carry: PyTree,
-        indices: Sequence[int],
+        stacks: Sequence[Stack],
         ks: Sequence[int],
         i: jax.Array,
         grads: Sequence[jax.Array],
     ) -> PyTree:
-        stacks, layers, finite = carry
-        olds = [_read(stacks[k], i) if layers is None else layers[k] for k in ks]
-        news, finite = self._apply([indices[k] for k in ks], grads, olds, finite, i)
-        stacks = list(stacks)
+        pairs, layers, finite = carry
+        olds = [_read(pairs[k], stacks[k], i) if layers is None else layers[k] for k in ks]
+        news, finite = self._apply([stacks[k] for k in ks], grads, olds, finite, i)
+        pairs = list(pairs)
         for k, new in zip(ks, news, strict=True):
-            stacks[k] = _write(stacks[k], new, i)
-        return stacks, layers, finite
+            pairs[k] = _write(pairs[k], new, stacks[k], i)
+        return pairs, layers, finite
 
-    def next_layer(self, carry: PyTree, i: jax.Array) -> PyTree:
-        stacks, layers, finite = carry
-        return stacks, layers if layers is None else _read(stacks, i), finite
+    def next_layer(self, carry: PyTree, stacks: Sequence[Stack], i: jax.Array) -> PyTree:
+        pairs, layers, finite = carry
+        if layers is not None:
+            layers = list(map(_read, pairs, stacks, [i] * len(pairs)))
+        return pairs, layers, finite
 
     def finish(self, carry: PyTree) -> PyTree:
-        stacks, _, finite = carry
-        return stacks, finite
+        pairs, _, finite = carry
+        return pairs, finite
 
-    def store(self, result: PyTree, indices: Sequence[int]) -> None:
+    def store(self, result: PyTree, stacks: Sequence[Stack]) -> None:
         news, self.finite = result
-        self._store(indices, news)
+        self._store([stack.index for stack in stacks], news)
 
     def _apply(
         self,
-        indices: Sequence[int],
+        parameters: Sequence[int | Stack],
         grads: Sequence[jax.Array],
         olds: Sequence[tuple[jax.Array, PyTree]],
         finite: jax.Array | None,
         i: jax.Array | None = None,
     ) -> tuple[list[tuple[jax.Array, PyTree]], jax.Array | None]:
-        """Returns new pairs (parameter, state) for `olds`, and whether all was finite so far."""
+        """Returns new pairs (parameter, state) for `olds`, and whether all was finite so far.
+
+        Args:
+          parameters: indices of whole parameters, or stacks of which layer i is updated.
+          grads: their gradients.
+          olds: pairs (parameter, state), or those of layer i.
+          finite: whether all was finite before, or None.
+          i: a layer.
+        """
         grads = [scale_gradient(g, self.factor) for g in grads]
         if self.stop_at_overflow and grads:
             finite = all_finite(grads) if finite is None else finite & all_finite(grads)
         skip_update = None if finite is None else ~finite
         news = []
-        for index, grad, (leaf, state) in zip(indices, grads, olds, strict=True):
-            updater = self.updaters[index]
-            news.append(updater.apply(grad, state, leaf, updater.key(self.key, i), skip_update))
+        for parameter, grad, (leaf, state) in zip(parameters, grads, olds, strict=True):
+            if isinstance(parameter, Stack):
+                updater = self.updaters[parameter.index]
+                key = updater.key(self.key, _layer(parameter, i))
+                new = updater.apply(grad, state, leaf, key, skip_update)
+            else:
+                new = self.updaters[parameter].apply_whole(grad, state, leaf, self.key, skip_update)
+            news.append(new)
         return news, finite
 
     def _store(self, indices: Sequence[int], news: Sequence[tuple[jax.Array, PyTree]]) -> None:
@@ -198,36 +256,36 @@ class SumOfSquares:
         del indices
         self.total += self._of(grads)
 
-    def init_carry(self, indices: Sequence[int], first: int, read_ahead: bool) -> jax.Array:
-        del indices, first, read_ahead  # nothing is written, so nothing needs reading ahead
+    def init_carry(self, stacks: Sequence[Stack], first: int, read_ahead: bool) -> jax.Array:
+        del stacks, first, read_ahead  # nothing is written, so nothing needs reading ahead
         return self.total
 
     def read_layer(
-        self, carry: jax.Array, indices: Sequence[int], k: int, i: jax.Array
+        self, carry: jax.Array, stacks: Sequence[Stack], k: int, i: jax.Array
     ) -> jax.Array:
         del carry
-        return _read(self.params[indices[k]], i)
+        return _read_param(self.params[stacks[k].index], stacks[k], i)
 
     def use_layer(
         self,
         carry: jax.Array,
-        indices: Sequence[int],
+        stacks: Sequence[Stack],
         ks: Sequence[int],
         i: jax.Array,
         grads: Sequence[jax.Array],
     ) -> jax.Array:
-        del indices, ks, i
+        del stacks, ks, i
         return carry + self._of(grads)
 
-    def next_layer(self, carry: jax.Array, i: jax.Array) -> jax.Array:
-        del i
+    def next_layer(self, carry: jax.Array, stacks: Sequence[Stack], i: jax.Array) -> jax.Array:
+        del stacks, i
         return carry
 
     def finish(self, carry: jax.Array) -> jax.Array:
         return carry
 
-    def store(self, result: jax.Array, indices: Sequence[int]) -> None:
-        del indices
+    def store(self, result: jax.Array, stacks: Sequence[Stack]) -> None:
+        del stacks
         self.total = result
 
     def _of(self, grads: Sequence[jax.Array]) -> jax.Array:
@@ -251,17 +309,31 @@ def all_finite(grads: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(g).all() for g in grads]).all()
 
 
-def _read(stacks: PyTree, i: Any) -> PyTree:
-    """Returns layer i, on the device."""
-    read = jax.lax.dynamic_index_in_dim
-    return arrays.to_device(jax.tree.map(lambda x: read(x, i, keepdims=False), stacks))
+def _layer(stack: Stack, i: Any) -> Any:
+    """Returns the index, in the parameter, of layer i of the scan."""
+    return i + stack.start if stack.start else i
 
 
-def _write(stacks: PyTree, layer: PyTree, i: Any) -> PyTree:
-    """Writes layer i, in the memory that the stacks are in."""
+def _read_param(leaf: jax.Array, stack: Stack, i: Any) -> jax.Array:
+    return arrays.read_layer(leaf, _layer(stack, i), stack.axis)
+
+
+def _read(pair: tuple[jax.Array, PyTree], stack: Stack, i: Any) -> tuple[jax.Array, PyTree]:
+    """Returns layer i of a parameter and of its state, on the device."""
+    leaf, state = pair
+    of_state = jax.tree.map(lambda x: arrays.read_layer(x, _layer(stack, i)), state)
+    return _read_param(leaf, stack, i), of_state
+
+
+def _write(
+    pair: tuple[jax.Array, PyTree], layer: tuple[jax.Array, PyTree], stack: Stack, i: Any
+) -> tuple[jax.Array, PyTree]:
+    """Writes layer i of a parameter and of its state, in the memory that they are in."""
     write = jax.lax.dynamic_update_index_in_dim
-    layer = match_memory(layer, stacks)
-    return jax.tree.map(lambda x, new: write(x, new, i, axis=0), stacks, layer)
+    (leaf, state), (new, new_state) = pair, match_memory(layer, pair)
+    i = _layer(stack, i)
+    state = jax.tree.map(lambda x, new: write(x, new, i, axis=0), state, new_state)
+    return write(leaf, new, i, axis=stack.axis), state
 
 
 def _masked(treedef: Any, leaves: Mapping[int, Any]) -> PyTree:
@@ -273,7 +345,7 @@ def check_independent(
     tx: optax.GradientTransformation,
     params: Params,
     trainable: Sequence[bool],
-    stacked: Collection[int],
+    layer_axes: Mapping[int, int],
 ) -> None:
     """Raises ValueError if `tx` updates one parameter from the gradient or value of another.
 
@@ -284,7 +356,8 @@ def check_independent(
     indices = [i for i, is_trainable in enumerate(trainable) if is_trainable]
     # tx sees one layer of a stack, and gradients in float32.
     shapes = [
-        jax.ShapeDtypeStruct(leaves[i].shape[i in stacked :], leaves[i].dtype) for i in indices
+        jax.ShapeDtypeStruct(_layer_shape(leaves[i], layer_axes.get(i)), leaves[i].dtype)
+        for i in indices
     ]
     grads = [jax.eval_shape(widen, x) for x in shapes]
 
@@ -319,6 +392,10 @@ def check_independent(
                 "parameters needs all their gradients at once, and the fused step never has them; "
                 "to clip by the global norm use clip_norm"
             )
+
+
+def _layer_shape(x: Any, axis: int | None) -> tuple[int, ...]:
+    return x.shape if axis is None else (*x.shape[:axis], *x.shape[axis + 1 :])
 
 
 def must_round(dtype: jax.typing.DTypeLike) -> bool:
