@@ -37,6 +37,9 @@ class Loss(NamedTuple):
     trainable: Mapping[Atom, int]  # the parameters to train, and their indices
     batch: Sequence[jex.Var]
 
+    def is_trainable(self, atom: Atom) -> bool:
+        return isinstance(atom, jex.Var) and atom in self.trainable
+
     @property
     def labels(self) -> dict[jex.Var, int]:
         """One bit for each parameter, and one for the batch, see `jaxprs.dependence`."""
@@ -437,7 +440,7 @@ def _merge(program: Sequence[Operation], result: Atom, loss: Loss) -> list[Opera
     program = list(program)
     pairs = itertools.combinations(_active_scans(program, result), 2)
     for a, b in pairs:
-        keys = {x.key for x in a.layers if x.of in loss.trainable}
+        keys = {x.key for x in a.layers if loss.is_trainable(x.of)}
         alike = (a.length, a.reverse) == (b.length, b.reverse)
         if alike and not keys.isdisjoint(x.key for x in b.layers) and not _follows(b, a, program):
             program = [op for op in program if op is not a and op is not b]
@@ -531,7 +534,7 @@ def _scan_of(layers: Layers, scans: Sequence[Scan], context: _Context) -> Scan |
     prelude.add(layers)
     sources = [source for source, _ in prelude.sources.values()]
     keys = {source.key for source in sources if context.is_param(source.of)}
-    if not any(source.of in context.loss.trainable for source in sources if source.key in keys):
+    if not any(context.loss.is_trainable(source.of) for source in sources if source.key in keys):
         return None
     others = [source.of for source in sources if source.key not in keys]
     for scan in scans:

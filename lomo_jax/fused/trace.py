@@ -171,7 +171,7 @@ def _layers_to_update(
         is_active = not active.isdisjoint(operation.outvars)
         is_scan = isinstance(operation, jaxprs.Scan)
         for layers in operation.layers if is_scan else ():
-            if layers.of in loss.trainable and is_active:
+            if loss.is_trainable(layers.of) and is_active:
                 uses.setdefault(loss.trainable[layers.of], []).append((operation, layers))
         others = [*operation.consts, *operation.carry] if is_scan else operation.invars
         for v in jaxprs.variables(others):
