@@ -266,7 +266,7 @@ class Step:
         check_independent(self.tx, params, trainable, loss.layer_axes)
         treedef = jax.tree.structure(params)
         updaters = {
-            i: Updater(self.tx, treedef, i, loss.layer_axes.get(i))
+            i: Updater(self.tx, treedef, i, loss.layer_axes.get(i, ()))
             for i, is_trainable in enumerate(trainable)
             if is_trainable
         }

@@ -6,6 +6,8 @@ rules here are those of `jax.vmap`, read backwards: given the layer axis of the 
 where the layer axis of every operand is.
 """
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +33,8 @@ class LayerOperand(NamedTuple):
     """The layers of an operand that the layers of a result are computed from."""
 
     axis: int
-    start: int = 0  # layer i of the result needs layer start + i of the operand
+    start: int = 0
+    scale: int = 1  # layer i of the result needs [start + i * scale, start + (i + 1) * scale)
 
 
 # For each operand its layers, or None if every layer needs all of it.
@@ -64,23 +67,29 @@ def operands(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     return rule(eqn, result, axis)
 
 
-def for_one_layer(eqn: jex.JaxprEqn, axis: int) -> dict[str, Any]:
-    """Returns the parameters of `eqn` for one layer, given the layer axis of its result."""
+def for_one_layer(eqn: jex.JaxprEqn, axis: int, size: int) -> dict[str, Any]:
+    """Returns the parameters of `eqn` for one layer.
+
+    Args:
+      eqn: an equation.
+      axis: the layer axis of its result.
+      size: of one layer along this axis.
+    """
     name, params = eqn.primitive.name, eqn.params
     if name in ("broadcast_in_dim", "iota"):
-        return params | {"shape": _replace(params["shape"], axis, 1)}
+        return params | {"shape": _replace(params["shape"], axis, size)}
     if name == "reshape":
-        return params | {"new_sizes": _replace(params["new_sizes"], axis, 1)}
+        return params | {"new_sizes": _replace(params["new_sizes"], axis, size)}
     if name == "slice":
         edited = {
             "start_indices": _replace(params["start_indices"], axis, 0),
-            "limit_indices": _replace(params["limit_indices"], axis, 1),
+            "limit_indices": _replace(params["limit_indices"], axis, size),
         }
         return params | edited
     if name == "dynamic_slice":
-        return params | {"slice_sizes": _replace(params["slice_sizes"], axis, 1)}
+        return params | {"slice_sizes": _replace(params["slice_sizes"], axis, size)}
     if name == "scan":
-        return params | {"length": 1, "unroll": 1}
+        return params | {"length": size, "unroll": 1}
     return params
 
 
@@ -120,8 +129,13 @@ def _reshape(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     old, new = jaxprs.shape(eqn.invars[0]), jaxprs.shape(result)
     before = _product(new[:axis])
     for source, size in enumerate(old):
-        if size == new[axis] and _product(old[:source]) == before:
-            return [LayerOperand(source)]
+        if _product(old[:source]) == before:
+            if size == new[axis]:
+                return [LayerOperand(source)]
+            # An axis that is split, such as [layers, ...] into [stages, layers of a stage, ...].
+            sizes = itertools.accumulate(new[axis:], operator.mul)
+            if new[axis] > 1 and size in sizes:
+                return [LayerOperand(source, scale=size // new[axis])]
     return None
 
 

@@ -21,7 +21,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from lomo_jax.fused import jaxprs, layer_axis
+from lomo_jax.fused import arrays, jaxprs, layer_axis
+from lomo_jax.fused.arrays import Place
 from lomo_jax.fused.flags import scatter, select, zip_not
 from lomo_jax.fused.jaxprs import Atom, Layers, Operation, Scan
 
@@ -34,8 +35,12 @@ class Loss(NamedTuple):
 
     closed: Any  # jaxpr
     params: Sequence[jex.Var]
-    trainable: Mapping[Atom, int]  # the parameters to train, and their indices
+    trainable: Mapping[jex.Var, int]  # the parameters to train, and their indices
     batch: Sequence[jex.Var]
+
+    def variable(self, i: int) -> jex.Var:
+        """Returns the variable of a trainable parameter."""
+        return next(v for v, index in self.trainable.items() if index == i)
 
     def is_trainable(self, atom: Atom) -> bool:
         return isinstance(atom, jex.Var) and atom in self.trainable
@@ -55,14 +60,51 @@ class Loss(NamedTuple):
         return self.of_batch - 1
 
 
+def inline_calls(loss: Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprEqn], list[Atom]]:
+    """Replaces calls by their bodies, but of checkpoints only those around a layer scan.
+
+    Args:
+      loss: whose jaxpr it is.
+      inputs: the variables that replace the inputs of the jaxpr.
+
+    Returns:
+      Equations, and the atoms that are the results.
+    """
+    everything, _ = jaxprs.inline(loss.closed, inputs, jaxprs.is_call)
+    context = _Context.of(everything, loss)
+    bodies = {
+        id(eqn.params["jaxpr"])
+        for eqn in everything
+        if jaxprs.is_scan(eqn) and _reaching(_scan_indexed(jaxprs.read_scan(eqn), context), context)
+    }
+
+    def has_layer_scan(jaxpr) -> bool:
+        return any(
+            id(eqn.params["jaxpr"]) in bodies
+            if jaxprs.is_scan(eqn)
+            else jaxprs.is_call(eqn) and has_layer_scan(jaxprs.called_jaxpr(eqn))
+            for eqn in jaxprs.open_jaxpr(jaxpr).eqns
+        )
+
+    return jaxprs.inline(
+        loss.closed,
+        inputs,
+        lambda eqn: (
+            jaxprs.is_call(eqn)
+            and (not jaxprs.is_checkpoint(eqn) or has_layer_scan(jaxprs.called_jaxpr(eqn)))
+        ),
+    )
+
+
 def scan_parameters(
-    program: Sequence[Operation], results: Sequence[Atom], loss: Loss
+    program: Sequence[Operation], results: Sequence[Atom], roots: Sequence[Atom], loss: Loss
 ) -> list[Operation]:
     """Rewrites a program so that its layer scans consume parameters.
 
     Args:
       program: equations.
-      results: the results of the program; the first one is the loss.
+      results: the results of the program.
+      roots: those that have a cotangent.
       loss: the inputs of the program.
 
     Returns:
@@ -76,18 +118,8 @@ def scan_parameters(
             new = _pull_into(_scan_indexed(jaxprs.read_scan(operation), context), context)
         rewritten += [operation] if new is None else new[::-1]
     program = jaxprs.live(rewritten[::-1], results)
-    program = _merge(program, results[0], loss)
+    program = _merge(program, roots, loss)
     return jaxprs.live(jaxprs.sort(_sum_inside(program, loss)), results)
-
-
-def scanned_bodies(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
-    """Returns the `id` of the body of each layer scan in a program of equations."""
-    context = _Context.of(program, loss)
-    return {
-        id(eqn.params["jaxpr"])
-        for eqn in program
-        if jaxprs.is_scan(eqn) and _reaching(_scan_indexed(jaxprs.read_scan(eqn), context), context)
-    }
 
 
 class _Context(NamedTuple):
@@ -116,20 +148,21 @@ class _Context(NamedTuple):
 class _Prelude:
     """The operations that compute one layer of some values from one layer of their sources.
 
-    Every value has its layer axis still, of size 1.
+    Every value has its layer axis still, of the size of one layer.
     """
 
     def __init__(self, context: _Context):
         self.context = context
-        self.sources: dict[tuple[int, int, int], tuple[Layers, jex.Var]] = {}
+        self.sources: dict[tuple[int, Place], tuple[Layers, jex.Var]] = {}
         self.shared: dict[jex.Var, None] = {}  # values that every layer needs whole
         self.eqns: list[jex.JaxprEqn] = []
-        self._env: dict[tuple[int, int, int], jex.Var] = {}
+        self._env: dict[tuple[int, Place], jex.Var] = {}
 
     def add(self, layers: Layers) -> jex.Var:
         """Returns the variable of one layer, after adding the operations that compute it."""
         if layers.key in self._env:
             return self._env[layers.key]
+        axis, start, size = layers.place
         eqn, operands = self._origin(layers)
         if eqn is None:
             var = self._env[layers.key] = jex.Var(layers.of.aval)
@@ -138,8 +171,9 @@ class _Prelude:
         inputs: list[Atom] = []
         for atom, operand in zip(eqn.invars, operands, strict=True):
             if operand is not None:
-                start = layers.start + operand.start
-                inputs.append(self.add(Layers(atom, operand.axis, start)))
+                first = start * operand.scale + operand.start
+                place = Place(operand.axis, first, size * operand.scale)
+                inputs.append(self.add(Layers(atom, place)))
             else:
                 self.shared.update(jaxprs.variables([atom]))
                 inputs.append(atom)
@@ -147,7 +181,7 @@ class _Prelude:
             (var,) = jaxprs.variables(inputs)
         else:
             outputs = [jex.Var(v.aval) for v in eqn.outvars]
-            params = layer_axis.for_one_layer(eqn, layers.axis)
+            params = layer_axis.for_one_layer(eqn, axis, size)
             self.eqns.append(eqn.replace(invars=inputs, outvars=outputs, params=params))
             var = outputs[[v is layers.of for v in eqn.outvars].index(True)]
         self._env[layers.key] = var
@@ -159,7 +193,7 @@ class _Prelude:
         eqn = self.context.producers.get(layers.of) if isinstance(layers.of, jex.Var) else None
         if eqn is None or isinstance(eqn, Scan):
             return source
-        operands = layer_axis.operands(eqn, layers.of, layers.axis)
+        operands = layer_axis.operands(eqn, layers.of, layers.place.axis)
         if operands is None:
             return source
         # A value without parameters may as well be computed outside, unless it is a broadcast.
@@ -171,14 +205,17 @@ class _Prelude:
     def function(self, template: Any, results: Sequence[Atom]) -> Callable[..., list[Any]]:
         """Returns the function from a layer of each source, and `shared`, to `results`.
 
-        A layer of a source has no layer axis; a result has one of size 1.
+        A layer of a source is as a scan reads it; a result has its layer axis still.
         """
         inputs = [var for _, var in self.sources.values()]
-        axes = [layers.axis for layers, _ in self.sources.values()]
+        places = [layers.place for layers, _ in self.sources.values()]
         function = jaxprs.as_function(template, self.eqns, [*inputs, *self.shared], results)
 
         def run(layers, shared):
-            layers = [jax.lax.expand_dims(x, [a]) for x, a in zip(layers, axes, strict=True)]
+            layers = [
+                x if place.size > 1 else jax.lax.expand_dims(x, [place.axis])
+                for x, place in zip(layers, places, strict=True)
+            ]
             return function(*layers, *shared)
 
         return run
@@ -190,19 +227,38 @@ def _reaching(scan: Scan, context: _Context) -> list[bool]:
     Returns:
       A flag for each x; an empty list if there is none.
     """
-    flags = []
-    for layers in scan.layers:
-        prelude = _Prelude(context)
-        reached = False
-        if scan.length and context.depends_on_params(layers.of):
-            prelude.add(layers)
-            for source, _ in prelude.sources.values():
-                # Positions of a sequence may be scanned too, with an embedding of each added: only
-                # a stack of matrices is told apart from it.
-                is_stack = not context.depends_on_batch(layers.of) or _rank(source.of) > 2
-                reached |= context.is_param(source.of) and is_stack
-        flags.append(reached)
+    flags = [_reaches(layers, scan, context) for layers in scan.layers]
     return flags if any(flags) else []
+
+
+def _reaches(layers: Layers, scan: Scan, context: _Context) -> bool:
+    if not scan.length or not context.depends_on_params(layers.of):
+        return False
+    prelude = _Prelude(context)
+    prelude.add(layers)
+    params = [s for s, _ in prelude.sources.values() if context.is_param(s.of)]
+    # Positions of a sequence may be scanned too, with an embedding of each added: only a stack of
+    # matrices is told apart from it.
+    if context.depends_on_batch(layers.of):
+        params = [source for source in params if _rank(source.of) > 2]
+    # A group of layers is scanned inside. Otherwise it may be rows of one matrix.
+    is_group = any(source.place.size > 1 for source in params)
+    return bool(params) and (not is_group or _scans_x(scan, layers))
+
+
+def _scans_x(scan: Scan, layers: Layers) -> bool:
+    """Returns whether the body of a scan has a layer scan over the x that `layers` are."""
+    if not jaxprs.has_scan(scan.body):
+        return False
+    inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(scan.body).invars]
+    x = inputs[len(inputs) - len(scan.layers) + [s.key for s in scan.layers].index(layers.key)]
+    inner = Loss(scan.body, [x], {x: 0}, [v for v in inputs if v is not x])
+    operations, results = inline_calls(inner, inputs)
+    operations = scan_parameters(operations, results, results, inner)
+    return any(
+        isinstance(operation, Scan) and any(s.of is x for s in operation.layers)
+        for operation in operations
+    )
 
 
 def _rank(atom: Atom) -> int:
@@ -256,8 +312,7 @@ def _with_body(scan: Scan, body: Callable[..., Any]) -> Scan:
     """Returns the scan with another body, and without the consts that the body does not use."""
 
     def layer(x: Layers) -> Any:
-        take = lambda of: jax.lax.index_in_dim(of, 0, x.axis, keepdims=False)  # noqa: E731
-        return jax.eval_shape(take, x.of.aval)
+        return jax.eval_shape(lambda of: arrays.read_layer(of, [x.place], [0]), x.of.aval)
 
     xs = list(map(layer, scan.layers))
     closed = jax.make_jaxpr(body)(*(a.aval for a in [*scan.consts, *scan.carry]), *xs)
@@ -279,12 +334,15 @@ def _with_body(scan: Scan, body: Callable[..., Any]) -> Scan:
 
 def _move_to_front(layers: Layers, length: int) -> tuple[list[jex.JaxprEqn], Layers]:
     """Returns equations that make the layers of a stack its axis 0, and their result."""
-    if layers.axis == layers.start == 0 and jaxprs.shape(layers.of)[0] == length:
+    axis, start, size = layers.place
+    if layers.is_in_front(length):
         return [], layers
 
     def move(x):
-        x = jax.lax.slice_in_dim(x, layers.start, layers.start + length, axis=layers.axis)
-        return jnp.moveaxis(x, layers.axis, 0)
+        x = jax.lax.slice_in_dim(x, start, start + length * size, axis=axis)
+        if size > 1:
+            x = x.reshape(*x.shape[:axis], length, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
 
     closed = jax.make_jaxpr(move)(layers.of.aval)
     eqns, results = jaxprs.inline(closed, [layers.of], jaxprs.is_call)
@@ -325,7 +383,7 @@ def _scan_indexed(scan: Scan, context: _Context) -> Scan:
 
     def body(*args):
         layers = [
-            x if x.shape == jaxprs.shape(v) else jax.lax.expand_dims(x, [layers.axis])
+            x if x.shape == jaxprs.shape(v) else jax.lax.expand_dims(x, [layers.place.axis])
             for x, (v, layers) in zip(args[len(variables) :], found.items(), strict=True)
         ]
         return function(*args[: len(variables)], *layers)
@@ -361,7 +419,7 @@ def _indexed_layers(
     index = values[index].reshape(length)
     start = int(index[0])
     if np.array_equal(index, start + np.arange(length)) and 0 <= start <= whole[axis] - length:
-        return Layers(stack, axis, start)
+        return Layers(stack, Place(axis, start))
     return None
 
 
@@ -435,17 +493,17 @@ def _value(atom: Atom, context: _Context) -> Any:
     return jaxprs.as_function(context.loss.closed, eqns, [], [atom])()[0]
 
 
-def _merge(program: Sequence[Operation], result: Atom, loss: Loss) -> list[Operation]:
+def _merge(program: Sequence[Operation], roots: Sequence[Atom], loss: Loss) -> list[Operation]:
     """Makes one scan of those that scan the same layers and do not depend on each other."""
     program = list(program)
-    pairs = itertools.combinations(_active_scans(program, result), 2)
+    pairs = itertools.combinations(_active_scans(program, roots), 2)
     for a, b in pairs:
         keys = {x.key for x in a.layers if loss.is_trainable(x.of)}
         alike = (a.length, a.reverse) == (b.length, b.reverse)
         if alike and not keys.isdisjoint(x.key for x in b.layers) and not _follows(b, a, program):
             program = [op for op in program if op is not a and op is not b]
             program = jaxprs.sort([*program, _merged(a, b)])
-            return _merge(program, result, loss)
+            return _merge(program, roots, loss)
     return program
 
 
@@ -486,8 +544,8 @@ def _follows(b: Any, a: Any, program: Iterable[Operation]) -> bool:
     return False
 
 
-def _active_scans(program: Sequence[Operation], result: Atom) -> list[Scan]:
-    active = active_variables(program, result)
+def _active_scans(program: Sequence[Operation], roots: Sequence[Atom]) -> list[Scan]:
+    active = active_variables(program, roots)
     return [
         operation
         for operation in program
@@ -495,14 +553,18 @@ def _active_scans(program: Sequence[Operation], result: Atom) -> list[Scan]:
     ]
 
 
-def active_variables(program: Sequence[Operation], result: Atom) -> set[jex.Var]:
-    """Returns the variables that may have a cotangent: the derivative of `result` reaches them."""
-    active = set(jaxprs.variables([result]))
+def active_variables(program: Sequence[Operation], roots: Iterable[Atom]) -> set[jex.Var]:
+    """Returns the variables that may have a cotangent: the derivative of `roots` reaches them."""
+    active = set(filter(jaxprs.is_float, jaxprs.variables(roots)))
     for operation in reversed(program):
-        stops = not isinstance(operation, Scan) and operation.primitive.name == "stop_gradient"
-        if not stops and not active.isdisjoint(operation.outvars):
+        if not stops(operation) and not active.isdisjoint(operation.outvars):
             active.update(filter(jaxprs.is_float, jaxprs.variables(operation.invars)))
     return active
+
+
+def stops(operation: Operation) -> bool:
+    """Returns whether the derivative of an operation is zero."""
+    return not isinstance(operation, Scan) and operation.primitive.name == "stop_gradient"
 
 
 def _sum_inside(program: Sequence[Operation], loss: Loss) -> list[Operation]:
@@ -514,7 +576,7 @@ def _sum_inside(program: Sequence[Operation], loss: Loss) -> list[Operation]:
         if isinstance(eqn, Scan) or eqn.primitive.name not in layer_axis.REDUCTIONS:
             continue
         for axis in eqn.params["axes"]:
-            scan = _scan_of(Layers(eqn.invars[0], axis), scans, context)
+            scan = _scan_of(Layers(eqn.invars[0], Place(axis)), scans, context)
             if scan is not None and not _follows(scan, eqn, program):
                 inside.setdefault(id(scan), []).append((eqn, axis))
                 break
@@ -539,7 +601,7 @@ def _scan_of(layers: Layers, scans: Sequence[Scan], context: _Context) -> Scan |
     others = [source.of for source in sources if source.key not in keys]
     for scan in scans:
         same_layers = keys.issubset(x.key for x in scan.layers)
-        if same_layers and scan.length == jaxprs.shape(layers.of)[layers.axis]:
+        if same_layers and scan.length == jaxprs.shape(layers.of)[layers.place.axis]:
             results = set(scan.outvars)
             needed = jaxprs.live(context.program, [*prelude.shared, *others])
             is_earlier = all(results.isdisjoint(op.outvars) for op in needed)
@@ -560,7 +622,10 @@ def _with_reductions(
     prelude = _Prelude(context)
     outputs, after = [], []
     for eqn, axis in reductions:
-        value, of_layer = prelude.add(Layers(eqn.invars[0], axis)), jex.Var(eqn.outvars[0].aval)
+        value, of_layer = (
+            prelude.add(Layers(eqn.invars[0], Place(axis))),
+            jex.Var(eqn.outvars[0].aval),
+        )
         prelude.eqns.append(eqn.replace(invars=[value], outvars=[of_layer]))
         y = jex.Var(_stack_type(eqn.outvars[0], scan.length))
         outputs.append((of_layer, y))

@@ -10,7 +10,7 @@ from lomo_jax.fused import microbatches as microbatches_lib
 from lomo_jax.fused.arrays import Params, PyTree
 from lomo_jax.fused.backward import backward
 from lomo_jax.fused.base import Result, Step, StepState, TracedStep
-from lomo_jax.fused.forward import forward
+from lomo_jax.fused.forward import Saving, forward
 from lomo_jax.fused.update import SumOfSquares, Update
 
 
@@ -93,19 +93,18 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
             weight = loss.weight
             (weights,) = jax.lax.map(lambda part: weight(*part), parts)
         share = microbatches_lib.shares(weights, self.microbatches, jaxprs.dtype(loss.loss))
-        run = forward(
+        run, seed = forward(
             loss,
             leaves,
             parts,
             share if scale is None else share * scale.astype(share.dtype),
-            remat=self.remat,
-            offload_activations=self.offload.activations,
+            Saving(self.remat, self.offload.activations),
         )
-        value, aux = run.results()
+        value, *aux = run.results([loss.loss, *loss.aux])
         finite, norm = jnp.isfinite(value).all(), None
         if self.needs_first_pass:
             squares = SumOfSquares(leaves, self._factor(scale, None))
-            backward(run, squares)
+            backward(run, [(loss.loss, seed)], squares)
             run, norm = run.begin_second_pass(jnp.sqrt(squares.total))
             finite &= jnp.isfinite(norm)
         update = Update(
@@ -117,7 +116,7 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
             finite=finite if self.dynamic else None,
             stop_at_overflow=self.dynamic is not None and self.dynamic.skip == "layers",
         )
-        backward(run, update)
+        backward(run, [(loss.loss, seed)], update)
         if update.finite is not None:
             finite = update.finite
         aux = jax.tree.unflatten(loss.aux_tree, aux)
