@@ -162,7 +162,7 @@ class Position(NamedTuple):
             axis = axes[place.axis]
             step = i if place.size == 1 else i * place.size
             first = starts[axis] + place.start
-            starts[axis] = first + step if first else step
+            starts[axis] = step if isinstance(first, int) and not first else first + step
             sizes[axis] = place.size
             if place.size == 1:
                 axes.remove(axis)

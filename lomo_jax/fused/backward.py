@@ -32,10 +32,10 @@ from lomo_jax.fused.trace import Stack
 class Consumer(Protocol):
     """Uses gradients: `update.Update` and `update.SumOfSquares`.
 
-    Parameters are given by their index among the leaves of the tree. The stacks of one scan are used
-    in a loop: `init_carry` returns its first carry, `use_layer` and `next_layer` update it, and
-    `store` gets the result of `finish` on the last one. Layer i is the layer that the scan reads
-    with its xs i.
+    Parameters are given by their index among the leaves of the tree. The stacks of one scan are
+    used in a loop: `init_carry` returns its first carry, `use_layer` and `next_layer` update it,
+    and `store` gets the result of `finish` on the last one. Layer i is the one that the scan reads
+    as its i-th xs.
     """
 
     def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
@@ -276,7 +276,7 @@ class _LayerLoop(NamedTuple):
         """
         i, carry, ct_carry, ct_consts = loop
         (inputs, residuals), ct_ys = arrays.to_device(x)
-        scan, stacked = self.layers.segment.scan, self.layers.segment.stacked
+        stacked = self.layers.segment.stacked
         layers, is_param = self.layers, self.layers.is_param
         # Read each x only when it is needed; parameters whose gradients are used come first.
         ks = range(len(layers.xs))
@@ -316,7 +316,7 @@ class _LayerLoop(NamedTuple):
         i, carry, ct_carry, ct_consts = loop
         (inputs, _), ct_ys = arrays.to_device(x)
         layers = self.layers
-        segment, body = layers.segment, layers.segment.body
+        segment, body = layers.segment, layers.body_program
         consumer = self.consumer.enter(carry, segment.stacked, i)
         # The consumer writes the new layers in place: all reads go through its arrays.
         stacks = list(layers.xs)

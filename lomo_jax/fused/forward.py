@@ -15,7 +15,7 @@ from lomo_jax.fused import arrays, jaxprs
 from lomo_jax.fused.arrays import Part
 from lomo_jax.fused.flags import Flags, scatter, select, zip_and, zip_not
 from lomo_jax.fused.microbatches import Microbatched, vjp_of
-from lomo_jax.fused.trace import DenseSegment, LayerScan, Program, TracedLoss
+from lomo_jax.fused.trace import Body, DenseSegment, LayerScan, Program, TracedLoss
 
 # Outputs of cuDNN's flash attention: the result, and the row sums that its derivative needs.
 _FLASH_ATTENTION = "dot_product_attention_fwd_wrapper"
@@ -130,7 +130,13 @@ class LayersPass(NamedTuple):
             return [False] * len(self.xs)
         return [v in body.stacks for v in body.inputs[len(body.inputs) - len(self.xs) :]]
 
-    def read(self, k: int, i: jax.Array) -> jax.Array:
+    @property
+    def body_program(self) -> Body:
+        """The body of a scan over groups of layers."""
+        assert self.segment.body is not None
+        return self.segment.body
+
+    def read(self, k: int, i: Any) -> jax.Array:
         """Returns layer i of x k, on the device."""
         x, place = self.xs[k], self.segment.scan.layers[k].place
         return (
@@ -138,7 +144,7 @@ class LayersPass(NamedTuple):
         )
 
     def body_values(
-        self, i: jax.Array, carry: Sequence[Any], stacks: Sequence[Any], xs: Sequence[Any]
+        self, i: Any, carry: Sequence[Any], stacks: Sequence[Any], xs: Sequence[Any]
     ) -> Values:
         """Returns the values of the inputs of `segment.body` in layer i.
 
@@ -148,7 +154,7 @@ class LayersPass(NamedTuple):
           stacks: the arrays of the xs.
           xs: layer i of the xs, where it is read; None elsewhere.
         """
-        body, parts = self.segment.body, []
+        body, parts = self.body_program, []
         for k, (x, is_stack) in enumerate(zip(xs, self.is_stack, strict=True)):
             if is_stack:
                 place, stack = self.segment.scan.layers[k].place, stacks[k]
@@ -161,11 +167,11 @@ class LayersPass(NamedTuple):
         by_var = dict(zip(body.inputs, inputs, strict=True))
         return Values(program, self.microbatches, by_var)
 
-    def run_body(self, i: jax.Array, carry: Sequence[Any], xs: Sequence[Any]) -> list[Any]:
+    def run_body(self, i: Any, carry: Sequence[Any], xs: Sequence[Any]) -> list[Any]:
         """Returns the outputs of layer i, a group of layers."""
         values = self.body_values(i, carry, self.xs, xs)
-        run_segments(values, self.segment.body.segments, None)
-        atoms = self.segment.body.results
+        run_segments(values, self.body_program.segments, None)
+        atoms = self.body_program.results
         results = values.read(atoms)
         already = values.vary(atoms)
         return [
@@ -290,7 +296,9 @@ def _run_dense(
         # Nothing runs between the forward and the backward pass of the last segment: one vjp does
         # both. The barrier makes the layers wait for the loss: XLA might compute it last, and store
         # the logits until then.
-        outputs, grads = result.vjp(result.diff_in, diff_loss, [seed], run=True)
+        outputs, grads = result.vjp(
+            result.diff_in, diff_loss, [seed] if seed is not None else [], run=True
+        )
         inputs = select(segment.inputs, result.diff_in)
         params = program.params.values()
         is_activation = [not any(v is param for param in params) for v in inputs]

@@ -38,7 +38,7 @@ class LayerOperand(NamedTuple):
 
 
 # For each operand its layers, or None if every layer needs all of it.
-Operands = list[LayerOperand | None]
+Operands = Sequence[LayerOperand | None]
 
 
 def operands(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:

@@ -1,8 +1,8 @@
-"""Rewrites the program of a loss so that its layer scans consume the parameters themselves.
+"""Rewrites the program of a loss so that its layer scans consume parameters themselves.
 
-People do things to a stack of layers before they scan it: they cast it, mask it, transpose it, merge
-an adapter. Where that keeps the layers apart it moves into the scan, and the scan then reads layer
-i of each parameter where it is. The gradient of layer i reaches the parameter inside the loop.
+People do things to a stack of layers before they scan it: they cast it, mask it, transpose it,
+merge an adapter. Where that keeps the layers apart it moves into the scan, and the scan then reads
+layer i of each parameter where it is. The gradient of layer i reaches the parameter in the loop.
 
 The rewriting goes from the last scan of the program to the first:
 
@@ -42,8 +42,12 @@ class Loss(NamedTuple):
         """Returns the variable of a trainable parameter."""
         return next(v for v, index in self.trainable.items() if index == i)
 
+    def index(self, atom: Atom) -> int | None:
+        """Returns the index of a trainable parameter; None for another atom."""
+        return self.trainable.get(atom) if isinstance(atom, jex.Var) else None
+
     def is_trainable(self, atom: Atom) -> bool:
-        return isinstance(atom, jex.Var) and atom in self.trainable
+        return self.index(atom) is not None
 
     @property
     def labels(self) -> dict[jex.Var, int]:
@@ -127,7 +131,7 @@ class _Context(NamedTuple):
 
     loss: Loss
     program: Sequence[Operation]
-    producers: Mapping[Atom, Operation]
+    producers: Mapping[jex.Var, Operation]
     labels: Mapping[jex.Var, int]
 
     @classmethod
@@ -190,7 +194,9 @@ class _Prelude:
     def _origin(self, layers: Layers) -> tuple[Any, layer_axis.Operands]:
         """Returns the equation that computes the layers, and its operands; None for a source."""
         source = None, []
-        eqn = self.context.producers.get(layers.of) if isinstance(layers.of, jex.Var) else None
+        if not isinstance(layers.of, jex.Var):
+            return source
+        eqn = self.context.producers.get(layers.of)
         if eqn is None or isinstance(eqn, Scan):
             return source
         operands = layer_axis.operands(eqn, layers.of, layers.place.axis)
@@ -322,12 +328,11 @@ def _with_body(scan: Scan, body: Callable[..., Any]) -> Scan:
     is_used = [v in used for v in jaxpr.invars[: len(scan.consts)]]
     if not all(is_used):
         consts = select(scan.consts, is_used)
-        ignored = [None] * len(is_used)
-        smaller = (
-            lambda *args: body(  # noqa: E731
-                *scatter(ignored, args[: len(consts)], is_used), *args[len(consts) :]
-            )
-        )
+
+        def smaller(*args):
+            used = scatter([None] * len(is_used), args[: len(consts)], is_used)
+            return body(*used, *args[len(consts) :])
+
         return _with_body(scan._replace(consts=consts), smaller)
     return scan._replace(body=closed)
 
@@ -372,7 +377,8 @@ def _scan_indexed(scan: Scan, context: _Context) -> Scan:
     found = {
         eqn.outvars[0]: layers
         for eqn in reads
-        if (layers := _indexed_layers(eqn, stacks[eqn.invars[0]], values, scan.length))
+        for v in jaxprs.variables(eqn.invars[:1])
+        if (layers := _indexed_layers(eqn, stacks[v], values, scan.length))
     }
     if not found:
         return scan

@@ -1,5 +1,6 @@
 """Traces a loss and cuts it at its layer scans: dense segment, layer scan, dense segment, ..."""
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ from lomo_jax.fused import arrays, jaxprs, stacks
 from lomo_jax.fused.arrays import Params, Place, PyTree
 from lomo_jax.fused.jaxprs import Atom
 from lomo_jax.fused.microbatches import WeightedLoss
+
+# Computed again rather than stored.
+_CASTS = ("convert_element_type", "reshape", "squeeze", "transpose")
 
 
 class DenseSegment(NamedTuple):
@@ -248,7 +252,7 @@ def _uses(
       By index, the scan and the layers that it reads, or None for another use.
     """
     active = stacks.active_variables(program, roots)
-    uses: dict[int, list[Any]] = {}
+    uses: dict[Any, list[Any]] = {}
     for operation in program:
         if active.isdisjoint(operation.outvars) or stacks.stops(operation):
             continue
@@ -256,12 +260,12 @@ def _uses(
         if isinstance(operation, jaxprs.Scan):
             others = [*operation.consts, *operation.carry]
             for layers in operation.layers:
-                if loss.is_trainable(layers.of):
-                    uses.setdefault(loss.trainable[layers.of], []).append((operation, layers))
-        for v in filter(loss.is_trainable, others):
-            uses.setdefault(loss.trainable[v], []).append(None)
-    for v in filter(loss.is_trainable, roots):
-        uses.setdefault(loss.trainable[v], []).append(None)
+                uses.setdefault(loss.index(layers.of), []).append((operation, layers))
+        for atom in others:
+            uses.setdefault(loss.index(atom), []).append(None)
+    for atom in roots:
+        uses.setdefault(loss.index(atom), []).append(None)
+    uses.pop(None, None)
     return uses
 
 
@@ -286,11 +290,8 @@ def _cut_body(
         for x, layers in zip(xs, scan.layers, strict=True)
         if isinstance(layers.of, jex.Var) and any(layers.of is v for v in loss.params)
     }
-    trainable = {
-        x: loss.trainable[layers.of]
-        for x, layers in params.items()
-        if loss.is_trainable(layers.of) and loss.trainable[layers.of] not in whole
-    }
+    indices = {x: loss.index(layers.of) for x, layers in params.items()}
+    trainable = {x: i for x, i in indices.items() if i is not None and i not in whole}
     others = [v for v in inputs if v not in params]
     inner = stacks.Loss(scan.body, list(params), trainable, others)
     operations, results = stacks.inline_calls(inner, inputs)
@@ -331,10 +332,12 @@ def _cut(
             groups += [[operation], []]
         else:
             groups[-1].append(operation)
-    groups = [group for group in groups if group] or [[]]
+    groups = [group for group in _cast_late(groups, results, loss) if group] or [[]]
 
+    defined = [jaxprs.variables(v for op in group for v in op.outvars) for group in groups]
     used = [
-        jaxprs.variables(a for operation in group for a in operation.invars) for group in groups
+        [v for v in jaxprs.variables(a for op in group for a in op.invars) if v not in own]
+        for group, own in zip(groups, defined, strict=True)
     ]
     first_use = dict.fromkeys(loss.trainable.values(), 0)  # an unused one has a zero gradient
     for k in reversed(range(len(groups))):
@@ -349,13 +352,45 @@ def _cut(
             body = layers.bodies.get(id(group[0]))
             segments.append(LayerScan(group[0], dict(sorted(found.items())), dense, body))
         else:
-            defined = jaxprs.variables(v for eqn in group for v in eqn.outvars)
             later = jaxprs.variables(results).keys() | {v for u in used[k + 1 :] for v in u}
-            inputs = [v for v in used[k] if v not in defined]
-            outputs = [v for v in defined if v in later]
-            function = jaxprs.as_function(loss.closed, group, inputs, outputs)
-            segments.append(DenseSegment(function, inputs, outputs, dense))
+            outputs = [v for v in defined[k] if v in later]
+            function = jaxprs.as_function(loss.closed, group, used[k], outputs)
+            segments.append(DenseSegment(function, used[k], outputs, dense))
     return segments
+
+
+def _cast_late(
+    groups: Sequence[Sequence[jaxprs.Operation]], results: Sequence[Atom], loss: stacks.Loss
+) -> list[list[jaxprs.Operation]]:
+    """Moves casts of parameters, and the like, into each segment that uses the result.
+
+    The gradient then leaves the segment in the dtype of the parameter: it is summed without another
+    rounding. And no cast parameter is stored from the first segment to the last.
+
+    Args:
+      groups: the operations of each segment; every second one is dense.
+      results: of the program.
+      loss: the inputs of the program.
+    """
+    casts: dict[jex.Var, jex.JaxprEqn] = {}
+    for eqn in itertools.chain(*groups):
+        if not isinstance(eqn, jaxprs.Scan) and eqn.primitive.name in _CASTS:
+            operand = eqn.invars[0]
+            if isinstance(operand, jex.Var) and (operand in casts or operand in loss.params):
+                casts[eqn.outvars[0]] = eqn
+
+    def needed(operations: Iterable[jaxprs.Operation], atoms: Iterable[Atom] = ()) -> list[Any]:
+        operands = [a for operation in operations for a in operation.invars]
+        return jaxprs.live(list(casts.values()), [*operands, *atoms])
+
+    rest = [[op for op in group if casts.keys().isdisjoint(op.outvars)] for group in groups]
+    for k, group in enumerate(rest):
+        # A layer scan gets the result from the dense segment before it.
+        following = rest[k + 1] if k + 1 < len(rest) and k % 2 == 0 else []
+        is_last = k == len(rest) - 1
+        if k % 2 == 0:
+            rest[k] = [*needed([*group, *following], results if is_last else ()), *group]
+    return rest
 
 
 def _check_result(shape: PyTree, has_aux: bool) -> tuple[bool, Any]:
