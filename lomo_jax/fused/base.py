@@ -13,6 +13,7 @@ import optax
 from lomo_jax import _validate
 from lomo_jax.fused import arrays, microbatches
 from lomo_jax.fused.arrays import Params, PyTree, is_on_host, match_memory, to_device, to_host
+from lomo_jax.fused.explain import Explanation, explain
 from lomo_jax.fused.options import (
     MAX_LOSS_SCALE,
     MIN_LOSS_SCALE,
@@ -205,6 +206,36 @@ class Step:
           TypeError, ValueError: see the class.
         """
         return self._init(self._trace(params, batch), params)
+
+    def explain(self, params: Params, batch: PyTree) -> Explanation:
+        """Explains the fused step: which gradients exist together, and why not fewer.
+
+        Args:
+          params: pytree of arrays or `jax.ShapeDtypeStruct`.
+          batch: pytree of arrays or `jax.ShapeDtypeStruct`.
+
+        Returns:
+          An `Explanation`: print it.
+
+        Raises:
+          TypeError, ValueError: see the class.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, lomo_jax
+          >>> def loss_fn(params, x):
+          ...     x, _ = jax.lax.scan(lambda x, w: (x @ w, None), x, params["layers"])
+          ...     return jnp.mean(x @ params["head"])
+          >>> float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+          >>> params = {"head": float32(512, 512), "layers": float32(8, 512, 512)}
+          >>> step = lomo_jax.fused_step(loss_fn, lomo_jax.lomo(0.1))
+          >>> print(step.explain(params, float32(2, 512)))
+          piece             gradient  parameters
+          scan of 8 layers     1 MiB  one layer of layers
+          dense                1 MiB  head
+          At most 1 MiB of gradient exist together; the trainable parameters are 9 MiB.
+        """
+        traced = self._trace(params, batch)
+        return explain(traced.loss, traced.names, traced.updaters, self.microbatches)
 
     def __call__(
         self, params: Params, state: StepState, batch: PyTree

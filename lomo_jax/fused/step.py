@@ -10,6 +10,7 @@ from lomo_jax.fused import microbatches as microbatches_lib
 from lomo_jax.fused.arrays import Params, PyTree
 from lomo_jax.fused.backward import backward
 from lomo_jax.fused.base import Result, Step, StepState, TracedStep
+from lomo_jax.fused.explain import explain
 from lomo_jax.fused.forward import forward
 from lomo_jax.fused.update import SumOfSquares, Update
 
@@ -75,7 +76,9 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
 
     def init(self, params: Params, batch: PyTree) -> StepState:
         traced = self._trace(params, batch)
-        _warn_without_layer_scan(traced, params)
+        explanation = explain(traced.loss, traced.names, traced.updaters, self.microbatches)
+        if explanation.warning:
+            warnings.warn(explanation.warning, stacklevel=2)
         return self._init(traced, params)
 
     def _run(
@@ -122,16 +125,3 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
             finite = update.finite
         aux = jax.tree.unflatten(loss.aux_tree, aux)
         return Result(update.params, update.states, value, aux, share, norm, finite)
-
-
-def _warn_without_layer_scan(traced: TracedStep, params: Params) -> None:
-    """Warns if no trainable parameter is in a layer scan."""
-    leaves = jax.tree.leaves(params)
-    trained = [leaves[i] for i in traced.updaters]
-    if len(trained) > 1 and not traced.loss.stacked:
-        mib = sum(x.size * x.dtype.itemsize for x in trained) / 2**20
-        warnings.warn(
-            f"no trainable parameter is in a layer scan: the gradients of all {mib:.3g} MiB of "
-            "parameters may exist at once; run the layers in jax.lax.scan over stacked parameters",
-            stacklevel=3,
-        )

@@ -64,6 +64,8 @@ class TracedLoss(NamedTuple):
     layer_axes: dict[int, int]  # of the trainable parameters that are stacks
     differentiable: frozenset[jex.Var]  # floating-point, and depend on a trainable parameter
     of_batch: frozenset[jex.Var]  # depend on the batch
+    inputs: stacks.Loss
+    program: list[jaxprs.Operation]  # the operations of all segments
 
     @property
     def stacked(self) -> frozenset[int]:
@@ -130,6 +132,8 @@ def trace(
         layer_axes=axes,
         differentiable=frozenset(v for v in reached if reached[v] and jaxprs.is_float(v)),
         of_batch=frozenset(v for v in labels if labels[v] & loss.of_batch),
+        inputs=loss,
+        program=program,
     )
 
 
