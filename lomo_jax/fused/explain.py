@@ -414,7 +414,7 @@ class _Finder:
             return None
         name = None if isinstance(operation, Scan) else operation.primitive.name
         if name in ("stack", "concatenate") and not isinstance(operation, Scan):
-            axis = operation.params.get("axis", operation.params.get("dimension"))
+            axis = operation.params["axis" if name == "stack" else "dimension"]
             if axis == source.layers.axis:
                 sizes = [jaxprs.shape(a)[axis] for a in operation.invars if name == "concatenate"]
                 if set(sizes) <= {1}:
