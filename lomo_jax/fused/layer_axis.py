@@ -212,6 +212,12 @@ def _sort(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     return None if eqn.params["dimension"] == axis else [LayerOperand(axis)] * len(eqn.invars)
 
 
+def _stack(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
+    del result
+    new = eqn.params["axis"]
+    return None if new == axis else [LayerOperand(axis - (axis > new))] * len(eqn.invars)
+
+
 def _top_k(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     last = len(jaxprs.shape(result)) - 1
     return None if eqn.params.get("axis", last) % (last + 1) == axis else [LayerOperand(axis)]
@@ -240,6 +246,7 @@ _RULES: dict[str, Callable[..., Operands | None]] = {
     "sort": _sort,
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
     "top_k": _top_k,
     "transpose": _transpose,
 }

@@ -30,6 +30,7 @@ class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_v
     ) -> Result:
         params, states = arrays.to_device((params, states))
         grads, share, loss, aux = self._gradient(traced, params, batch, scale)
+        traced = traced.with_value(loss, share)
         finite, norm = jnp.isfinite(loss).all(), None
         if self.needs_first_pass:
             factor = self._factor(scale, None)

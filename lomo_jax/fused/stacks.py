@@ -75,12 +75,7 @@ def inline_calls(loss: Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprE
       Equations, and the atoms that are the results.
     """
     everything, _ = jaxprs.inline(loss.closed, inputs, jaxprs.is_call)
-    context = _Context.of(everything, loss)
-    bodies = {
-        id(eqn.params["jaxpr"])
-        for eqn in everything
-        if jaxprs.is_scan(eqn) and _reaching(_scan_indexed(jaxprs.read_scan(eqn), context), context)
-    }
+    bodies = scanned_bodies(everything, loss)
 
     def has_layer_scan(jaxpr) -> bool:
         return any(
@@ -124,6 +119,47 @@ def scan_parameters(
     program = jaxprs.live(rewritten[::-1], results)
     program = _merge(program, roots, loss)
     return jaxprs.live(jaxprs.sort(_sum_inside(program, loss)), results)
+
+
+def scanned_bodies(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
+    """Returns the `id` of the body of each layer scan in a program of equations."""
+    context = _Context.of(program, loss)
+    return {
+        id(eqn.params["jaxpr"])
+        for eqn in program
+        if jaxprs.is_scan(eqn) and _reaching(_scan_indexed(jaxprs.read_scan(eqn), context), context)
+    }
+
+
+class Source(NamedTuple):
+    """Layers that a scan reads, or computes in front of its body."""
+
+    scan: Operation
+    layers: Layers
+    producer: Operation | None  # None for an input of the loss
+
+
+def scan_sources(program: Sequence[Operation], loss: Loss) -> list[Source]:
+    """Follows what each scan reads back to operations that cannot run on one layer alone.
+
+    Args:
+      program: the result of `scan_parameters`.
+      loss: the inputs of the program.
+    """
+    context = _Context.of(program, loss)
+    found = []
+    for operation in program:
+        if not (isinstance(operation, Scan) or jaxprs.is_scan(operation)):
+            continue
+        scan = operation if isinstance(operation, Scan) else jaxprs.read_scan(operation)
+        prelude = _Prelude(context)
+        for layers in scan.layers:
+            prelude.add(layers)
+        for layers, _ in prelude.sources.values():
+            is_var = isinstance(layers.of, jex.Var)
+            producer = context.producers.get(layers.of) if is_var else None
+            found.append(Source(operation, layers, producer))
+    return found
 
 
 class _Context(NamedTuple):
@@ -506,7 +542,7 @@ def _merge(program: Sequence[Operation], roots: Sequence[Atom], loss: Loss) -> l
     for a, b in pairs:
         keys = {x.key for x in a.layers if loss.is_trainable(x.of)}
         alike = (a.length, a.reverse) == (b.length, b.reverse)
-        if alike and not keys.isdisjoint(x.key for x in b.layers) and not _follows(b, a, program):
+        if alike and not keys.isdisjoint(x.key for x in b.layers) and not follows(b, a, program):
             program = [op for op in program if op is not a and op is not b]
             program = jaxprs.sort([*program, _merged(a, b)])
             return _merge(program, roots, loss)
@@ -539,7 +575,7 @@ def _merged(a: Scan, b: Scan) -> Scan:
     return _with_body(merged, body)
 
 
-def _follows(b: Any, a: Any, program: Iterable[Operation]) -> bool:
+def follows(b: Any, a: Any, program: Iterable[Operation]) -> bool:
     """Returns whether operation `b` needs a result of operation `a`, which is earlier."""
     reached = set(a.outvars)
     for operation in program:
@@ -583,7 +619,7 @@ def _sum_inside(program: Sequence[Operation], loss: Loss) -> list[Operation]:
             continue
         for axis in eqn.params["axes"]:
             scan = _scan_of(Layers(eqn.invars[0], Place(axis)), scans, context)
-            if scan is not None and not _follows(scan, eqn, program):
+            if scan is not None and not follows(scan, eqn, program):
                 inside.setdefault(id(scan), []).append((eqn, axis))
                 break
     new: list[Operation] = []

@@ -79,6 +79,8 @@ class TracedLoss(NamedTuple):
     aux_tree: Any
     # Of the trainable parameters that are stacks: the axes along which their layers are counted.
     layer_axes: dict[int, tuple[int, ...]]
+    inputs: stacks.Loss
+    operations: list[jaxprs.Operation]  # of all segments
 
     @property
     def stacked(self) -> frozenset[int]:
@@ -178,6 +180,8 @@ def trace(
             for i, places in layers.places.items()
             if (axes := arrays.layer_axes(len(jaxprs.shape(param_vars[i])), places)) is not None
         },
+        inputs=loss,
+        operations=operations,
     )
 
 

@@ -11,6 +11,7 @@ import optax
 from lomo_jax.fused import arrays, jaxprs
 from lomo_jax.fused.arrays import Params, Position, PyTree, match_memory, reshard_like, widen
 from lomo_jax.fused.trace import Stack
+from lomo_jax.fused.tx import with_value
 
 
 class Updater:
@@ -28,6 +29,10 @@ class Updater:
         layer_axes: tuple[int, ...] = (),
     ):
         self.tx, self.treedef, self.index, self.layer_axes = tx, treedef, index, layer_axes
+
+    def with_value(self, loss: jax.Array) -> "Updater":
+        """Returns an updater that passes the loss, float32 [], to `tx` as its ``value``."""
+        return Updater(with_value(self.tx, loss), self.treedef, self.index, self.layer_axes)
 
     def init(self, leaf: jax.Array) -> PyTree:
         """Returns the optimizer's first state; for a stack with the layer axes in front."""
@@ -423,7 +428,9 @@ def check_independent(
     def tree(values):
         return _masked(treedef, dict(zip(indices, values, strict=True)))
 
-    state, state_def = jax.tree.flatten(jax.eval_shape(lambda x: tx.init(tree(x)), shapes))
+    first_state = jax.eval_shape(lambda x: tx.init(tree(x)), shapes)
+    state, state_def = jax.tree.flatten(first_state)
+    tx = with_value(tx, jnp.float32(0))
 
     def update(grads, state, params):
         state = jax.tree.unflatten(state_def, state)
@@ -449,8 +456,19 @@ def check_independent(
             raise ValueError(
                 f"tx updates parameter {names[i]} from {other}: a transformation that mixes "
                 "parameters needs all their gradients at once, and the fused step never has them; "
-                "to clip by the global norm use clip_norm"
+                + _instead_of_mixing(first_state)
             )
+
+
+def _instead_of_mixing(state: PyTree) -> str:
+    """Returns what to do in place of a transformation that mixes parameters."""
+    is_of_finite = lambda x: isinstance(x, optax.ApplyIfFiniteState)  # noqa: E731
+    if any(map(is_of_finite, jax.tree.leaves(state, is_leaf=is_of_finite))):
+        return (
+            "in place of apply_if_finite use loss_scale=DynamicLossScale(), which skips steps that "
+            "are not finite, or look at StepOutput.finite"
+        )
+    return "to clip by the global norm use clip_norm"
 
 
 def _layer_shape(x: Any, axes: Sequence[int]) -> tuple[int, ...]:
