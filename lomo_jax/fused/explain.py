@@ -453,7 +453,7 @@ class _Finder:
             if not computed:
                 continue
             atoms = list(jaxprs.variables(source.layers.of for source in computed))
-            own = [x for x in operation.xs if self.loss.inputs.is_trainable(x)]
+            own = [i for x in operation.xs if (i := self.loss.inputs.index(x)) is not None]
             needed = jaxprs.live(self.program, atoms)
             if any(_is_random(op) for op in needed):
                 reason = "random numbers are drawn for all layers"
@@ -462,7 +462,7 @@ class _Finder:
                 reason = f"by {_name(computed[0].producer)}"
                 remedy = _IN_THE_LAYER
             yield WholeStack(
-                tuple(self.names[self.loss.inputs.trainable[x]] for x in own),
+                tuple(self.names[i] for i in own),
                 sum(map(_mib, atoms)),
                 "value",
                 reason,

@@ -156,8 +156,8 @@ def scan_sources(program: Sequence[Operation], loss: Loss) -> list[Source]:
         for layers in scan.layers:
             prelude.add(layers)
         for layers, _ in prelude.sources.values():
-            is_var = isinstance(layers.of, jex.Var)
-            producer = context.producers.get(layers.of) if is_var else None
+            is_literal = isinstance(layers.of, jex.Literal)
+            producer = None if is_literal else context.producers.get(layers.of)
             found.append(Source(operation, layers, producer))
     return found
 
