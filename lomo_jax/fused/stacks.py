@@ -80,14 +80,18 @@ def scan_parameters(
     return jaxprs.live(jaxprs.sort(_sum_inside(program, loss)), results)
 
 
-def scanned_bodies(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
-    """Returns the `id` of the body of each layer scan in a program of equations."""
+def moved_equations(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
+    """Returns the `id` of the params of each layer scan, and of what moves into one."""
     context = _Context.of(program, loss)
-    return {
-        id(eqn.params["jaxpr"])
-        for eqn in program
-        if jaxprs.is_scan(eqn) and _reaching(_scan_indexed(jaxprs.read_scan(eqn), context), context)
-    }
+    found = set()
+    for eqn in filter(jaxprs.is_scan, program):
+        scan = _scan_indexed(jaxprs.read_scan(eqn), context)
+        if reaching := _reaching(scan, context):
+            prelude = _Prelude(context)
+            for layers in select(scan.layers, reaching):
+                prelude.add(layers)
+            found |= {id(eqn.params), *(id(moved.params) for moved in prelude.moved)}
+    return found
 
 
 class _Context(NamedTuple):
@@ -124,6 +128,7 @@ class _Prelude:
         self.sources: dict[tuple[int, int, int], tuple[Layers, jex.Var]] = {}
         self.shared: dict[jex.Var, None] = {}  # values that every layer needs whole
         self.eqns: list[jex.JaxprEqn] = []
+        self.moved: list[jex.JaxprEqn] = []  # the equations of the program that `eqns` are made of
         self._env: dict[tuple[int, int, int], jex.Var] = {}
 
     def add(self, layers: Layers) -> jex.Var:
@@ -135,6 +140,7 @@ class _Prelude:
             var = self._env[layers.key] = jex.Var(layers.of.aval)
             self.sources[layers.key] = layers, var
             return var
+        self.moved.append(eqn)
         inputs: list[Atom] = []
         for atom, operand in zip(eqn.invars, operands, strict=True):
             if operand is not None:

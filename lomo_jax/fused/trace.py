@@ -134,15 +134,13 @@ def trace(
 
 
 def _inline(loss: stacks.Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprEqn], list[Atom]]:
-    """Replaces calls by their bodies, but of checkpoints only those around a layer scan."""
+    """Replaces calls by their bodies, but of checkpoints only those that a layer scan needs."""
     everything, _ = jaxprs.inline(loss.closed, inputs, jaxprs.is_call)
-    bodies = stacks.scanned_bodies(everything, loss)
+    moved = stacks.moved_equations(everything, loss)
 
-    def has_layer_scan(jaxpr) -> bool:
+    def is_needed(jaxpr) -> bool:
         return any(
-            id(eqn.params["jaxpr"]) in bodies
-            if jaxprs.is_scan(eqn)
-            else jaxprs.is_call(eqn) and has_layer_scan(jaxprs.called_jaxpr(eqn))
+            is_needed(jaxprs.called_jaxpr(eqn)) if jaxprs.is_call(eqn) else id(eqn.params) in moved
             for eqn in jaxprs.open_jaxpr(jaxpr).eqns
         )
 
@@ -151,7 +149,7 @@ def _inline(loss: stacks.Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.Jaxp
         inputs,
         lambda eqn: (
             jaxprs.is_call(eqn)
-            and (not jaxprs.is_checkpoint(eqn) or has_layer_scan(jaxprs.called_jaxpr(eqn)))
+            and (not jaxprs.is_checkpoint(eqn) or is_needed(jaxprs.called_jaxpr(eqn)))
         ),
     )
 
