@@ -1,6 +1,6 @@
 """Losses as people write them: fused equals plain, and the layers are walked one by one."""
 
-import functools
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from lomo_jax.fused.trace import trace
 
 STEPS = 3
 RULES = {
-    # Of each layer AdaLomo takes a root mean square: a wrong layer axis changes the result.
+    # Both take a norm of each layer: a wrong layer axis changes the result. The first compiles fast.
+    "lars": lambda: optax.chain(optax.scale_by_trust_ratio(), optax.sgd(0.05, momentum=0.9)),
     "adalomo": lambda: lomo_jax.adalomo(0.05, weight_decay=0.1),
     "adamw": lambda: optax.adamw(1e-2, eps=1e-3, weight_decay=0.1),
 }
@@ -101,21 +102,49 @@ def test_what_is_no_stack_is_one_parameter(name):
     assert not traced.layer_axes
 
 
-@pytest.mark.parametrize("rule", [pytest.param("adamw", marks=pytest.mark.slow), "adalomo"])
+def fused_steps(name, tx, batches, **options):
+    """Makes steps with `fused_step`; returns the last parameters, losses and aux."""
+    loss, params, _ = IDIOMS[name].make(Sizes())
+    step = lomo_jax.fused_step(loss, tx, **IDIOMS[name].options, **options)
+    state, run, outs = step.init(params, batches[0]), quick_jit(step), []
+    for batch in batches:
+        params, state, out = run(params, state, batch)
+        outs.append((out.loss, out.aux) if step.has_aux else out.loss)
+    return params, outs
+
+
+@pytest.mark.parametrize("name", IDIOMS)
+def test_fused_equals_plain(name, assert_close, standard_promotion):
+    loss, params, batch = IDIOMS[name].make(Sizes())
+    tx, batches, tolerance = RULES["lars"](), batches_of(batch), tolerance_of(loss, params, batch)
+    expected = plain_steps(loss, tx, params, batches, IDIOMS[name].axes, **IDIOMS[name].options)
+    assert_close(fused_steps(name, tx, batches), expected, tolerance)
+    with pytest.raises(AssertionError):  # a step that does nothing would agree too
+        assert_close(expected[0], params, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["adamw", "adalomo"])
 @pytest.mark.parametrize("name", IDIOMS | NO_LAYERS)
-def test_fused_equals_plain(name, rule, assert_close, assert_steps_agree, standard_promotion):
+def test_fused_equals_reference_and_plain(
+    name, rule, assert_close, assert_steps_agree, standard_promotion
+):
     idiom = (IDIOMS | NO_LAYERS)[name]
     loss, params, batch = idiom.make(Sizes())
     tx, batches, options = RULES[rule](), batches_of(batch), idiom.options
     tolerance = tolerance_of(loss, params, batch)
-    expect = functools.partial(pytest.warns, UserWarning, match="layer scan")
-    if name in NO_LAYERS:
-        with expect():
-            results = assert_steps_agree(loss, tx, params, batches, tolerance=tolerance, **options)
-    else:
-        results = assert_steps_agree(loss, tx, params, batches, tolerance=tolerance, **options)
-    (new, _), out = results
+    with warning_of(name):
+        (new, _), out = assert_steps_agree(
+            loss, tx, params, batches, tolerance=tolerance, **options
+        )
     expected, values = plain_steps(loss, tx, params, batches, idiom.axes, **options)
     assert_close(new, expected, tolerance)
-    value, aux = values[-1] if "has_aux" in options else (values[-1], None)
-    assert_close((out.loss, out.aux), (value, aux), tolerance)
+    last = (out.loss, out.aux) if "has_aux" in options else out.loss
+    assert_close(last, values[-1], tolerance)
+
+
+def warning_of(name):
+    """Returns a context that expects the warning of a loss without layers."""
+    if name in NO_LAYERS:
+        return pytest.warns(UserWarning, match="layer scan")
+    return contextlib.nullcontext()
