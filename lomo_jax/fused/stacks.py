@@ -169,7 +169,7 @@ class _Prelude:
         if operands is None:
             return source
         # A value without parameters may as well be computed outside, unless it is a broadcast.
-        is_broadcast = operands[0] is None and eqn.primitive.name == "broadcast_in_dim"
+        is_broadcast = eqn.primitive.name == "broadcast_in_dim" and operands[0] is None
         if not (self.context.depends_on_params(layers.of) or is_broadcast):
             return source
         return eqn, operands

@@ -177,7 +177,9 @@ def causal_mask(s):
 def mask_of_iota(s):
     def band(w, _):
         row, column = (jax.lax.broadcasted_iota(jnp.int32, w["up"].shape, a) for a in (1, 2))
-        return {**w, "up": jnp.where(abs(row - column) < 4, w["up"], 0.0)}
+        depth = 1 + 0.1 * jax.lax.broadcasted_iota(jnp.float32, w["up"].shape, 0)
+        up = w["up"] * jax.lax.broadcasted_iota(jnp.float32, w["up"].shape, 2) / depth
+        return {**w, "up": jnp.where(abs(row - column) < 4, up, 0.0)}
 
     return mapped(band)(s)
 
@@ -362,7 +364,10 @@ def lora_on_a_stopped_base(s):
 
     def loss(p, b):
         base = jax.lax.stop_gradient(p["base"])
-        merged = {**base, "up": base["up"] + jnp.einsum("ldr,lrf->ldf", p["lora"]["a"], p["lora"]["b"])}
+        merged = {
+            **base,
+            "up": base["up"] + jnp.einsum("ldr,lrf->ldf", p["lora"]["a"], p["lora"]["b"]),
+        }
         return error(scan(merged, b["x"]), b["y"])
 
     return loss, *lora_merged(s)[1:]
