@@ -485,7 +485,7 @@ def _has_layer_scan(closed: Any, flags: Sequence[bool]) -> bool:
     params = select(inputs, flags)
     batch = [v for v, flag in zip(inputs, flags, strict=True) if not flag]
     loss = stacks.Loss(closed, params, {v: k for k, v in enumerate(params)}, batch)
-    if stacks.scanned_bodies(eqns, loss):
+    if stacks.moved_equations(eqns, loss):
         return True
     labels = jaxprs.labels(eqns, loss.labels)
 

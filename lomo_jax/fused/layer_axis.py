@@ -16,7 +16,7 @@ import jax.extend.core as jex
 from lomo_jax.fused import jaxprs
 
 _ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil
     clamp convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2
     expm1 floor ge gt imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min
     mul name ne neg nextafter not or pow real reduce_precision rem reshard round rsqrt
@@ -106,6 +106,11 @@ def _reduction(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands:
 def _cumulative(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     del result
     return None if eqn.params["axis"] == axis else [LayerOperand(axis)]
+
+
+def _bitcast_convert_type(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
+    same_width = jaxprs.shape(result) == jaxprs.shape(eqn.invars[0])
+    return [LayerOperand(axis)] if same_width else None
 
 
 def _broadcast_in_dim(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands:
@@ -232,6 +237,7 @@ def _map(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
 
 
 _RULES: dict[str, Callable[..., Operands | None]] = {
+    "bitcast_convert_type": _bitcast_convert_type,
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
     "dot_general": _dot_general,

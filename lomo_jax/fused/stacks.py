@@ -65,7 +65,7 @@ class Loss(NamedTuple):
 
 
 def inline_calls(loss: Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprEqn], list[Atom]]:
-    """Replaces calls by their bodies, but of checkpoints only those around a layer scan.
+    """Replaces calls by their bodies, but of checkpoints only those that a layer scan needs.
 
     Args:
       loss: whose jaxpr it is.
@@ -75,13 +75,11 @@ def inline_calls(loss: Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprE
       Equations, and the atoms that are the results.
     """
     everything, _ = jaxprs.inline(loss.closed, inputs, jaxprs.is_call)
-    bodies = scanned_bodies(everything, loss)
+    moved = moved_equations(everything, loss)
 
-    def has_layer_scan(jaxpr) -> bool:
+    def is_needed(jaxpr) -> bool:
         return any(
-            id(eqn.params["jaxpr"]) in bodies
-            if jaxprs.is_scan(eqn)
-            else jaxprs.is_call(eqn) and has_layer_scan(jaxprs.called_jaxpr(eqn))
+            is_needed(jaxprs.called_jaxpr(eqn)) if jaxprs.is_call(eqn) else id(eqn.params) in moved
             for eqn in jaxprs.open_jaxpr(jaxpr).eqns
         )
 
@@ -90,7 +88,7 @@ def inline_calls(loss: Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprE
         inputs,
         lambda eqn: (
             jaxprs.is_call(eqn)
-            and (not jaxprs.is_checkpoint(eqn) or has_layer_scan(jaxprs.called_jaxpr(eqn)))
+            and (not jaxprs.is_checkpoint(eqn) or is_needed(jaxprs.called_jaxpr(eqn)))
         ),
     )
 
@@ -121,14 +119,18 @@ def scan_parameters(
     return jaxprs.live(jaxprs.sort(_sum_inside(program, loss)), results)
 
 
-def scanned_bodies(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
-    """Returns the `id` of the body of each layer scan in a program of equations."""
+def moved_equations(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
+    """Returns the `id` of the params of each layer scan, and of what moves into one."""
     context = _Context.of(program, loss)
-    return {
-        id(eqn.params["jaxpr"])
-        for eqn in program
-        if jaxprs.is_scan(eqn) and _reaching(_scan_indexed(jaxprs.read_scan(eqn), context), context)
-    }
+    found = set()
+    for eqn in filter(jaxprs.is_scan, program):
+        scan = _scan_indexed(jaxprs.read_scan(eqn), context)
+        if reaching := _reaching(scan, context):
+            prelude = _Prelude(context)
+            for layers in select(scan.layers, reaching):
+                prelude.add(layers)
+            found |= {id(eqn.params), *(id(moved.params) for moved in prelude.moved)}
+    return found
 
 
 class Source(NamedTuple):
@@ -167,7 +169,7 @@ class _Context(NamedTuple):
 
     loss: Loss
     program: Sequence[Operation]
-    producers: Mapping[jex.Var, Operation]
+    producers: Mapping[Any, Operation]
     labels: Mapping[jex.Var, int]
 
     @classmethod
@@ -196,6 +198,7 @@ class _Prelude:
         self.sources: dict[tuple[int, Place], tuple[Layers, jex.Var]] = {}
         self.shared: dict[jex.Var, None] = {}  # values that every layer needs whole
         self.eqns: list[jex.JaxprEqn] = []
+        self.moved: list[jex.JaxprEqn] = []  # the equations of the program that `eqns` are made of
         self._env: dict[tuple[int, Place], jex.Var] = {}
 
     def add(self, layers: Layers) -> jex.Var:
@@ -208,6 +211,7 @@ class _Prelude:
             var = self._env[layers.key] = jex.Var(layers.of.aval)
             self.sources[layers.key] = layers, var
             return var
+        self.moved.append(eqn)
         inputs: list[Atom] = []
         for atom, operand in zip(eqn.invars, operands, strict=True):
             if operand is not None:
@@ -239,7 +243,7 @@ class _Prelude:
         if operands is None:
             return source
         # A value without parameters may as well be computed outside, unless it is a broadcast.
-        is_broadcast = operands[0] is None and eqn.primitive.name == "broadcast_in_dim"
+        is_broadcast = eqn.primitive.name == "broadcast_in_dim" and operands[0] is None
         if not (self.context.depends_on_params(layers.of) or is_broadcast):
             return source
         return eqn, operands
