@@ -201,7 +201,11 @@ def _inner_layers(loss: TracedLoss, i: int) -> int:
 
 def _mib(atom: Any, wide: bool = False) -> float:
     itemsize = jaxprs.dtype(atom).itemsize
-    return int(np.prod(jaxprs.shape(atom))) * (max(itemsize, 4) if wide else itemsize) / 2**20
+    return _size(atom) * (max(itemsize, 4) if wide else itemsize) / 2**20
+
+
+def _size(atom: Any) -> int:
+    return int(np.prod(jaxprs.shape(atom)))
 
 
 def _list(names: Sequence[str], most: int = 6) -> str:
@@ -442,18 +446,20 @@ class _Finder:
         for operation in self.program:
             if id(operation) not in self.walked or not isinstance(operation, Scan):
                 continue
+            own = [x for x in operation.xs if self.loss.inputs.is_trainable(x)]
+            smallest = min(map(_size, own))
             computed = [
                 source
                 for source in self.sources
                 if source.scan is operation
                 and source.producer is not None
+                and _size(source.layers.of) >= smallest
                 and _mib(source.layers.of) > least
                 and not jaxprs.label(source.layers.of, self.labels) & self.loss.inputs.of_params
             ]
             if not computed:
                 continue
             atoms = list(jaxprs.variables(source.layers.of for source in computed))
-            own = [i for x in operation.xs if (i := self.loss.inputs.index(x)) is not None]
             needed = jaxprs.live(self.program, atoms)
             if any(_is_random(op) for op in needed):
                 reason = "random numbers are drawn for all layers"
