@@ -442,12 +442,12 @@ class _Finder:
         )
 
     def values(self, least: float) -> Iterator[WholeStack]:
-        """Finds values of more than `least` MiB that are computed for all layers before a scan."""
+        """Finds random values of more than `least` MiB that are drawn for all layers."""
         for operation in self.program:
             if id(operation) not in self.walked or not isinstance(operation, Scan):
                 continue
-            own = [x for x in operation.xs if self.loss.inputs.is_trainable(x)]
-            smallest = min(map(_size, own))
+            own = [i for x in operation.xs if (i := self.loss.inputs.index(x)) is not None]
+            smallest = min(_size(self.loss.inputs.params[i]) for i in own)
             computed = [
                 source
                 for source in self.sources
@@ -461,18 +461,14 @@ class _Finder:
                 continue
             atoms = list(jaxprs.variables(source.layers.of for source in computed))
             needed = jaxprs.live(self.program, atoms)
-            if any(_is_random(op) for op in needed):
-                reason = "random numbers are drawn for all layers"
-                remedy = "draw them in the scanned function, from jax.random.split(key, L) as xs"
-            else:
-                reason = f"by {_name(computed[0].producer)}"
-                remedy = _IN_THE_LAYER
+            if not any(map(_is_random, needed)):
+                continue
             yield WholeStack(
                 tuple(self.names[i] for i in own),
                 sum(map(_mib, atoms)),
                 "value",
-                reason,
-                remedy,
+                "random numbers are drawn for all layers",
+                "draw them in the scanned function, from jax.random.split(key, L) as xs",
             )
 
 

@@ -613,76 +613,104 @@ def stops(operation: Operation) -> bool:
     return not isinstance(operation, Scan) and operation.primitive.name == "stop_gradient"
 
 
+class _Part(NamedTuple):
+    """A part of a reduction over the layers of a stack: those that one scan reads."""
+
+    eqn: jex.JaxprEqn
+    layers: Layers  # the first one of them, in the operand
+    result: jex.Var  # [L, ...], reduced over all axes but that of the layers
+
+
 def _sum_inside(program: Sequence[Operation], loss: Loss) -> list[Operation]:
     """Moves reductions over the layers of a scanned stack into the scan."""
     context = _Context.of(program, loss)
     scans = [operation for operation in program if isinstance(operation, Scan)]
-    inside: dict[int, list[tuple[jex.JaxprEqn, int]]] = {}
+    parts: dict[int, list[_Part]] = {}
+    reductions: dict[int, list[Operation]] = {}
     for eqn in program:
         if isinstance(eqn, Scan) or eqn.primitive.name not in layer_axis.REDUCTIONS:
             continue
         for axis in eqn.params["axes"]:
-            scan = _scan_of(Layers(eqn.invars[0], Place(axis)), scans, context)
-            if scan is not None and not follows(scan, eqn, program):
-                inside.setdefault(id(scan), []).append((eqn, axis))
+            found = _scans_of(eqn, axis, scans, context)
+            if found:
+                results = [jex.Var(_stack_type(eqn.outvars[0], scan.length)) for scan, _ in found]
+                for (scan, layers), result in zip(found, results, strict=True):
+                    parts.setdefault(id(scan), []).append(_Part(eqn, layers, result))
+                reductions[id(eqn)] = _reduce(eqn, results)
                 break
     new: list[Operation] = []
-    moved = {id(eqn) for found in inside.values() for eqn, _ in found}
     for operation in program:
-        if id(operation) in inside and isinstance(operation, Scan):
-            new += _with_reductions(operation, inside[id(operation)], context)
-        elif id(operation) not in moved:
-            new.append(operation)
+        if isinstance(operation, Scan) and id(operation) in parts:
+            new += _with_reductions(operation, parts[id(operation)], context)
+        else:
+            new += reductions.get(id(operation), [operation])
     return new
 
 
-def _scan_of(layers: Layers, scans: Sequence[Scan], context: _Context) -> Scan | None:
-    """Returns the scan of all the parameters that `layers` are computed from."""
-    prelude = _Prelude(context)
-    prelude.add(layers)
-    sources = [source for source, _ in prelude.sources.values()]
-    keys = {source.key for source in sources if context.is_param(source.of)}
-    if not any(context.loss.is_trainable(source.of) for source in sources if source.key in keys):
-        return None
-    others = [source.of for source in sources if source.key not in keys]
-    for scan in scans:
-        same_layers = keys.issubset(x.key for x in scan.layers)
-        if same_layers and scan.length == jaxprs.shape(layers.of)[layers.place.axis]:
-            results = set(scan.outvars)
-            needed = jaxprs.live(context.program, [*prelude.shared, *others])
-            is_earlier = all(results.isdisjoint(op.outvars) for op in needed)
-            return scan if is_earlier else None
-    return None
+def _scans_of(
+    eqn: jex.JaxprEqn, axis: int, scans: Sequence[Scan], context: _Context
+) -> list[tuple[Scan, Layers]]:
+    """Finds the scans that read the layers that a reduction is computed from.
 
-
-def _with_reductions(
-    scan: Scan, reductions: Sequence[tuple[jex.JaxprEqn, int]], context: _Context
-) -> list[Operation]:
-    """Returns the scan that also reduces each layer, and the rest of the reductions.
-
-    Args:
-      scan: a scan of all the parameters that are reduced.
-      reductions: equations, each with the layer axis of its operand.
-      context: of the program around the scan.
+    Returns:
+      Scans, each with the first layer that it reads; none unless they read all layers.
     """
-    prelude = _Prelude(context)
-    outputs, after = [], []
-    for eqn, axis in reductions:
-        value, of_layer = (
-            prelude.add(Layers(eqn.invars[0], Place(axis))),
-            jex.Var(eqn.outvars[0].aval),
+    operand, start = eqn.invars[0], 0
+    found: list[tuple[Scan, Layers]] = []
+    while start < jaxprs.shape(operand)[axis]:
+        layers = Layers(operand, Place(axis, start))
+        prelude = _Prelude(context)
+        prelude.add(layers)
+        sources = [source for source, _ in prelude.sources.values()]
+        keys = {source.key for source in sources if context.is_param(source.of)}
+        if not any(context.loss.is_trainable(source.of) for source in sources):
+            return []
+        others = [*prelude.shared, *(s.of for s in sources if s.key not in keys)]
+        earlier = jaxprs.live(context.program, others)
+        scan = next(
+            (
+                scan
+                for scan in scans
+                if keys.issubset(x.key for x in scan.layers)
+                and all(scan is not operation for operation in earlier)
+                and not follows(scan, eqn, context.program)
+            ),
+            None,
         )
+        if scan is None:
+            return []
+        found.append((scan, layers))
+        start += scan.length
+    return found
+
+
+def _reduce(eqn: jex.JaxprEqn, results: Sequence[jex.Var]) -> list[Operation]:
+    """Returns the equations that reduce the results of layers to the result of `eqn`."""
+    join = lambda *parts: jnp.concatenate(parts)  # noqa: E731
+    eqns: list[Operation] = []
+    atoms: list[Atom] = list(results)
+    if len(results) > 1:
+        closed = jax.make_jaxpr(join)(*(v.aval for v in results))
+        joined, atoms = jaxprs.inline(closed, results, jaxprs.is_call)
+        eqns += joined
+    return [*eqns, eqn.replace(invars=atoms, params=eqn.params | {"axes": (0,)})]
+
+
+def _with_reductions(scan: Scan, reductions: Sequence[_Part], context: _Context) -> list[Operation]:
+    """Returns a scan that also reduces each layer, after equations that compute its inputs."""
+    prelude = _Prelude(context)
+    outputs = []
+    for eqn, first, _ in reductions:
+        value, of_layer = prelude.add(first), jex.Var(eqn.outvars[0].aval)
         prelude.eqns.append(eqn.replace(invars=[value], outvars=[of_layer]))
-        y = jex.Var(_stack_type(eqn.outvars[0], scan.length))
-        outputs.append((of_layer, y))
-        after.append(eqn.replace(invars=[y], params=eqn.params | {"axes": (0,)}))
+        outputs.append(of_layer)
     before: list[Operation] = []
     layers = {x.key: x for x in scan.layers}
     for source, _ in prelude.sources.values():
         if source.key not in layers:
             eqns, layers[source.key] = _move_to_front(source, scan.length)
             before += eqns
-    compute = prelude.function(scan.body, [of_layer for of_layer, _ in outputs])
+    compute = prelude.function(scan.body, outputs)
     parts = [scan.consts, prelude.shared, scan.carry, layers]
 
     def body(*args):
@@ -695,9 +723,9 @@ def _with_reductions(
     new = scan._replace(
         consts=[*scan.consts, *prelude.shared],
         layers=list(layers.values()),
-        ys=[*scan.ys, *(y for _, y in outputs)],
+        ys=[*scan.ys, *(part.result for part in reductions)],
     )
-    return [*before, _with_body(new, body), *after]
+    return [*before, _with_body(new, body)]
 
 
 def _stack_type(var: jex.Var, length: int) -> Any:
