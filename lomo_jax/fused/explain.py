@@ -48,7 +48,9 @@ class WholeStack:
 
     parameters: tuple[str, ...]
     mib: float
-    of: str  # "gradient", or "value" for one that is computed before the layer scan
+    # "gradient"; "zeros" for a gradient that is always zero; "value" for something else that is
+    # computed before the layer scan.
+    of: str
     reason: str
     remedy: str
 
@@ -56,6 +58,8 @@ class WholeStack:
         if self.of == "gradient":
             fact = f"{_list(self.parameters)}: the whole gradient, {self.mib:.3g} MiB, exists"
             return f"{fact} at once: {self.reason}; {self.remedy}"
+        if self.of == "zeros":
+            return f"{_list(self.parameters)}: its gradient is zero: {self.reason}; {self.remedy}"
         return (
             f"{self.mib:.3g} MiB are computed for all layers at once before the scan of "
             f"{_list(self.parameters)}, as a whole gradient would be: {self.reason}; {self.remedy}"
@@ -114,7 +118,9 @@ class Explanation:
     @property
     def warning(self) -> str | None:
         """What `init` warns about: large `whole_stacks`; None if there is nothing to say."""
-        large = [x for x in self.whole_stacks if x.mib > _SMALL * self.trainable_mib]
+        # XLA need not store zeros.
+        stored = [x for x in self.whole_stacks if x.of != "zeros"]
+        large = [x for x in stored if x.mib > _SMALL * self.trainable_mib]
         return "\n".join(map(str, large)) or None
 
 
@@ -218,6 +224,7 @@ def _list(names: Sequence[str], most: int = 6) -> str:
 class _Reason(NamedTuple):
     why: str
     remedy: str
+    of: str = "gradient"
 
 
 _IN_A_LOOP = "move the layer scan out of the loop, for example with jax.vmap or microbatches="
@@ -236,8 +243,9 @@ def _whole_stacks(
             found.setdefault(reason, []).append(i)
     for reason, indices in found.items():
         mib = sum(_mib(loss.inputs.params[i]) for i in indices)
-        yield WholeStack(tuple(names[i] for i in indices), mib, "gradient", *reason)
-    if not found and not loss.stacked and len(trainable) > 1:
+        parameters = tuple(names[i] for i in indices)
+        yield WholeStack(parameters, mib, reason.of, reason.why, reason.remedy)
+    if all(reason.of == "zeros" for reason in found) and not loss.stacked and len(trainable) > 1:
         yield _NoLayerScan(
             tuple(names[i] for i in trainable),
             sum(_mib(loss.inputs.params[i]) for i in trainable),
@@ -278,8 +286,9 @@ class _Finder:
         uses = [op for op in uses if self.is_active(op)]
         if not uses:
             unused = _Reason(
-                "it reaches the loss only through stop_gradient, if at all: its gradient is zero",
+                "it reaches the loss only through stop_gradient, if at all",
                 "freeze it with trainable=",
+                "zeros",
             )
             return unused if scanned else None
         scanned = [op for op in scanned if op in uses]
@@ -453,6 +462,7 @@ class _Finder:
                 for source in self.sources
                 if source.scan is operation
                 and source.producer is not None
+                and _is_number_or_flag(source.layers.of)
                 and _size(source.layers.of) >= smallest
                 and _mib(source.layers.of) > least
                 and not jaxprs.label(source.layers.of, self.labels) & self.loss.inputs.of_params
@@ -500,6 +510,11 @@ def _has_layer_scan(closed: Any, flags: Sequence[bool]) -> bool:
         for eqn in eqns
         for body in jaxprs.bodies(eqn)
     )
+
+
+def _is_number_or_flag(atom: Any) -> bool:
+    """Returns whether a value may be weights or a mask; random keys are integers."""
+    return jaxprs.is_float(atom) or jaxprs.dtype(atom) == np.bool_
 
 
 def _is_random(operation: Operation) -> bool:

@@ -264,17 +264,22 @@ def test_a_mask_in_the_batch_is_no_value_for_the_stack():
 
 
 def test_a_copy_that_is_stopped():
-    """The gradient of a target network is zero, and as large as the network."""
+    """The gradient of a target network is zero; only its optimizer needs memory."""
 
     def loss(params, x):
         target = jax.lax.stop_gradient(scan(x, params["target"]))
         return jnp.sum((scan(x, params["layers"]) - target) ** 2)
 
     params, x = {"layers": normal(0, L, D, D), "target": normal(1, L, D, D)}, jnp.ones((B, D))
-    with pytest.warns(UserWarning, match=r"^target: .* stop_gradient.*; freeze it with trainable="):
-        lomo_jax.fused_step(loss, optax.sgd(0.1)).init(params, x)
+    step = lomo_jax.fused_step(loss, optax.sgd(0.1))
+    step.init(params, x)
+    (found,) = step.explain(params, x).whole_stacks
+    assert found.of == "zeros"
+    assert str(found).startswith("target: its gradient is zero: ")
+    assert str(found).endswith("stop_gradient, if at all; freeze it with trainable=")
     trainable = {"layers": True, "target": False}
-    lomo_jax.fused_step(loss, optax.sgd(0.1), trainable=trainable).init(params, x)
+    frozen = lomo_jax.fused_step(loss, optax.sgd(0.1), trainable=trainable)
+    assert not frozen.explain(params, x).whole_stacks
 
 
 def test_dense_parameters_and_small_stacks_do_not_warn():
