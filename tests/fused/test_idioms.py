@@ -15,7 +15,7 @@ from lomo_jax.fused.trace import trace
 
 STEPS = 3
 RULES = {
-    # Both take a norm of each layer: a wrong layer axis changes the result. The first compiles fast.
+    # Two take norms of each layer: a wrong layer axis changes the result. The first compiles fast.
     "lars": lambda: optax.chain(optax.scale_by_trust_ratio(), optax.sgd(0.05, momentum=0.9)),
     "adalomo": lambda: lomo_jax.adalomo(0.05, weight_decay=0.1),
     "adamw": lambda: optax.adamw(1e-2, eps=1e-3, weight_decay=0.1),
