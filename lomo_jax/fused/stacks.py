@@ -325,7 +325,8 @@ def _pull_into(scan: Scan, context: _Context) -> list[Operation] | None:
     if direct == select(scan.layers, reaching) and len({x.key for x in direct}) == len(direct):
         return [scan]
     prelude = _Prelude(context)
-    values = [prelude.add(layers) for layers in select(scan.layers, reaching)]
+    reached = select(scan.layers, reaching)
+    values = [prelude.add(layers) for layers in reached]
     others = select(scan.layers, zip_not(reaching))
     before: list[Operation] = []
     sources = []
@@ -339,7 +340,8 @@ def _pull_into(scan: Scan, context: _Context) -> list[Operation] | None:
     def body(*args):
         args = _split(args, [scan.consts, prelude.shared, scan.carry, others, sources])
         consts, shared, carry, other_xs, source_xs = args
-        pulled = [jax.lax.squeeze(x, [0]) for x in compute(source_xs, shared)]
+        pulled = compute(source_xs, shared)
+        pulled = [jax.lax.squeeze(x, [y.axis]) for x, y in zip(pulled, reached, strict=True)]
         xs = scatter(reaching, pulled, reaching)
         xs = scatter(xs, other_xs, zip_not(reaching))
         return jex.jaxpr_as_fun(scan.body)(*consts, *carry, *xs)

@@ -440,6 +440,21 @@ def axis_1_indexed(s):
     return loss, move(stack(s), 0, 1), pair(s)
 
 
+@idiom({"": 1})
+def axis_1_cast_and_indexed(s):
+    def loss(p, b):
+        half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), p)
+
+        def body(i, x):
+            take = lambda w: jax.lax.dynamic_index_in_dim(w, i, 1, keepdims=False)  # noqa: E731
+            return block(x, jax.tree.map(take, half))
+
+        y = jax.lax.fori_loop(0, s.L, body, b["x"].astype(jnp.bfloat16))
+        return error(y, b["y"])
+
+    return loss, move(stack(s), 0, 1), pair(s)
+
+
 class _Block(linen.Module):
     """A layer whose parameters have names of logical axes, as in MaxText."""
 

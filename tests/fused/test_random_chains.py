@@ -120,7 +120,8 @@ class Chain:
 
     def slice(self):
         axis = self.other_axis()
-        return lambda w, p, b: jax.lax.slice_in_dim(w, 1, None, axis=axis)
+        start = int(self.shape[axis] > 1)
+        return lambda w, p, b: jax.lax.slice_in_dim(w, start, None, axis=axis)
 
     def pad(self):
         axis = self.other_axis()
