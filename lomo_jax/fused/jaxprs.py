@@ -13,6 +13,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from lomo_jax.fused.arrays import Place
+
 Atom = jex.Var | jex.Literal
 
 # From JAX 0.12 on every jaxpr holds its own constants, and JAX no longer exports this name.
@@ -20,23 +22,59 @@ _ClosedJaxpr: Any = getattr(jex, "ClosedJaxpr", jex.Jaxpr)
 
 # Calls that may be replaced by their body. A checkpoint around a layer scan is among them: the
 # backward pass recomputes the layers anyway.
-INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
-# Operations that return their operand. A stack's own sharding makes a constraint on it redundant.
-IDENTITIES = ("copy", "copy_p", "name", "sharding_constraint")
+_CHECKPOINTS = ("remat", "remat2", "checkpoint")
+INLINED = ("jit", "pjit", "closed_call", "core_call", *_CHECKPOINTS)
+
+
+class Layers(NamedTuple):
+    """Layers of a stack: layer i is the part ``place`` says of the array `of`."""
+
+    of: Atom
+    place: Place = Place()
+
+    @property
+    def key(self) -> tuple[int, Place]:
+        """Equal for equal layers; a literal cannot be hashed."""
+        return id(self.of), self.place
+
+    def is_in_front(self, length: int) -> bool:
+        """Returns whether they are all of a stack of `length` layers on axis 0."""
+        return self.place == Place() and shape(self.of)[0] == length
 
 
 class Scan(NamedTuple):
-    """The parts of a `lax.scan` equation."""
+    """A `lax.scan` equation, or one that scans layers in other places than axis 0 too."""
 
     body: Any  # closed jaxpr: (*consts, *carry, *x) -> (*carry, *y)
     consts: list[Atom]
     carry: list[Atom]
-    xs: list[Atom]
+    layers: list[Layers]  # x i is layer i of these
     carry_out: list[jex.Var]
     ys: list[jex.Var]
     length: int
     reverse: bool
     unroll: int
+
+    @property
+    def xs(self) -> list[Atom]:
+        """The arrays whose layers are scanned."""
+        return [layers.of for layers in self.layers]
+
+    @property
+    def invars(self) -> list[Atom]:
+        return [*self.consts, *self.carry, *self.xs]
+
+    @property
+    def outvars(self) -> list[jex.Var]:
+        return [*self.carry_out, *self.ys]
+
+    @property
+    def effects(self) -> Any:
+        return open_jaxpr(self.body).effects
+
+
+# A program is a list of these. In the program of a loss every layer scan is a `Scan`.
+Operation = jex.JaxprEqn | Scan
 
 
 def open_jaxpr(closed) -> jex.Jaxpr:
@@ -65,8 +103,20 @@ def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
     return dict.fromkeys(a for a in atoms if isinstance(a, jex.Var))
 
 
+def is_float(atom: Atom) -> bool:
+    return jnp.issubdtype(dtype(atom), jnp.inexact)
+
+
 def is_scan(eqn: jex.JaxprEqn) -> bool:
     return eqn.primitive.name == "scan"
+
+
+def has_scan(closed) -> bool:
+    """Returns whether there is a scan in a jaxpr or in a call inside it."""
+    return any(
+        is_scan(eqn) or (is_call(eqn) and has_scan(called_jaxpr(eqn)))
+        for eqn in open_jaxpr(closed).eqns
+    )
 
 
 def read_scan(eqn: jex.JaxprEqn) -> Scan:
@@ -80,7 +130,7 @@ def read_scan(eqn: jex.JaxprEqn) -> Scan:
         body=params["jaxpr"],
         consts=operands[:num_consts],
         carry=operands[num_consts : num_consts + num_carry],
-        xs=operands[num_consts + num_carry :],
+        layers=[Layers(x) for x in operands[num_consts + num_carry :]],
         carry_out=results[:num_carry],
         ys=results[num_carry:],
         length=params["length"],
@@ -117,10 +167,18 @@ def called_jaxpr(eqn: jex.JaxprEqn):
     return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
 
 
+def is_call(eqn: jex.JaxprEqn) -> bool:
+    """Returns whether `eqn` is a call, such as `jit`, that its body may replace."""
+    return called_jaxpr(eqn) is not None
+
+
+def is_checkpoint(eqn: jex.JaxprEqn) -> bool:
+    return eqn.primitive.name in _CHECKPOINTS
+
+
 def inline(
     closed,
     operands: Sequence[Atom],
-    labels: dict[jex.Var, int],
     wanted: Callable[[jex.JaxprEqn], bool],
 ) -> tuple[list[jex.JaxprEqn], list[Atom]]:
     """Replaces calls by their bodies.
@@ -128,9 +186,7 @@ def inline(
     Args:
       closed: a closed jaxpr.
       operands: the atoms that replace its inputs.
-      labels: the label of each variable among `operands`, see `dependence`. The labels of new
-        variables are added.
-      wanted: whether to inline an equation, whose operands are already replaced and labelled.
+      wanted: whether to inline an equation, whose operands are already replaced.
 
     Returns:
       Equations over fresh variables, and the atoms that replace the results of `closed`.
@@ -147,39 +203,13 @@ def inline(
     for old in jaxpr.eqns:
         eqn = old.replace(invars=[read(a) for a in old.invars])
         if wanted(eqn):
-            inner, results = inline(called_jaxpr(eqn), eqn.invars, labels, wanted)
+            inner, results = inline(called_jaxpr(eqn), eqn.invars, wanted)
             eqns += inner
         else:
             results = [jex.Var(v.aval) for v in old.outvars]
-            eqn = eqn.replace(outvars=results)
-            labels.update(zip(results, eqn_dependence(eqn, labels), strict=True))
-            eqns.append(eqn)
+            eqns.append(eqn.replace(outvars=results))
         env.update(zip(old.outvars, results, strict=True))
     return eqns, [read(a) for a in jaxpr.outvars]
-
-
-def see_through(
-    eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom], variables: Iterable[jex.Var]
-) -> tuple[list[jex.JaxprEqn], list[Atom]]:
-    """Removes equations that only copy, name or constrain one of `variables`.
-
-    Returns:
-      The other equations, and the results.
-    """
-    same: dict[Atom, Atom] = {v: v for v in variables}
-    others = []
-
-    def read(atom: Atom) -> Atom:
-        return atom if isinstance(atom, jex.Literal) else same.get(atom, atom)
-
-    for eqn in eqns:
-        eqn = eqn.replace(invars=list(map(read, eqn.invars)))
-        source = eqn.invars[0] if eqn.primitive.name in IDENTITIES else None
-        if isinstance(source, jex.Var) and source in same:
-            same[eqn.outvars[0]] = source
-        else:
-            others.append(eqn)
-    return others, list(map(read, results))
 
 
 def as_function(template, eqns, inputs: Sequence[jex.Var], outputs: Sequence[Atom]):
@@ -199,7 +229,7 @@ def evaluate_late(function: Callable[..., Any], args: Sequence[Any], zero: Any) 
     """
     closed, result = jax.make_jaxpr(function, return_shape=True)(*args)
     inputs = [jex.Var(v.aval) for v in open_jaxpr(closed).invars]
-    eqns, results = inline(closed, inputs, {}, lambda eqn: eqn.primitive.name in ("jit", "pjit"))
+    eqns, results = inline(closed, inputs, lambda eqn: eqn.primitive.name in ("jit", "pjit"))
     zeros: dict[Any, jex.Var] = {}
     for k, eqn in enumerate(eqns):
         if eqn.primitive.name == "broadcast_in_dim" and _is_zero(eqn.invars[0]):
@@ -217,61 +247,96 @@ def _is_zero(atom: Atom) -> bool:
     return shape(atom) == () and bool(atom.val == 0)
 
 
-def dependence(closed, inputs: Sequence[int]) -> list[int]:
-    """Returns which inputs each output depends on, in value or derivative; never too few.
+def dependence(closed, inputs: Sequence[int], *, derivative: bool = False) -> list[int]:
+    """Returns which inputs each output depends on; never too few.
 
     Args:
       closed: a closed jaxpr.
       inputs: for each input a set of labels, as the bits of an int.
+      derivative: whether `stop_gradient` ends a dependence. Otherwise an output depends on an input
+        in value or derivative.
 
     Returns:
       For each output the union of the labels of the inputs that it depends on.
     """
     jaxpr = open_jaxpr(closed)
-    env: dict[jex.Var, int] = dict(zip(jaxpr.invars, inputs, strict=True))
-    for eqn in jaxpr.eqns:
-        env.update(zip(eqn.outvars, eqn_dependence(eqn, env), strict=True))
+    env = dict(zip(jaxpr.invars, inputs, strict=True))
+    env = labels(jaxpr.eqns, env, derivative=derivative)
     return [label(a, env) for a in jaxpr.outvars]
 
 
-def live(
-    eqns: Sequence[jex.JaxprEqn], results: Sequence[Atom], *, effects: bool = True
-) -> list[jex.JaxprEqn]:
-    """Returns the equations that `results` need; with `effects` also those with side effects."""
+def live(program: Sequence[Any], results: Sequence[Atom]) -> list[Any]:
+    """Returns the operations that `results` need, and those with side effects."""
     needed, found = set(variables(results)), []
-    for eqn in reversed(eqns):
-        if (effects and eqn.effects) or not needed.isdisjoint(eqn.outvars):
-            found.append(eqn)
-            needed.update(variables(eqn.invars))
+    for operation in reversed(program):
+        if operation.effects or not needed.isdisjoint(operation.outvars):
+            found.append(operation)
+            needed.update(variables(operation.invars))
     return found[::-1]
+
+
+def sort(program: Sequence[Operation]) -> list[Operation]:
+    """Moves every operation behind those whose results it needs; otherwise keeps the order."""
+    producers = {v: operation for operation in program for v in operation.outvars}
+    ordered: dict[int, Operation] = {}
+    for operation in program:
+        stack = [operation]
+        while stack:
+            top = stack[-1]
+            missing = [producers[v] for v in variables(top.invars) if v in producers]
+            missing = [p for p in missing if id(p) not in ordered]
+            if missing and id(top) not in ordered:
+                stack += missing
+            else:
+                ordered[id(stack.pop())] = top
+    return list(ordered.values())
+
+
+def labels(
+    program: Iterable[Operation], inputs: Mapping[jex.Var, int], *, derivative: bool = False
+) -> dict[jex.Var, int]:
+    """Returns the label of every variable of a program, given those of its inputs."""
+    env = dict(inputs)
+    for operation in program:
+        outputs = operation_dependence(operation, env, derivative=derivative)
+        env.update(zip(operation.outvars, outputs, strict=True))
+    return env
 
 
 def label(atom: Atom, env: Mapping[jex.Var, int]) -> int:
     return 0 if isinstance(atom, jex.Literal) else env.get(atom, 0)
 
 
-def eqn_dependence(eqn: jex.JaxprEqn, env: Mapping[jex.Var, int]) -> list[int]:
-    """Returns the `dependence` of one equation, given the labels of earlier variables."""
-    inputs = [label(a, env) for a in eqn.invars]
-    if is_scan(eqn):
-        scan = read_scan(eqn)
+def operation_dependence(
+    operation: Operation, env: Mapping[jex.Var, int], *, derivative: bool = False
+) -> list[int]:
+    """Returns the `dependence` of one operation, given the labels of earlier variables."""
+    inputs = [label(a, env) for a in operation.invars]
+    if isinstance(operation, Scan) or is_scan(operation):
+        scan = operation if isinstance(operation, Scan) else read_scan(operation)
         num_consts, num_carry = len(scan.consts), len(scan.carry)
         while True:
-            outputs = dependence(scan.body, inputs)
+            outputs = dependence(scan.body, inputs, derivative=derivative)
             carry = inputs[num_consts : num_consts + num_carry]
             grown = [a | b for a, b in zip(carry, outputs, strict=False)]
             if grown == carry:
                 return carry + outputs[num_carry:]
             inputs[num_consts : num_consts + num_carry] = grown
-    if called := called_jaxpr(eqn):
-        return dependence(called, inputs)
-    if eqn.primitive.name == "cond":
-        branches = [dependence(branch, inputs[1:]) for branch in eqn.params["branches"]]
+    if called := called_jaxpr(operation):
+        return dependence(called, inputs, derivative=derivative)
+    name = operation.primitive.name
+    if name == "cond":
+        branches = [
+            dependence(branch, inputs[1:], derivative=derivative)
+            for branch in operation.params["branches"]
+        ]
         return [
             functools.reduce(operator.or_, outs, inputs[0]) for outs in zip(*branches, strict=True)
         ]
+    if derivative and name == "stop_gradient":
+        return [0]
     # `custom_vjp` and its kin are not opened: a derivative may use inputs that the value ignores.
-    return [functools.reduce(operator.or_, inputs, 0)] * len(eqn.outvars)
+    return [functools.reduce(operator.or_, inputs, 0)] * len(operation.outvars)
 
 
 def changed_carry(scan: Scan) -> list[bool]:

@@ -58,7 +58,7 @@ def evaluate_in_order(
     variables = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
     # Checkpoints are inlined too: the barriers here replace theirs.
     inlined = lambda eqn: eqn.primitive.name in jaxprs.INLINED  # noqa: E731
-    eqns, results = jaxprs.inline(closed, variables, {}, inlined)
+    eqns, results = jaxprs.inline(closed, variables, inlined)
     inputs = {v: k for k, v in enumerate(variables[: len(shapes)])}
     env = dict(zip(variables[len(shapes) :], jax.tree.leaves(args), strict=True))
     grads, others = results[: len(shape[0])], results[len(shape[0]) :]

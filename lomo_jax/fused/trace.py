@@ -1,20 +1,24 @@
 """Traces a loss and cuts it at its layer scans: dense segment, layer scan, dense segment, ..."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lomo_jax.fused import arrays, jaxprs
-from lomo_jax.fused.arrays import Params, PyTree
+from lomo_jax.fused import arrays, jaxprs, stacks
+from lomo_jax.fused.arrays import Params, Place, PyTree
 from lomo_jax.fused.jaxprs import Atom
 from lomo_jax.fused.microbatches import WeightedLoss
 
+# Computed again rather than stored.
+_CASTS = ("convert_element_type", "reshape", "squeeze", "transpose")
+
 
 class DenseSegment(NamedTuple):
-    """Equations without a layer scan: all their gradients exist at once."""
+    """Operations without a layer scan: all their gradients exist at once."""
 
     function: Callable[..., list[Any]]  # (*inputs) -> outputs
     inputs: list[jex.Var]
@@ -22,48 +26,102 @@ class DenseSegment(NamedTuple):
     dense: list[int]  # parameters first used here: their gradients are complete after this segment
 
     @property
-    def stacked(self) -> list[int]:
+    def stacked(self) -> list["Stack"]:
         """No parameter is scanned here."""
         return []
+
+
+class Stack(NamedTuple):
+    """The layers of a parameter that one scan updates."""
+
+    index: int  # of the parameter
+    places: tuple[Place, ...]  # of its layers; for a scan inside a scan, of the layers of a layer
 
 
 class LayerScan(NamedTuple):
     """A scan over stacked parameters: one layer's gradient exists at a time."""
 
     scan: jaxprs.Scan
-    xs_params: dict[int, int]  # position in scan.xs -> trainable parameter
+    stacks: dict[int, Stack]  # position in scan.xs -> the layers that it updates
     dense: list[int]  # parameters that all layers share, first used here
+    body: "Body | None" = None  # if there is a layer scan inside: a layer is a group of layers
 
     @property
-    def stacked(self) -> list[int]:
-        """The trainable parameters that are scanned, in the order of the scan's inputs."""
-        return list(self.xs_params.values())
+    def stacked(self) -> list[Stack]:
+        """The layers that it updates, in the order of the scan's inputs."""
+        return list(self.stacks.values())
 
 
-class TracedLoss(NamedTuple):
-    """A loss as segments that run one after the other.
+class Program(NamedTuple):
+    """Segments that run one after the other.
 
     Parameters are given by their index among the leaves of the tree.
     """
 
-    params: list[jex.Var]
-    batch: list[jex.Var]
+    params: dict[int, jex.Var]
     segments: list[DenseSegment | LayerScan]
-    loss: Atom
-    weight: Callable[..., list[Any]] | None  # (*batch) -> [weight of a `WeightedLoss`]
-    aux: list[Atom]
-    aux_tree: Any
     differentiable: frozenset[jex.Var]  # floating-point, and depend on a trainable parameter
     of_batch: frozenset[jex.Var]  # depend on the batch
-
-    @property
-    def stacked(self) -> frozenset[int]:
-        """The trainable parameters that are scanned."""
-        return frozenset(i for segment in self.segments for i in segment.stacked)
 
     def differentiates(self, atoms: Sequence[Atom]) -> list[bool]:
         """Returns for each atom whether it has a cotangent."""
         return [isinstance(a, jex.Var) and a in self.differentiable for a in atoms]
+
+
+class TracedLoss(NamedTuple):
+    """A loss, cut at its layer scans."""
+
+    program: Program
+    batch: list[jex.Var]
+    loss: Atom
+    weight: Callable[..., list[Any]] | None  # (*batch) -> [weight of a `WeightedLoss`]
+    aux: list[Atom]
+    aux_tree: Any
+    # Of the trainable parameters that are stacks: the axes along which their layers are counted.
+    layer_axes: dict[int, tuple[int, ...]]
+    inputs: stacks.Loss
+    operations: list[jaxprs.Operation]  # of all segments
+
+    @property
+    def stacked(self) -> frozenset[int]:
+        """The trainable parameters whose layers are updated one by one."""
+        segments = self.program.segments
+        return frozenset(stack.index for segment in segments for stack in segment.stacked)
+
+
+class Body(NamedTuple):
+    """The body of a layer scan, cut at the layer scans inside it."""
+
+    inputs: list[jex.Var]  # consts, carry, xs
+    operations: list[jaxprs.Operation]
+    segments: list[DenseSegment | LayerScan]
+    results: list[Atom]  # carry, ys
+    params: dict[int, jex.Var]  # those among the xs that are updated
+    stacks: frozenset[jex.Var]  # xs that are layers of parameters: too large to read whole
+
+    def program(self, varies: Sequence[bool], differentiable: Sequence[bool]) -> Program:
+        """Returns the program, given which inputs depend on the batch and have a cotangent."""
+        varying = {v for v, flag in zip(self.inputs, varies, strict=True) if flag}
+        moving = {v for v, flag in zip(self.inputs, differentiable, strict=True) if flag}
+        return _program(self.params, self.operations, self.segments, varying, moving)
+
+
+def _program(
+    params: dict[int, jex.Var],
+    operations: Sequence[jaxprs.Operation],
+    segments: list[DenseSegment | LayerScan],
+    of_batch: Iterable[jex.Var],
+    differentiable: Iterable[jex.Var],
+) -> Program:
+    """Returns a program, given which inputs depend on the batch and have a cotangent."""
+    varies = jaxprs.labels(operations, dict.fromkeys(of_batch, 1))
+    moves = jaxprs.labels(operations, dict.fromkeys(differentiable, 1), derivative=True)
+    return Program(
+        params,
+        segments,
+        frozenset(v for v, label in moves.items() if label and jaxprs.is_float(v)),
+        frozenset(v for v, label in varies.items() if label),
+    )
 
 
 def trace(
@@ -85,93 +143,258 @@ def trace(
 
     Raises:
       TypeError: the loss is not a floating-point scalar.
-      ValueError: a stacked parameter is used in a way that needs the gradient of all its layers at
-        once, or the weight of the loss depends on a parameter.
+      ValueError: the weight of the loss depends on a parameter.
     """
-    closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, batch)
-    weighted, aux_tree = _check_result(shape, has_aux)
-    names = arrays.names(params)
-    inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
-    param_vars, batch_vars = inputs[: len(names)], inputs[len(names) :]
-
-    finder = _LayerScanFinder(names, param_vars, trainable)
-    labels = finder.labels(batch_vars)
-    eqns, results = jaxprs.inline(
-        closed, inputs, labels, lambda eqn: finder.is_call_of_layer_scan(eqn, labels)
-    )
-    eqns, results = jaxprs.see_through(eqns, results, param_vars)
-    weight = None
-    if weighted:
-        weight_atom = results.pop(1)
-        _check_weight(jaxprs.label(weight_atom, labels), names)
-        weight = jaxprs.as_function(
-            closed, jaxprs.live(eqns, [weight_atom]), batch_vars, [weight_atom]
+    with jax.disable_jit(False):  # it unrolls the loops over layers
+        closed, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, batch)
+        weighted, aux_tree = _check_result(shape, has_aux)
+        names = arrays.names(params)
+        inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
+        param_vars, batch_vars = inputs[: len(names)], inputs[len(names) :]
+        loss = stacks.Loss(
+            closed, param_vars, {v: i for i, v in enumerate(param_vars) if trainable[i]}, batch_vars
         )
-    eqns = jaxprs.live(eqns, results)
-    scans = finder.find(eqns, results[0], labels)
+        operations, results = stacks.inline_calls(loss, inputs)
+        weight = None
+        if weighted:
+            weight_atom = results.pop(1)
+            labels = jaxprs.labels(operations, loss.labels)
+            _check_weight(jaxprs.label(weight_atom, labels), names)
+            weight = jaxprs.as_function(
+                closed, jaxprs.live(operations, [weight_atom]), batch_vars, [weight_atom]
+            )
+        operations = stacks.scan_parameters(operations, results, results[:1], loss)
+        layers = _layers_to_update(operations, results[:1], loss, {})
+    segments = _cut(loss, operations, results, layers)
     return TracedLoss(
-        params=param_vars,
+        program=_program(
+            dict(enumerate(param_vars)), operations, segments, batch_vars, loss.trainable
+        ),
         batch=batch_vars,
-        segments=_cut(closed, eqns, results, scans, finder.trainable),
         loss=results[0],
         weight=weight,
         aux=results[1:],
         aux_tree=aux_tree,
-        differentiable=frozenset(
-            v for v, label in labels.items() if label & finder.trainable_labels and _is_float(v)
-        ),
-        of_batch=frozenset(v for v, label in labels.items() if label & finder.batch_label),
+        layer_axes={
+            i: axes
+            for i, places in layers.places.items()
+            if (axes := arrays.layer_axes(len(jaxprs.shape(param_vars[i])), places)) is not None
+        },
+        inputs=loss,
+        operations=operations,
     )
 
 
-def _cut(
-    closed: Any,
-    eqns: Sequence[jex.JaxprEqn],
-    results: Sequence[Atom],
-    scans: Mapping[int, dict[int, int]],
-    trainable: Mapping[jex.Var, int],
-) -> list[DenseSegment | LayerScan]:
-    """Cuts equations before and after each layer scan.
+class _Layers(NamedTuple):
+    """The stacks among the parameters of a program. Scans are given by their `id`."""
+
+    places: dict[int, tuple[Place, ...]]  # of the layers of each stack, in one of its scans
+    of_scan: dict[int, dict[int, Stack]]  # layers to update, by their position among the xs
+    bodies: dict[int, Body]
+
+
+def _layers_to_update(
+    program: Sequence[jaxprs.Operation],
+    roots: Sequence[Atom],
+    loss: stacks.Loss,
+    outer: Mapping[int, tuple[Place, ...]],
+) -> _Layers:
+    """Finds the parameters whose layers can be updated one by one.
 
     Args:
-      closed: the jaxpr that the equations come from.
-      eqns: the equations.
-      results: the results of the equations.
-      scans: by the `id` of a layer scan's equation, see `_LayerScanFinder.find`.
-      trainable: the indices of the trainable parameters.
+      program: see `stacks.scan_parameters`.
+      roots: the results that have a cotangent.
+      loss: the inputs of the program.
+      outer: if the program is the body of a scan: where the parameters have the layers that are
+        its inputs.
     """
-    groups: list[list[jex.JaxprEqn]] = [[]]
-    for eqn in eqns:
-        if id(eqn) in scans:
-            groups += [[eqn], []]
+    uses = _uses(program, roots, loss)
+    whole: set[int] = set()  # parameters that get one gradient for all layers
+    while True:
+        inside = {
+            id(operation): found
+            for operation in program
+            if isinstance(operation, jaxprs.Scan)
+            and (found := _cut_body(operation, loss, outer, whole))
+        }
+        places: dict[int, tuple[Place, ...]] = {}
+        of_scan: dict[int, dict[int, Stack]] = {}
+        for i, found in uses.items():
+            scans = [use for use in found if use is not None]
+            in_scans = [
+                (x.place, *(inside[id(scan)][1].get(i, ()) if id(scan) in inside else ()))
+                for scan, x in scans
+            ]
+            if len({tuple((p.axis, p.size) for p in of_one) for of_one in in_scans}) != 1:
+                continue
+            shape, places[i] = jaxprs.shape(loss.variable(i)), in_scans[0]
+            axis, _, size = places[i][0]
+            ends = sorted((x.place.start, x.place.start + scan.length * size) for scan, x in scans)
+            is_tiled = [*(start for start, _ in ends), shape[axis]] == [
+                0,
+                *(end for _, end in ends),
+            ]
+            is_layer = arrays.layer_axes(len(shape), places[i]) is not None
+            if i not in whole and len(scans) == len(found) and is_tiled and is_layer:
+                for (scan, x), of_one in zip(scans, in_scans, strict=True):
+                    position = [layers.key for layers in scan.layers].index(x.key)
+                    stack = Stack(i, (*outer.get(i, ()), *of_one[:1]))
+                    of_scan.setdefault(id(scan), {})[position] = stack
+        updated = {stack.index for found in of_scan.values() for stack in found.values()}
+        failed = {i for body, _ in inside.values() for i in body.params} - updated
+        if not failed:
+            return _Layers(places, of_scan, {k: body for k, (body, _) in inside.items()})
+        whole |= failed
+
+
+def _uses(
+    program: Sequence[jaxprs.Operation], roots: Sequence[Atom], loss: stacks.Loss
+) -> dict[int, list[tuple[jaxprs.Scan, jaxprs.Layers] | None]]:
+    """Returns the uses of each trainable parameter that contribute to its gradient.
+
+    Returns:
+      By index, the scan and the layers that it reads, or None for another use.
+    """
+    active = stacks.active_variables(program, roots)
+    uses: dict[Any, list[Any]] = {}
+    for operation in program:
+        if active.isdisjoint(operation.outvars) or stacks.stops(operation):
+            continue
+        others = operation.invars
+        if isinstance(operation, jaxprs.Scan):
+            others = [*operation.consts, *operation.carry]
+            for layers in operation.layers:
+                uses.setdefault(loss.index(layers.of), []).append((operation, layers))
+        for atom in others:
+            uses.setdefault(loss.index(atom), []).append(None)
+    for atom in roots:
+        uses.setdefault(loss.index(atom), []).append(None)
+    uses.pop(None, None)
+    return uses
+
+
+def _cut_body(
+    scan: jaxprs.Scan,
+    loss: stacks.Loss,
+    outer: Mapping[int, tuple[Place, ...]],
+    whole: Collection[int],
+) -> tuple[Body, dict[int, tuple[Place, ...]]] | None:
+    """Cuts the body of a scan at the layer scans inside it.
+
+    Returns:
+      The body, and where each parameter that is updated has the layers of one layer of `scan`; None
+      if no parameter is scanned inside.
+    """
+    if not jaxprs.has_scan(scan.body):
+        return None
+    inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(scan.body).invars]
+    xs = inputs[len(inputs) - len(scan.layers) :]
+    params = {
+        x: layers
+        for x, layers in zip(xs, scan.layers, strict=True)
+        if isinstance(layers.of, jex.Var) and any(layers.of is v for v in loss.params)
+    }
+    indices = {x: loss.index(layers.of) for x, layers in params.items()}
+    trainable = {x: i for x, i in indices.items() if i is not None and i not in whole}
+    others = [v for v in inputs if v not in params]
+    inner = stacks.Loss(scan.body, list(params), trainable, others)
+    operations, results = stacks.inline_calls(inner, inputs)
+    operations = stacks.scan_parameters(operations, results, results, inner)
+    within = {i: (*outer.get(i, ()), params[x].place) for x, i in trainable.items()}
+    layers = _layers_to_update(operations, results, inner, within)
+    if not layers.of_scan:
+        return None
+    body = Body(
+        inputs=inputs,
+        operations=operations,
+        segments=_cut(inner, operations, results, layers),
+        results=results,
+        params={i: x for x, i in trainable.items()},
+        stacks=frozenset(params),
+    )
+    updated = {stack.index for found in layers.of_scan.values() for stack in found.values()}
+    return body, {i: layers.places[i] for i in updated}
+
+
+def _cut(
+    loss: stacks.Loss,
+    program: Sequence[jaxprs.Operation],
+    results: Sequence[Atom],
+    layers: _Layers,
+) -> list[DenseSegment | LayerScan]:
+    """Cuts a program before and after each layer scan.
+
+    Args:
+      loss: the inputs of the program.
+      program: see `stacks.scan_parameters`.
+      results: its results.
+      layers: see `_layers_to_update`.
+    """
+    groups: list[list[jaxprs.Operation]] = [[]]
+    for operation in program:
+        if isinstance(operation, jaxprs.Scan):
+            groups += [[operation], []]
         else:
-            groups[-1].append(eqn)
-    groups = [group for group in groups if group] or [[]]
+            groups[-1].append(operation)
+    groups = [group for group in _cast_late(groups, results, loss) if group] or [[]]
 
-    used = [jaxprs.variables(a for eqn in group for a in eqn.invars) for group in groups]
-    first_use = dict.fromkeys(trainable.values(), 0)  # an unused one has a zero gradient
+    defined = [jaxprs.variables(v for op in group for v in op.outvars) for group in groups]
+    used = [
+        [v for v in jaxprs.variables(a for op in group for a in op.invars) if v not in own]
+        for group, own in zip(groups, defined, strict=True)
+    ]
+    first_use = dict.fromkeys(loss.trainable.values(), 0)  # an unused one has a zero gradient
     for k in reversed(range(len(groups))):
-        first_use.update({trainable[v]: k for v in used[k] if v in trainable})
+        first_use.update({loss.trainable[v]: k for v in used[k] if v in loss.trainable})
 
-    stacked = {i for xs_params in scans.values() for i in xs_params.values()}
+    stacked = {stack.index for found in layers.of_scan.values() for stack in found.values()}
     segments: list[DenseSegment | LayerScan] = []
     for k, group in enumerate(groups):
         dense = [i for i, first in first_use.items() if first == k and i not in stacked]
-        xs_params = scans.get(id(group[0])) if group else None
-        if xs_params is not None:
-            segments.append(LayerScan(jaxprs.read_scan(group[0]), xs_params, dense))
+        if group and isinstance(group[0], jaxprs.Scan):
+            found = layers.of_scan.get(id(group[0]), {})
+            body = layers.bodies.get(id(group[0]))
+            segments.append(LayerScan(group[0], dict(sorted(found.items())), dense, body))
         else:
-            defined = jaxprs.variables(v for eqn in group for v in eqn.outvars)
             later = jaxprs.variables(results).keys() | {v for u in used[k + 1 :] for v in u}
-            inputs = [v for v in used[k] if v not in defined]
-            outputs = [v for v in defined if v in later]
-            function = jaxprs.as_function(closed, group, inputs, outputs)
-            segments.append(DenseSegment(function, inputs, outputs, dense))
+            outputs = [v for v in defined[k] if v in later]
+            function = jaxprs.as_function(loss.closed, group, used[k], outputs)
+            segments.append(DenseSegment(function, used[k], outputs, dense))
     return segments
 
 
-def _is_float(var: jex.Var) -> bool:
-    return jnp.issubdtype(jaxprs.dtype(var), jnp.inexact)
+def _cast_late(
+    groups: Sequence[Sequence[jaxprs.Operation]], results: Sequence[Atom], loss: stacks.Loss
+) -> list[list[jaxprs.Operation]]:
+    """Moves casts of parameters, and the like, into each segment that uses the result.
+
+    The gradient then leaves the segment in the dtype of the parameter: it is summed without another
+    rounding. And no cast parameter is stored from the first segment to the last.
+
+    Args:
+      groups: the operations of each segment; every second one is dense.
+      results: of the program.
+      loss: the inputs of the program.
+    """
+    casts: dict[jex.Var, jex.JaxprEqn] = {}
+    for eqn in itertools.chain(*groups):
+        if not isinstance(eqn, jaxprs.Scan) and eqn.primitive.name in _CASTS:
+            operand = eqn.invars[0]
+            if isinstance(operand, jex.Var) and (operand in casts or operand in loss.params):
+                casts[eqn.outvars[0]] = eqn
+
+    def needed(operations: Iterable[jaxprs.Operation], atoms: Iterable[Atom] = ()) -> list[Any]:
+        operands = [a for operation in operations for a in operation.invars]
+        return jaxprs.live(list(casts.values()), [*operands, *atoms])
+
+    rest = [[op for op in group if casts.keys().isdisjoint(op.outvars)] for group in groups]
+    for k, group in enumerate(rest):
+        # A layer scan gets the result from the dense segment before it.
+        following = rest[k + 1] if k + 1 < len(rest) and k % 2 == 0 else []
+        is_last = k == len(rest) - 1
+        if k % 2 == 0:
+            rest[k] = [*needed([*group, *following], results if is_last else ()), *group]
+    return rest
 
 
 def _check_result(shape: PyTree, has_aux: bool) -> tuple[bool, Any]:
@@ -209,172 +432,3 @@ def _check_weight(label: int, names: Sequence[str]) -> None:
             f"the weight of the loss depends on parameter {names[of_params.bit_length() - 1]}: "
             "compute it from the batch alone, such as a count of tokens"
         )
-
-
-class _LayerScanFinder:
-    """Finds the scans over parameters, and refuses uses that would need a whole stack's gradient.
-
-    Every variable has a label: the set of parameters that it depends on, and whether it depends on
-    the batch, as the bits of an int (see `jaxprs.dependence`).
-    """
-
-    def __init__(self, names: Sequence[str], params: Sequence[jex.Var], trainable: Sequence[bool]):
-        self.names, self.params = names, params
-        self.trainable = {v: i for i, v in enumerate(params) if trainable[i]}
-        self.frozen = {v: i for i, v in enumerate(params) if not trainable[i]}
-        self.trainable_labels = sum(1 << i for i in self.trainable.values())
-        self.batch_label = 1 << len(params)
-
-    def labels(self, batch: Sequence[jex.Var]) -> dict[jex.Var, int]:
-        """Returns the labels of the inputs of the loss."""
-        labels = {v: 1 << i for i, v in enumerate(self.params)}
-        labels.update(dict.fromkeys(batch, self.batch_label))
-        return labels
-
-    def is_call_of_layer_scan(self, eqn: jex.JaxprEqn, labels: Mapping[jex.Var, int]) -> bool:
-        """Returns whether `eqn` is a call, such as `jit`, of a function with a layer scan."""
-        called = jaxprs.called_jaxpr(eqn)
-        if called is None:
-            return False
-        jaxpr = jaxprs.open_jaxpr(called)
-        env = {v: jaxprs.label(a, labels) for v, a in zip(jaxpr.invars, eqn.invars, strict=True)}
-        for inner in jaxpr.eqns:
-            if self._is_layer_scan(inner, env) or self.is_call_of_layer_scan(inner, env):
-                return True
-            env.update(zip(inner.outvars, jaxprs.eqn_dependence(inner, env), strict=True))
-        return False
-
-    def find(
-        self,
-        eqns: Sequence[jex.JaxprEqn],
-        loss: Atom,
-        labels: Mapping[jex.Var, int],
-    ) -> dict[int, dict[int, int]]:
-        """Finds the layer scans.
-
-        Returns:
-          For each layer scan, by the `id` of its equation, the trainable parameters by their
-          position among its xs; none if all its parameters are frozen.
-
-        Raises:
-          ValueError: the layers of a parameter cannot be updated one by one.
-        """
-        scans: dict[int, dict[int, int]] = {}
-        producers: dict[Atom, jex.JaxprEqn] = {v: eqn for eqn in eqns for v in eqn.outvars}
-        for eqn in eqns:
-            found = self._scanned(eqn, labels, self.trainable)
-            xs = jaxprs.read_scan(eqn).xs if found else []
-            for position, i in found.items():
-                if xs[position] is not self.params[i]:
-                    self._refuse_derived(i, producers[xs[position]])
-            if self._is_layer_scan(eqn, labels):
-                scans[id(eqn)] = found
-            else:
-                self._refuse_hidden(eqn, eqn.invars)
-        # Only the loss is differentiated: aux and prints may use a stack in any way.
-        for_loss = jaxprs.live(eqns, [loss], effects=False)
-        for found in scans.values():
-            for i in found.values():
-                self._refuse_shared(i, for_loss)
-        return scans
-
-    def _is_layer_scan(self, eqn: jex.JaxprEqn, labels: Mapping[jex.Var, int]) -> bool:
-        # The backward pass recomputes frozen layers from their inputs too.
-        return any(self._scanned(eqn, labels, group) for group in (self.trainable, self.frozen))
-
-    def _scanned(
-        self,
-        eqn: jex.JaxprEqn,
-        labels: Mapping[jex.Var, int],
-        params: Mapping[jex.Var, int],
-    ) -> dict[int, int]:
-        """Returns which of `params` a scan's xs are, or are derived from, by position.
-
-        A value that depends on the batch is an activation. An x is a stack of layers if it is a
-        parameter, or derived from one with three axes, or has the shape of one up to the order of
-        its axes (a cast, a transpose): an embedding that is scanned in chunks is none of these.
-        """
-        if not jaxprs.is_scan(eqn):
-            return {}
-        scan = jaxprs.read_scan(eqn)
-        found = {}
-        for position, x in enumerate(scan.xs):
-            label = jaxprs.label(x, labels)
-            if not scan.length or label & self.batch_label:
-                continue
-            for v, i in params.items():
-                shape, x_shape = jaxprs.shape(v), jaxprs.shape(x)
-                rearranged = scan.length in shape and sorted(shape) == sorted(x_shape)
-                if label >> i & 1 and (x is v or len(shape) > 2 or rearranged):
-                    found[position] = i
-        return found
-
-    def _refuse_derived(self, i: int, producer: jex.JaxprEqn) -> NoReturn:
-        op = producer.primitive.name
-        raise ValueError(
-            f"parameter {self.names[i]} reaches the layer scan through `{op}` of the whole "
-            "stack: scan the parameter itself, layers on axis 0, and apply the operation to one "
-            "layer inside the scanned function"
-        )
-
-    def _refuse_shared(self, i: int, eqns: Sequence[jex.JaxprEqn]) -> None:
-        users = [eqn.primitive.name for eqn in eqns for a in eqn.invars if a is self.params[i]]
-        if len(users) > 1:
-            users.remove("scan")
-            raise ValueError(
-                f"parameter {self.names[i]} is scanned over its layers and also used by "
-                f"`{users[0]}`, which needs the gradients of all layers at once: give the second "
-                "use a parameter of its own, or return what it needs from the scan as ys"
-            )
-
-    def _refuse_hidden(
-        self, eqn: jex.JaxprEqn, operands: Sequence[Atom | None], inside: str | None = None
-    ) -> None:
-        """Refuses loops over layers, in `eqn` and in the jaxprs inside it, that cannot be cut.
-
-        Args:
-          eqn: an equation of the loss, or of a jaxpr inside it.
-          operands: the variables of the loss that its operands are; None for other operands.
-          inside: the operation around `eqn` that cannot be cut open, if there is one.
-        """
-        if jaxprs.is_scan(eqn):
-            self._refuse_indexed(eqn, operands)
-            scan = jaxprs.read_scan(eqn)
-            for i in map(self._param, operands[len(operands) - len(scan.xs) :]):
-                if inside and i is not None:
-                    raise ValueError(
-                        f"parameter {self.names[i]} is scanned over its layers inside `{inside}`, "
-                        f"which cannot be cut: move the layer scan out of `{inside}`"
-                    )
-        if inside is None and jaxprs.called_jaxpr(eqn) is None:
-            inside = eqn.primitive.name
-        for body in jaxprs.bodies(eqn):
-            inner = jaxprs.open_jaxpr(body)
-            if len(inner.invars) <= len(operands):
-                # A branch of `cond` lacks the first operand.
-                env = dict(zip(inner.invars[::-1], operands[::-1], strict=False))
-                for e in inner.eqns:
-                    outer = [None if isinstance(a, jex.Literal) else env.get(a) for a in e.invars]
-                    self._refuse_hidden(e, outer, inside)
-
-    def _refuse_indexed(self, eqn: jex.JaxprEqn, operands: Sequence[Atom | None]) -> None:
-        """Refuses a loop whose body indexes layer i of a stack."""
-        scan = jaxprs.read_scan(eqn)
-        consts = jaxprs.open_jaxpr(scan.body).invars[: len(scan.consts)]
-        for i, v in zip(map(self._param, operands), consts, strict=False):
-            if i is None or scan.length not in jaxprs.shape(v)[:1]:
-                continue
-            # A gather from a matrix may as well look up rows of an embedding.
-            is_matrix = len(jaxprs.shape(v)) < 3
-            lookups = {"dynamic_slice"} if is_matrix else {"dynamic_slice", "gather"}
-            if any(
-                eqn.primitive.name in lookups and eqn.params["slice_sizes"][0] == 1
-                for eqn in jaxprs.users(scan.body, v)
-            ):
-                raise ValueError(
-                    f"parameter {self.names[i]} is indexed by layer inside a loop: make it a "
-                    "scanned input of lax.scan (xs) instead"
-                )
-
-    def _param(self, atom: Atom | None) -> int | None:
-        return self.trainable.get(atom) if isinstance(atom, jex.Var) else None
