@@ -31,14 +31,8 @@ def results(tmp_path_factory):
     """Returns the results of the dry run by part."""
     directory = tmp_path_factory.mktemp("gpu")
     start = time.monotonic()
-    result = run(
-        "bash",
-        "benchmarks/gpu.sh",
-        "--dry-run",
-        str(directory),
-        PYTHON=sys.executable,
-        XLA_FLAGS="",
-    )
+    script = ("bash", "benchmarks/gpu.sh", "--dry-run", str(directory))
+    result = run(*script, PYTHON=sys.executable)
     seconds = time.monotonic() - start
     assert result.returncode == 0, result.stdout + result.stderr
     assert seconds < _SECONDS

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 
 from lomo_jax.models import LlamaConfig
 from lomo_jax.training import Config, DataConfig, MeshConfig, ModelConfig, to_dict
+from lomo_jax.training.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 _WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "red", "house", "sea"]
@@ -128,6 +130,32 @@ def start(config: Config, *flags: str, **environment: str) -> subprocess.Popen[b
             cwd=ROOT,
             env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
         )
+
+
+# Imports take most of the time of a short run. This server has imported everything, and forks.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["lomo_jax.training.loop", "transformers.models.auto.tokenization_auto"]
+)
+
+
+def start_without_imports(config: Config) -> multiprocessing.process.BaseProcess:
+    """Starts a run like `start`, in a fork of a process that has imported everything.
+
+    It lacks the imports before the run and Python's exit handlers after it.
+    """
+    path = write_config(config, Path(config.workdir).with_suffix(".json"))
+    arguments = str(path), str(output_of(config))
+    process = _FORKS.Process(target=_main, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def _main(config: str, output: str) -> None:
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.exit(main(["train.py", "--config", config]))
 
 
 def wait_for_step(process: subprocess.Popen[bytes], config: Config, step: int) -> None:

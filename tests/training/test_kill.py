@@ -1,11 +1,14 @@
 """A run that is killed many times ends with the same losses and weights, bit for bit."""
 
 import random
-import subprocess
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import runs
+
+from lomo_jax.training import Config
 
 pytestmark = pytest.mark.slow
 
@@ -19,23 +22,28 @@ VARIANTS = {
 }
 
 
-def _kill_at_random(process: subprocess.Popen, workdir, rng: random.Random, ceiling: int) -> bool:
-    """Kills a run at a random time before it logs step `ceiling`; False if it ended by itself."""
+def _start_and_kill(config: Config, rng: random.Random, ceiling: int) -> None:
+    """Starts a run and kills it at a random time before it logs step `ceiling`."""
+    workdir = Path(config.workdir)
     first = runs.last_step(workdir)
     if rng.random() < 0.25:  # during imports, compilation or the restore
+        process = runs.start(config)
+        status = process.poll
         moment = time.monotonic() + rng.uniform(0, 8)
         is_time = lambda: time.monotonic() > moment  # noqa: E731
     else:
+        process = runs.start_without_imports(config)
+        status = lambda: process.exitcode  # noqa: E731
         target = rng.randint(first + 1, max(first + 1, ceiling))
         is_time = lambda: runs.last_step(workdir) >= target  # noqa: E731
     while not is_time() and runs.last_step(workdir) < ceiling:
-        if process.poll() is not None:
-            return False
-        time.sleep(0.001)
+        assert status() is None, runs.output_of(config).read_text()
+        time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.03))
     process.kill()
-    process.wait()
-    return True
+    while status() is None:
+        time.sleep(0.01)
+    assert status() == -signal.SIGKILL, runs.output_of(config).read_text()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -45,23 +53,14 @@ def test_a_run_killed_many_times_equals_an_uninterrupted_one(tmp_path, variant):
         **{"steps": STEPS, "eval_every": 7, "checkpoint_every": 3, "keep_checkpoints": 2},
         **VARIANTS[variant],
     }
-    # Each restart compiles the same program: the cache only saves time.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
     whole, killed = (
         runs.make_config(text, tmp_path / name, **fields) for name in ("whole", "killed")
     )
-    assert runs.start(whole, **cache).wait(120) == 0, runs.output_of(whole).read_text()
+    assert runs.start(whole).wait(120) == 0, runs.output_of(whole).read_text()
 
     rng, workdir = random.Random(0), tmp_path / "killed"
     for kill in range(KILLS):
-        process = runs.start(killed, **cache)
-        ceiling = STEPS * (kill + 1) // (KILLS + 1)
-        was_killed = _kill_at_random(process, workdir, rng, ceiling)
-        assert was_killed, runs.output_of(killed).read_text()
-    assert runs.start(killed, **cache).wait(120) == 0, runs.output_of(killed).read_text()
+        _start_and_kill(killed, rng, ceiling=STEPS * (kill + 1) // (KILLS + 1))
+    assert runs.start(killed).wait(120) == 0, runs.output_of(killed).read_text()
     assert sum("resumed" in record for record in runs.records(workdir)) >= KILLS // 2
     runs.assert_same_run(workdir, tmp_path / "whole")
