@@ -9,10 +9,14 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from lomo_jax import Offload
-from lomo_jax.plan import Program, gpus
+import lomo_jax
+from lomo_jax import Offload, models
+from lomo_jax.losses import next_token_loss
+from lomo_jax.plan import Program, gpus, make_mesh, read_memory
 from lomo_jax.plan.memory import shard_shape
 from lomo_jax.training import MeshConfig
 from lomo_jax.training.config import parse, set_fields
@@ -105,3 +109,78 @@ def test_temporaries_do_not_grow_with_depth(offload):
     plans = [compiled("llama7b", 8, 512, offload, layers=n).plan for n in (16, 32)]
     few, many = (p.temporaries_gib for p in plans)
     assert many == pytest.approx(few, rel=0.01)
+
+
+LLAMA7B = models.LlamaConfig(
+    vocab_size=32000,
+    width=4096,
+    mlp_width=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+)
+
+
+def float32_masters(axis, options):
+    """Plans LLaMA-7B on an A100, 1 x 1024; the loss casts float32 parameters to bfloat16.
+
+    The layers of each stack are on `axis`.
+
+    Returns:
+      The plan, the compiled step, and the parameters.
+    """
+    graphdef, params = models.abstract(LLAMA7B, jnp.float32)
+    is_stack = lambda x: x.shape[0] == LLAMA7B.num_layers  # noqa: E731
+    stacked = jax.tree.map(is_stack, params)
+    moved = lambda x: (x.shape[1], x.shape[0], *x.shape[2:]) if axis else x.shape  # noqa: E731
+
+    def loss(params, tokens_BxT):
+        def prepare(x, is_stack):
+            return (jnp.moveaxis(x, axis, 0) if is_stack else x).astype(jnp.bfloat16)
+
+        llama = nnx.merge(graphdef, jax.tree.map(prepare, params, stacked))
+        weights_BxT = jnp.ones(tokens_BxT.shape, jnp.float32)
+        return next_token_loss(llama.hidden(tokens_BxT), llama.head(), tokens_BxT, weights_BxT)[0]
+
+    gpu = gpus.find("a100-80")
+    sharding = jax.sharding.SingleDeviceSharding(make_mesh(gpu).devices.item())
+
+    def place(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(moved(x) if s else x.shape, x.dtype), params, stacked
+    )
+    tokens = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    step = lomo_jax.fused_step(loss, lomo_jax.adalomo(1e-3))
+    state = jax.eval_shape(step.init, params, tokens)
+    train = jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
+    executable = train.lower(*map(place, (params, state, tokens))).compile()
+    return read_memory(executable, params, state, gpu=gpu.device_kind), executable, params
+
+
+@pytest.mark.parametrize("options", [None, LIBRARIES], ids=["kernels", "libraries"])
+def test_float32_masters_cast_in_the_loss(options):
+    layers = LLAMA7B.num_layers
+    plans = []
+    for axis in (0, 1):
+        plan, executable, params = float32_masters(axis, options)
+        print(f"llama7b float32 1 x 1024, layer axis {axis}: {plan.total_gib:.2f} of 27")
+        plans.append(plan)
+        # No stack is copied, transposed or cast outside of the loop, in no order of its axes.
+        stacks = {tuple(sorted(x.shape)) for x in jax.tree.leaves(params) if x.ndim == 3}
+        instructions = Program.parse(executable.as_text()).instructions().values()
+        of_stacks = [
+            (i.opcode, array.dtype)
+            for i in instructions
+            for array in i.arrays
+            if tuple(sorted(array.shape)) in stacks
+        ]
+        assert {dtype for _, dtype in of_stacks} == {"f32"}
+        assert {"copy", "transpose", "convert"}.isdisjoint(opcode for opcode, _ in of_stacks)
+    assert all(plan.total_gib <= 27 for plan in plans)
+    a_layer = sum(4 * x.size / layers for x in jax.tree.leaves(params) if layers in x.shape[:2])
+    assert plans[1].total_gib <= plans[0].total_gib + a_layer / 2**30
