@@ -341,7 +341,7 @@ def _pull_into(scan: Scan, context: _Context) -> list[Operation] | None:
         args = _split(args, [scan.consts, prelude.shared, scan.carry, others, sources])
         consts, shared, carry, other_xs, source_xs = args
         pulled = compute(source_xs, shared)
-        pulled = [jax.lax.squeeze(x, [y.axis]) for x, y in zip(pulled, reached, strict=True)]
+        pulled = [jax.lax.squeeze(x, [y.place.axis]) for x, y in zip(pulled, reached, strict=True)]
         xs = scatter(reaching, pulled, reaching)
         xs = scatter(xs, other_xs, zip_not(reaching))
         return jex.jaxpr_as_fun(scan.body)(*consts, *carry, *xs)
@@ -501,6 +501,7 @@ def _counted(
         labels = {v: int(v not in counters) for v in variables}
         for eqn in eqns:
             outputs = jaxprs.operation_dependence(eqn, labels)
+            outputs = [1] * len(outputs) if _is_position(eqn) else outputs
             labels.update(zip(eqn.outvars, outputs, strict=True))
         unknown = {v for v in counters if v in following and jaxprs.label(following[v], labels)}
         if not unknown:
@@ -530,7 +531,14 @@ def _is_known(atom: Atom, context: _Context) -> bool:
     """Returns whether a value depends on no input of the loss."""
     if isinstance(atom, jex.Literal):
         return True
-    return atom in context.producers and not jaxprs.label(atom, context.labels)
+    if atom not in context.producers or jaxprs.label(atom, context.labels):
+        return False
+    return not any(map(_is_position, jaxprs.live(context.program, [atom])))
+
+
+def _is_position(operation: Operation) -> bool:
+    """Returns whether a value depends on the device, inside `jax.shard_map` or `jax.vmap`."""
+    return not isinstance(operation, Scan) and operation.primitive.name == "axis_index"
 
 
 def _value(atom: Atom, context: _Context) -> Any:
