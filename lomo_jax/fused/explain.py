@@ -360,7 +360,7 @@ class _Finder:
             inputs = [*scan.consts, *scan.carry, *[None] * len(scan.xs)]
             inner = [scan.body]
         else:
-            inner = jaxprs.bodies(operation)
+            inner = _bodies(operation)
         flags = [a is not None and self._depends_on_stack(a, i) for a in inputs]
         if not any(flags):
             return None
@@ -508,8 +508,13 @@ def _has_layer_scan(closed: Any, flags: Sequence[bool]) -> bool:
     return any(
         _has_layer_scan(body, list(map(is_stack, eqn.invars)))
         for eqn in eqns
-        for body in jaxprs.bodies(eqn)
+        for body in _bodies(eqn)
     )
+
+
+def _bodies(eqn: jex.JaxprEqn) -> list[Any]:
+    """Returns the jaxprs inside an equation; not those for one device, which see no whole stack."""
+    return [] if eqn.primitive.name == "shard_map" else jaxprs.bodies(eqn)
 
 
 def _is_number_or_flag(atom: Any) -> bool:
