@@ -29,7 +29,7 @@ def assert_layers_are_cut(loss_fn, params, batch, stack):
     trainable = arrays.trainable_flags(params, None)
     scans = [
         (segment.scan.length, len(segment.stacked))
-        for segment in trace(loss_fn, params, batch, trainable=trainable).segments
+        for segment in trace(loss_fn, params, batch, trainable=trainable).program.segments
         if isinstance(segment, LayerScan)
     ]
     assert {parameter.shape[0] for parameter in stack} == {LAYERS}
