@@ -265,14 +265,14 @@ class _NoLayerScan(WholeStack):
 
 
 class _Finder:
-    """Finds out why a stack is not walked layer by layer."""
+    """Finds out why the layers of a stack cannot be updated one by one."""
 
     def __init__(self, loss: TracedLoss, names: Sequence[str]):
         self.loss, self.names, self.program = loss, names, loss.operations
         self.active = stacks.active_variables(self.program, [loss.loss])
         self.labels = jaxprs.labels(self.program, loss.inputs.labels)
         self.sources = stacks.scan_sources(self.program, loss.inputs)
-        self.walked = {
+        self.updated_by_layer = {
             id(segment.scan)
             for segment in loss.program.segments
             if isinstance(segment, LayerScan) and segment.stacked
@@ -453,7 +453,7 @@ class _Finder:
     def values(self, least: float) -> Iterator[WholeStack]:
         """Finds random values of more than `least` MiB that are drawn for all layers."""
         for operation in self.program:
-            if id(operation) not in self.walked or not isinstance(operation, Scan):
+            if id(operation) not in self.updated_by_layer or not isinstance(operation, Scan):
                 continue
             own = [i for x in operation.xs if (i := self.loss.inputs.index(x)) is not None]
             smallest = min(_size(self.loss.inputs.params[i]) for i in own)

@@ -65,7 +65,7 @@ class Loss(NamedTuple):
 
 
 def inline_calls(loss: Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprEqn], list[Atom]]:
-    """Replaces calls by their bodies, but of checkpoints only those that a layer scan needs.
+    """Replaces calls by their bodies. Of checkpoints, only those that a layer scan needs.
 
     Args:
       loss: whose jaxpr it is.
@@ -190,7 +190,7 @@ class _Context(NamedTuple):
 class _Prelude:
     """The operations that compute one layer of some values from one layer of their sources.
 
-    Every value has its layer axis still, of the size of one layer.
+    Every value keeps its layer axis, with the size of one layer.
     """
 
     def __init__(self, context: _Context):
@@ -251,7 +251,7 @@ class _Prelude:
     def function(self, template: Any, results: Sequence[Atom]) -> Callable[..., list[Any]]:
         """Returns the function from a layer of each source, and `shared`, to `results`.
 
-        A layer of a source is as a scan reads it; a result has its layer axis still.
+        A layer of a source is as a scan reads it; a result keeps its layer axis.
         """
         inputs = [var for _, var in self.sources.values()]
         places = [layers.place for layers, _ in self.sources.values()]

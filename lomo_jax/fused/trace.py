@@ -102,8 +102,8 @@ class Body(NamedTuple):
     def program(self, varies: Sequence[bool], differentiable: Sequence[bool]) -> Program:
         """Returns the program, given which inputs depend on the batch and have a cotangent."""
         varying = {v for v, flag in zip(self.inputs, varies, strict=True) if flag}
-        moving = {v for v, flag in zip(self.inputs, differentiable, strict=True) if flag}
-        return _program(self.params, self.operations, self.segments, varying, moving)
+        with_cotangent = {v for v, flag in zip(self.inputs, differentiable, strict=True) if flag}
+        return _program(self.params, self.operations, self.segments, varying, with_cotangent)
 
 
 def _program(

@@ -15,7 +15,7 @@ from lomo_jax.fused.tx import with_value
 
 
 class Updater:
-    """Updates the leaf `index` of a tree of parameters, a stack of layers if it has a `layer_axis`.
+    """Updates the leaf `index` of a tree of parameters, a stack of layers if it has `layer_axes`.
 
     `tx` sees trees with the structure and the paths of the whole tree, the other leaves masked by
     `optax.MaskedNode`. Of a stack it sees one layer.
