@@ -21,6 +21,7 @@ each: srun, mpirun and indexed Jobs of Kubernetes connect them; otherwise use --
 import contextlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -43,11 +44,10 @@ def main(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The terminal may not support all characters of a sample.
         sys.stdout.reconfigure(errors="replace")
+    before = signal.signal(signal.SIGINT, _stop_at_once)
     try:
         _train(argv)
         return 0
-    except KeyboardInterrupt:
-        status, message = 130, "error: stopped at once, without saving"
     except (UserError, UnexpectedError) as error:
         if sys.flags.dev_mode:
             raise
@@ -56,13 +56,22 @@ def main(argv: Sequence[str]) -> int:
         if not _has_peers():
             raise
         status, message = 1, traceback.format_exc()
+    finally:
+        signal.signal(signal.SIGINT, before)
     with contextlib.suppress(OSError):  # a lost terminal
         print(message, file=sys.stderr, flush=True)
-    if status == 130 or _has_peers():
-        # Python's exit handlers would wait: after Ctrl-C for the background save,
-        # and with several processes for the others, while they wait for this one.
+    if _has_peers():
+        # Python's exit handlers would wait for the others, while they wait for this one.
         os._exit(status)
     return status
+
+
+def _stop_at_once(*_: object) -> None:
+    # Unwinding would wait for the step and the background save, and more signals would cut it off
+    # at any line.
+    with contextlib.suppress(OSError):  # a lost terminal
+        os.write(2, b"error: stopped at once, without saving\n")
+    os._exit(130)
 
 
 def _train(argv: Sequence[str]) -> None:

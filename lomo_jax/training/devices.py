@@ -114,8 +114,8 @@ class Stop:
     """Turns signals into a request to stop after the current step; use as a context.
 
     SIGTERM, SIGINT and SIGUSR1 request a stop; SLURM sends SIGUSR1 before a time limit. A second
-    SIGINT raises KeyboardInterrupt: the user does not want to wait for the step. SIGHUP is ignored:
-    the run continues when its terminal is lost.
+    SIGINT does what it did before, like raising KeyboardInterrupt: the user does not want to wait
+    for the step. SIGHUP is ignored: the run continues when its terminal is lost.
 
     With several processes any of them may get the signal. All must stop after the same step, which
     JAX's coordination service chooses; it also handles SIGTERM.
@@ -153,7 +153,8 @@ class Stop:
 
     def _handle(self, number: int, _frame: object) -> None:
         if self._is_requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
         self._is_requested = True
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
