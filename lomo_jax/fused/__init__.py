@@ -6,6 +6,9 @@
 from lomo_jax.fused.base import Step as Step
 from lomo_jax.fused.base import StepOutput as StepOutput
 from lomo_jax.fused.base import StepState as StepState
+from lomo_jax.fused.explain import Explanation as Explanation
+from lomo_jax.fused.explain import Piece as Piece
+from lomo_jax.fused.explain import WholeStack as WholeStack
 from lomo_jax.fused.microbatches import WeightedLoss as WeightedLoss
 from lomo_jax.fused.options import REMAT_POLICIES as REMAT_POLICIES
 from lomo_jax.fused.options import ROUNDINGS as ROUNDINGS

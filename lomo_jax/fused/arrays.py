@@ -1,6 +1,8 @@
 """Helpers for arrays and parameters: names, dtypes, shardings, memory kinds."""
 
-from typing import Any, TypeAlias
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +128,96 @@ def match_memory(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: to_host(x) if is_on_host(y) else to_device(x), tree, like)
 
 
-def read_layer(stack: jax.Array, i: Any, axis: int = 0) -> jax.Array:
-    """Returns layer i of a stack, on the device."""
-    return to_device(jax.lax.dynamic_index_in_dim(stack, i, axis, keepdims=False))
+class Place(NamedTuple):
+    """Where a stack has its layers: layer i is ``[start + i * size, start + (i + 1) * size)``.
+
+    A layer has the axis only if its size is not 1.
+    """
+
+    axis: int = 0
+    start: int = 0
+    size: int = 1
+
+
+class Position(NamedTuple):
+    """Where a layer of an array is, or a layer of a layer of it."""
+
+    starts: list[Any]  # along each axis
+    sizes: list[int]
+    dropped: list[int]  # axes that the layer does not have
+
+    @classmethod
+    def of(
+        cls, shape: Sequence[int], places: Sequence[Place], indices: Sequence[Any]
+    ) -> "Position":
+        """Returns the position of layer ``indices[-1]`` of layer ... of layer ``indices[0]``.
+
+        Args:
+          shape: of the array.
+          places: the places of its layers, of the layers of a layer, and so on.
+          indices: for each place the index of a layer.
+        """
+        axes, starts, sizes = list(range(len(shape))), [0] * len(shape), list(shape)
+        for place, i in zip(places, indices, strict=True):
+            axis = axes[place.axis]
+            step = i if place.size == 1 else i * place.size
+            first = starts[axis] + place.start
+            starts[axis] = step if isinstance(first, int) and not first else first + step
+            sizes[axis] = place.size
+            if place.size == 1:
+                axes.remove(axis)
+        return cls(starts, sizes, [axis for axis in range(len(shape)) if axis not in axes])
+
+
+def read_layer(x: jax.Array, places: Sequence[Place], indices: Sequence[Any]) -> jax.Array:
+    """Returns a layer of an array, on the device; see `Position.of`."""
+    starts, sizes, dropped = Position.of(x.shape, places, indices)
+    if len(dropped) == len(places) == 1:
+        return to_device(
+            jax.lax.dynamic_index_in_dim(x, starts[dropped[0]], dropped[0], keepdims=False)
+        )
+    return to_device(jax.lax.squeeze(jax.lax.dynamic_slice(x, starts, sizes), dropped))
+
+
+def write_layer(
+    x: jax.Array, layer: jax.Array, places: Sequence[Place], indices: Sequence[Any]
+) -> jax.Array:
+    """Replaces a layer of an array; `layer` is in the same memory."""
+    starts, _, dropped = Position.of(x.shape, places, indices)
+    if len(dropped) == len(places) == 1:
+        return jax.lax.dynamic_update_index_in_dim(x, layer, starts[dropped[0]], dropped[0])
+    return jax.lax.dynamic_update_slice(x, jax.lax.expand_dims(layer, dropped), starts)
+
+
+def layer_axes(ndim: int, places: Sequence[Place]) -> tuple[int, ...] | None:
+    """Returns the axes along which layers are counted, the outermost first.
+
+    Args:
+      ndim: of the array.
+      places: of its layers, of the layers of a layer, and so on.
+
+    Returns:
+      The axes of the array that a layer does not have; None if `places` end at a group of layers.
+    """
+    axes, dropped = list(range(ndim)), []
+    groups = set()
+    for place in places:
+        groups.add(axes[place.axis])
+        if place.size == 1:
+            dropped.append(axes.pop(place.axis))
+    return tuple(dropped) if groups == set(dropped) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A layer of an array that is not read yet."""
+
+    array: jax.Array
+    places: tuple[Place, ...]
+    indices: tuple[Any, ...]
+
+    def layer(self, place: Place, i: Any) -> "Part":
+        return Part(self.array, (*self.places, place), (*self.indices, i))
+
+    def read(self) -> jax.Array:
+        return read_layer(self.array, self.places, self.indices)

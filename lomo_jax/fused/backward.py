@@ -5,8 +5,9 @@ carry holds the stacked parameters: recompute layer i, form its gradient, let th
 new layer in place, continue with layer i - 1.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,9 +15,16 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from lomo_jax.fused import arrays, jaxprs
-from lomo_jax.fused.arrays import PyTree, add, widen
+from lomo_jax.fused.arrays import Part, PyTree, add, widen
 from lomo_jax.fused.flags import scatter, select, zip_and, zip_not
-from lomo_jax.fused.forward import DensePass, ForwardPass, LayersPass, Values, swap_axes
+from lomo_jax.fused.forward import (
+    DensePass,
+    ForwardPass,
+    LayersPass,
+    Values,
+    run_segments,
+    swap_axes,
+)
 from lomo_jax.fused.order import evaluate_in_order
 from lomo_jax.fused.trace import Stack
 
@@ -24,10 +32,10 @@ from lomo_jax.fused.trace import Stack
 class Consumer(Protocol):
     """Uses gradients: `update.Update` and `update.SumOfSquares`.
 
-    Parameters are given by their index among the leaves of the tree. The stacks of one scan are used
-    in a loop: `init_carry` returns its first carry, `use_layer` and `next_layer` update it, and
-    `store` gets the result of `finish` on the last one. Layer i is the layer that the scan reads
-    with its xs i.
+    Parameters are given by their index among the leaves of the tree. The stacks of one scan are
+    used in a loop: `init_carry` returns its first carry, `use_layer` and `next_layer` update it,
+    and `store` gets the result of `finish` on the last one. Layer i is the one that the scan reads
+    as its i-th xs.
     """
 
     def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
@@ -70,14 +78,42 @@ class Consumer(Protocol):
     def store(self, result: PyTree, stacks: Sequence[Stack]) -> None:
         """Stores the result of `finish`."""
 
+    @property
+    def params(self) -> Sequence[jax.Array]:
+        """All parameters, as they are now."""
+        ...
 
-def backward(forward: ForwardPass, consumer: Consumer) -> None:
-    """Runs the backward pass; `consumer` gets every gradient as soon as it is complete."""
+    def enter(self, carry: PyTree, stacks: Sequence[Stack], i: jax.Array) -> "Consumer":
+        """Returns a consumer for the layers in layer i, which is a group of layers."""
+        ...
+
+    def leave(self, inner: Any, stacks: Sequence[Stack]) -> PyTree:
+        """Returns the carry after `inner`, which `enter` returned, has used its gradients."""
+
+
+def backward(
+    forward: ForwardPass,
+    roots: Iterable[tuple[jaxprs.Atom, jax.Array]],
+    consumer: Consumer,
+    exact: Iterable[jex.Var] = (),
+) -> "Cotangents":
+    """Runs the backward pass; `consumer` gets every gradient as soon as it is complete.
+
+    Args:
+      forward: the forward pass.
+      roots: results of the program, with their cotangents.
+      consumer: uses the gradients of the parameters.
+      exact: inputs whose cotangents are not rounded to their dtype.
+
+    Returns:
+      The cotangents of the other inputs.
+    """
     values = forward.values
-    loss = values.loss
-    cotangents = Cotangents(values)
-    if loss.differentiates([loss.loss])[0]:
-        cotangents.add([loss.loss], [forward.seed])
+    program = values.program
+    cotangents = Cotangents(values, {*program.params.values(), *exact})
+    for atom, value in roots:
+        if program.differentiates([atom])[0]:
+            cotangents.add([atom], [value])
     for segment_pass in reversed(forward.passes):
         if isinstance(segment_pass, DensePass):
             _backward_dense(values, segment_pass, cotangents)
@@ -85,14 +121,15 @@ def backward(forward: ForwardPass, consumer: Consumer) -> None:
             _backward_layers(values, segment_pass, cotangents, consumer)
         dense = segment_pass.segment.dense
         if dense:
-            consumer.use_dense(dense, cotangents.take(loss.params[i] for i in dense))
+            consumer.use_dense(dense, cotangents.take(program.params[i] for i in dense))
+    return cotangents
 
 
 class Cotangents(dict):
     """The cotangents of variables: summed in float32 when added, removed when read."""
 
-    def __init__(self, values: Values):
-        self.values_of_loss = values
+    def __init__(self, values: Values, exact: Collection[jex.Var]):
+        self.values_of_program, self.exact = values, exact
 
     def add(self, variables: Iterable[Any], values: Iterable[jax.Array]) -> None:
         """Adds to the cotangents of `variables`."""
@@ -100,12 +137,11 @@ class Cotangents(dict):
             if var in self:
                 value = widen(self[var]) + widen(value)
             # The gradient of a parameter is not rounded again before the update.
-            is_param = var in self.values_of_loss.loss.params
-            self[var] = value if is_param else value.astype(jaxprs.dtype(var))
+            self[var] = value if var in self.exact else value.astype(jaxprs.dtype(var))
 
     def take(self, variables: Iterable[jex.Var]) -> list[jax.Array]:
         """Removes and returns the cotangents of `variables`; zeros where there are none."""
-        variables, values = list(variables), self.values_of_loss
+        variables, values = list(variables), self.values_of_program
         zeros = [jaxprs.zeros(v) for v in variables]
         zeros = values.spread(zeros, zip_not(values.vary(variables)))
         return [self.pop(v, zero) for v, zero in zip(variables, zeros, strict=True)]
@@ -122,7 +158,7 @@ def _backward_dense(values: Values, dense: DensePass, cotangents: Cotangents) ->
     if dense.grads is not None:
         # In the segment of the loss, a second pass recomputes the gradients of parameters, which
         # may be as large as the parameters. Gradients of activations are small enough to save.
-        known = [dense.is_first or v not in values.loss.params for v in inputs]
+        known = [dense.is_first or v not in cotangents.exact for v in inputs]
         cotangents.add(select(inputs, known), select(dense.grads, known))
     if not all(known):
         wanted = scatter(dense.diff_in, zip_not(known), dense.diff_in)
@@ -152,7 +188,9 @@ def _backward_layers(
     # XLA for CPUs may schedule the last use of a layer after the write of the new one, and then
     # copies the whole stack. Reading the layer ahead, in the step before, prevents it. A layer in
     # host memory is read ahead so that it is copied to the device once.
-    if any(map(arrays.is_on_host, layers.xs)):
+    if layers.segment.body:
+        results = run(read_ahead=False)  # the loops inside read ahead
+    elif any(map(arrays.is_on_host, layers.arrays)):
         results = run(read_ahead=True)
     else:
         in_place = functools.partial(run, read_ahead=False)
@@ -166,8 +204,8 @@ def _backward_layers(
     cotangents.add(
         select(scan.xs, diff_others),
         [
-            _in_place(ct, place)
-            for ct, place in zip(
+            _in_place(ct, found)
+            for ct, found in zip(
                 swap_axes(ct_others, select(layers.vary_xs, diff_others)),
                 select(scan.layers, diff_others),
                 strict=True,
@@ -181,7 +219,7 @@ def _backward_layers(
         values.vary(select(scan.carry_out, layers.diff_carry)), zip_not(values.vary(starts))
     )
     ct_starts = [widen(c).sum(0) if s else c for c, s in zip(ct_carry, sums, strict=True)]
-    differentiable = values.loss.differentiates(starts)
+    differentiable = values.program.differentiates(starts)
     cotangents.add(select(starts, differentiable), select(ct_starts, differentiable))
 
 
@@ -221,7 +259,11 @@ class _LayerLoop(NamedTuple):
             ct_consts,
         )
         (_, carry, ct_carry, ct_consts), ct_others = jax.lax.scan(
-            self.layer, loop, (self.layers.saved, ct_ys), scan.length, not scan.reverse
+            self.group if self.layers.segment.body else self.layer,
+            loop,
+            (self.layers.saved, ct_ys),
+            scan.length,
+            not scan.reverse,
         )
         return self.consumer.finish(carry), ct_carry, ct_consts, ct_others
 
@@ -234,11 +276,11 @@ class _LayerLoop(NamedTuple):
         """
         i, carry, ct_carry, ct_consts = loop
         (inputs, residuals), ct_ys = arrays.to_device(x)
-        scan, stacked = self.layers.segment.scan, self.layers.segment.stacked
-        xs, is_param = self.layers.xs, self.layers.is_param
+        stacked = self.layers.segment.stacked
+        layers, is_param = self.layers, self.layers.is_param
         # Read each x only when it is needed; parameters whose gradients are used come first.
-        order = [*select(range(len(xs)), is_param), *select(range(len(xs)), zip_not(is_param))]
-        others = select(list(zip(xs, scan.layers, strict=True)), zip_not(is_param))
+        ks = range(len(layers.xs))
+        order = [*select(ks, is_param), *select(ks, zip_not(is_param))]
 
         def gradients(layer, *args):
             ordered = sorted(zip(order, layer, strict=True), key=lambda pair: pair[0])
@@ -247,25 +289,66 @@ class _LayerLoop(NamedTuple):
         def read(carry, k):
             if k < len(stacked):
                 return self.consumer.read_layer(carry, stacked, k, i)
-            x, place = others[k - len(stacked)]
-            return arrays.read_layer(x, i + place.start if place.start else i, place.axis)
+            return layers.read(order[k], i)
 
         (ct_carry, ct_consts, ct_others), carry = evaluate_in_order(
             gradients,
-            [
-                jax.eval_shape(lambda k=k: arrays.read_layer(xs[k], 0, scan.layers[k].axis))
-                for k in order
-            ],
+            [jax.eval_shape(functools.partial(layers.read, k, 0)) for k in order],
             (inputs, residuals, ct_carry, ct_ys, ct_consts),
             read,
             lambda carry, ks, grads: self.consumer.use_layer(carry, stacked, ks, i, grads),
             carry,
             all_at_once=self.consumer.needs_whole_layer,
         )
-        step = 1 if scan.reverse else -1
-        following = jnp.clip(i + step, 0, scan.length - 1)
+        following = self._following(i)
         carry = self.consumer.next_layer(carry, stacked, following)
         return (following, carry, ct_carry, ct_consts), ct_others
+
+    def _following(self, i: jax.Array) -> jax.Array:
+        scan = self.layers.segment.scan
+        return jnp.clip(i + (1 if scan.reverse else -1), 0, scan.length - 1)
+
+    def group(self, loop: PyTree, x: PyTree) -> tuple[PyTree, list[jax.Array]]:
+        """Recomputes layer i, a group of layers, and walks back through the layers inside.
+
+        Arguments and results are those of `layer`.
+        """
+        i, carry, ct_carry, ct_consts = loop
+        (inputs, _), ct_ys = arrays.to_device(x)
+        layers = self.layers
+        segment, body = layers.segment, layers.body_program
+        consumer = self.consumer.enter(carry, segment.stacked, i)
+        # The consumer writes the new layers in place: all reads go through its arrays.
+        stacks = list(layers.xs)
+        for k, stack in segment.stacks.items():
+            array = consumer.params[stack.index]
+            is_part = isinstance(stacks[k], Part)
+            stacks[k] = dataclasses.replace(stacks[k], array=array) if is_part else array
+        values = layers.body_values(
+            i, scatter(layers.carry, inputs, layers.changed), stacks, [None] * len(stacks)
+        )
+        forward = ForwardPass(values, run_segments(values, body.segments, layers.saving))
+        diff_out = [*layers.diff_carry, *self.diff_ys]
+        results = select(body.results, diff_out)
+        ct_results = [
+            widen(ct).sum(0) if outside and not inside else ct
+            for ct, outside, inside in zip(
+                [*ct_carry, *ct_ys],
+                select(layers.body.varies_out, diff_out),
+                values.vary(results),
+                strict=True,
+            )
+        ]
+        n_consts, n_carry = len(layers.consts), len(layers.carry)
+        consts = select(body.inputs[:n_consts], layers.diff_consts)
+        starts = select(body.inputs[n_consts : n_consts + n_carry], layers.diff_carry)
+        others = select(body.inputs[n_consts + n_carry :], layers.diff_others)
+        cotangents = backward(forward, zip(results, ct_results, strict=True), consumer, consts)
+        ct_consts = list(map(add, ct_consts, cotangents.take(consts)))
+        ct_starts = cotangents.take(starts)
+        ct_carry = [new.astype(old.dtype) for new, old in zip(ct_starts, ct_carry, strict=True)]
+        carry = self.consumer.leave(consumer, segment.stacked)
+        return (self._following(i), carry, ct_carry, ct_consts), cotangents.take(others)
 
     def gradients(
         self,
@@ -299,10 +382,15 @@ class _LayerLoop(NamedTuple):
         return select(ct_xs, layers.is_param), (new_ct_carry, new_ct_consts, others)
 
 
-def _in_place(gradient: jax.Array, place: jaxprs.Layers) -> jax.Array:
+def _in_place(gradient: jax.Array, layers: jaxprs.Layers) -> jax.Array:
     """Returns the gradient of a whole stack, given the gradient of some layers, [L, ...]."""
-    if not place.axis and not place.start and len(gradient) == jaxprs.shape(place.of)[0]:
+    length = len(gradient)
+    if layers.is_in_front(length):
         return gradient
-    gradient = jnp.moveaxis(gradient, 0, place.axis)
-    zeros = jnp.zeros(jaxprs.shape(place.of), gradient.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(zeros, gradient, place.start, place.axis)
+    axis, start, size = layers.place
+    gradient = jnp.moveaxis(gradient, 0, axis)
+    if size > 1:
+        before, after = gradient.shape[:axis], gradient.shape[axis + 2 :]
+        gradient = gradient.reshape(*before, length * size, *after)
+    zeros = jnp.zeros(jaxprs.shape(layers.of), gradient.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(zeros, gradient, start, axis)

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lomo_jax import _validate
 from lomo_jax.fused import arrays, microbatches
 from lomo_jax.fused.arrays import Params, PyTree, is_on_host, match_memory, to_device, to_host
+from lomo_jax.fused.explain import Explanation, explain
 from lomo_jax.fused.options import (
     MAX_LOSS_SCALE,
     MIN_LOSS_SCALE,
@@ -56,6 +58,16 @@ class TracedStep(NamedTuple):
     names: list[str]  # of the leaves of the parameters
     updaters: dict[int, Updater]  # of the trainable parameters, by index
 
+    def with_value(self, loss: jax.Array, share: jax.Array) -> "TracedStep":
+        """Returns a step whose updaters pass the loss to `tx`.
+
+        Args:
+          loss: [], or [K] for K > 1 microbatches.
+          share: see `Result`.
+        """
+        value = mean_loss(loss, share).astype(jnp.float32)
+        return self._replace(updaters={i: u.with_value(value) for i, u in self.updaters.items()})
+
     def init_optimizer(self, params: Params) -> dict[str, PyTree]:
         """Returns the first state of the optimizer."""
         leaves = jax.tree.leaves(params)
@@ -90,7 +102,10 @@ class Step:
         `optax.MaskedNode` in place of the other leaves, so masks and labels by path work. Gradients
         are float32 (float64 for float64 parameters); the state keeps the dtypes of ``tx.init``. A
         transformation with a random key in its state, such as `optax.add_noise`, draws the same
-        numbers for every parameter and layer. Extra arguments of ``tx.update`` are not supported.
+        numbers for every parameter and layer. Of the extra arguments of ``tx.update`` it gets
+        ``value``: the loss, float32 [], unscaled, and the mean over the microbatches. The rule of
+        `optax.contrib.reduce_on_plateau`, for example, is taken for each parameter and layer. A
+        scalar that is set in the state of a stack, such as a learning rate, is that of all layers.
       has_aux: whether `loss_fn` returns a second result.
       clip_norm: scales the gradient down to this global norm, taken over all trainable parameters.
         Infinity measures the norm without clipping. The step makes two backward passes over the
@@ -124,12 +139,14 @@ class Step:
 
     Raises:
       ValueError: an option is out of range, or two options exclude each other. When the step is
-        traced: the layers of a stacked parameter cannot be updated one by one (it reaches the scan
-        through a cast or a transpose, is used outside the scan too, or is scanned inside an
-        operation that cannot be cut, such as `jax.lax.cond`); `tx` mixes parameters; the batch does
-        not split into microbatches; `trainable` selects no parameter; the state belongs to another
-        step.
+        traced: `tx` mixes parameters; the batch does not split into microbatches; `trainable`
+        selects no parameter; the state belongs to another step or is that of a transformation.
       TypeError: the loss is not a floating-point scalar, or a parameter is not an array.
+
+    Warns:
+      UserWarning: at `init` of `fused_step`, if stacks of more than a few percent of the trainable
+        parameters get a whole gradient (see `Step.explain`), or if `tx` has a rule by ``ndim``
+        that differs for a stack and its layers.
     """
 
     loss_fn: Callable[..., Any]
@@ -206,6 +223,36 @@ class Step:
         """
         return self._init(self._trace(params, batch), params)
 
+    def explain(self, params: Params, batch: PyTree) -> Explanation:
+        """Explains the fused step: which gradients exist together, and why not fewer.
+
+        Args:
+          params: pytree of arrays or `jax.ShapeDtypeStruct`.
+          batch: pytree of arrays or `jax.ShapeDtypeStruct`.
+
+        Returns:
+          An `Explanation`: print it.
+
+        Raises:
+          TypeError, ValueError: see the class.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, lomo_jax
+          >>> def loss_fn(params, x):
+          ...     x, _ = jax.lax.scan(lambda x, w: (x @ w, None), x, params["layers"])
+          ...     return jnp.mean(x @ params["head"])
+          >>> float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+          >>> params = {"head": float32(512, 512), "layers": float32(8, 512, 512)}
+          >>> step = lomo_jax.fused_step(loss_fn, lomo_jax.lomo(0.1))
+          >>> print(step.explain(params, float32(2, 512)))
+          piece             gradient  parameters
+          scan of 8 layers     1 MiB  one layer of layers
+          dense                1 MiB  head
+          At most 1 MiB of gradient exist together; the trainable parameters are 9 MiB.
+        """
+        traced = self._trace(params, batch)
+        return explain(traced.loss, traced.names, traced.updaters, self.microbatches)
+
     def __call__(
         self, params: Params, state: StepState, batch: PyTree
     ) -> tuple[Params, StepState, StepOutput]:
@@ -216,9 +263,12 @@ class Step:
           state: from `init` or the previous step.
           batch: pytree of arrays, the second argument of `loss_fn`.
         """
+        _check_kind(state)
         traced = self._trace(params, batch)
+        expected = jax.eval_shape(lambda params: self._init(traced, params), params)
+        state = self._spread_scalars(traced, state, expected)
         self._check_memory(traced, params, state)
-        _check_state(state, jax.eval_shape(lambda params: self._init(traced, params), params))
+        _check_state(state, expected)
         key = new_rounding = None
         if state.rounding is not None:
             following, key = jax.random.split(jax.random.wrap_key_data(state.rounding))
@@ -239,16 +289,13 @@ class Step:
             new_rounding = jax.tree.map(
                 lambda new, old: jnp.where(result.finite, new, old), new_rounding, state.rounding
             )
-        loss = result.loss
-        if self.microbatches > 1:
-            loss = jnp.sum(result.share * arrays.widen(loss)).astype(loss.dtype)
         new_params = jax.tree.unflatten(jax.tree.structure(params), result.params)
         optimizer = {traced.names[i]: new for i, new in result.states.items()}
         norm = None if self.clip_norm is None else result.norm
         return (
             match_memory(new_params, params),
             StepState(match_memory(optimizer, state.optimizer), new_loss_scale, new_rounding),
-            StepOutput(loss, result.aux, norm, result.finite),
+            StepOutput(mean_loss(result.loss, result.share), result.aux, norm, result.finite),
         )
 
     def _trace(self, params: Params, batch: PyTree) -> TracedStep:
@@ -266,7 +313,7 @@ class Step:
         check_independent(self.tx, params, trainable, loss.layer_axes)
         treedef = jax.tree.structure(params)
         updaters = {
-            i: Updater(self.tx, treedef, i, loss.layer_axes.get(i))
+            i: Updater(self.tx, treedef, i, loss.layer_axes.get(i, ()))
             for i, is_trainable in enumerate(trainable)
             if is_trainable
         }
@@ -280,6 +327,30 @@ class Step:
             self.dynamic.init() if self.dynamic else None,
             jax.random.key_data(jax.random.key(0)) if stochastic else None,
         )
+
+    def _spread_scalars(
+        self, traced: TracedStep, state: StepState, expected: StepState
+    ) -> StepState:
+        """Gives scalars that were set in the state, such as a learning rate, to every layer."""
+        if jax.tree.structure(state) != jax.tree.structure(expected):
+            return state
+        optimizer = {}
+        for i in traced.updaters:
+            name = traced.names[i]
+            num_axes = np.size(traced.loss.layer_axes.get(i, ()))
+
+            def spread(x, like, num_axes=num_axes):
+                if jnp.shape(x) or jnp.issubdtype(like.dtype, jax.dtypes.extended):
+                    return x
+                # A Python number has no dtype of its own.
+                x = jnp.asarray(x, like.dtype) if jax.typeof(x).weak_type else x
+                if len(like.shape) != num_axes or not num_axes:
+                    return x
+                x = jnp.broadcast_to(x, like.shape)
+                return to_host(x) if self.offload.state else x
+
+            optimizer[name] = jax.tree.map(spread, state.optimizer[name], expected.optimizer[name])
+        return state._replace(optimizer=optimizer)
 
     def _check_memory(self, traced: TracedStep, params: Params, state: StepState) -> None:
         """Raises ValueError if an array is not in the memory that `offload` says."""
@@ -331,8 +402,24 @@ class Step:
         return factor
 
 
+def mean_loss(loss: jax.Array, share: jax.Array) -> jax.Array:
+    """Returns the mean over the microbatches, [], weighted by their shares, [K]."""
+    return loss if loss.ndim == 0 else jnp.sum(share * arrays.widen(loss)).astype(loss.dtype)
+
+
 def _is_positive(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and float(value) > 0
+
+
+def _check_kind(state: Any) -> None:
+    """Raises ValueError if `state` is not a `StepState`, but that of a transformation."""
+    inner = state.optimizer if isinstance(state, StepState) else state
+    if not isinstance(state, StepState) or not isinstance(inner, dict):
+        raise ValueError(
+            f"the state is a {type(inner).__name__}: one optimizer state for all parameters, such "
+            "as tx.init(params) or TrainState.opt_state, cannot be updated layer by layer, so the "
+            "step has one for each parameter and layer: make it with step.init(params, batch)"
+        )
 
 
 def _check_state(state: Any, expected: StepState) -> None:

@@ -12,33 +12,35 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from lomo_jax.fused import arrays, jaxprs
+from lomo_jax.fused.arrays import Part
 from lomo_jax.fused.flags import Flags, scatter, select, zip_and, zip_not
 from lomo_jax.fused.microbatches import Microbatched, vjp_of
-from lomo_jax.fused.trace import DenseSegment, LayerScan, TracedLoss
+from lomo_jax.fused.trace import Body, DenseSegment, LayerScan, Program, TracedLoss
 
 # Outputs of cuDNN's flash attention: the result, and the row sums that its derivative needs.
 _FLASH_ATTENTION = "dot_product_attention_fwd_wrapper"
 
 
 class Values(NamedTuple):
-    """The values of a loss's variables, in host or device memory."""
+    """The values of a program's variables, in host or device memory."""
 
-    loss: TracedLoss
+    program: Program
     microbatches: int
     by_var: dict[jex.Var, Any]
 
     def stored(self, atoms: Iterable[jaxprs.Atom]) -> list[Any]:
-        """Returns the values of `atoms`, in the memory that they are in."""
+        """Returns the values of `atoms`, in the memory that they are in, some an `arrays.Part`."""
         return [a.val if isinstance(a, jex.Literal) else self.by_var[a] for a in atoms]
 
     def read(self, atoms: Iterable[jaxprs.Atom]) -> list[Any]:
         """Returns the values of `atoms`, on the device."""
-        return arrays.to_device(self.stored(atoms))
+        stored = self.stored(atoms)
+        return [x.read() if isinstance(x, Part) else arrays.to_device(x) for x in stored]
 
     def vary(self, atoms: Iterable[jaxprs.Atom]) -> list[bool]:
         """Returns for each atom whether its value has an axis of microbatches in front."""
         several = self.microbatches > 1
-        return [several and isinstance(a, jex.Var) and a in self.loss.of_batch for a in atoms]
+        return [several and isinstance(a, jex.Var) and a in self.program.of_batch for a in atoms]
 
     def spread(self, values: Sequence[Any], already: Flags) -> list[Any]:
         """Puts the axis of microbatches in front of the values that do not have it already."""
@@ -83,11 +85,19 @@ class SplitLayer(NamedTuple):
     varies: list[bool]  # which residuals differ between microbatches
 
 
+class Saving(NamedTuple):
+    """What the forward pass of layers saves for the backward pass, see `Step`."""
+
+    remat: str | Callable[..., Any] = "full"
+    on_host: bool = False
+
+
 class LayersPass(NamedTuple):
     """A layer scan after its forward pass."""
 
     segment: LayerScan
     body: Microbatched
+    microbatches: int
     consts: list[Any]
     carry: list[Any]  # the first layer's
     xs: list[Any]  # layers in front, then microbatches
@@ -98,6 +108,7 @@ class LayersPass(NamedTuple):
     diff_carry: list[bool]
     diff_xs: list[bool]
     diff_ys: list[bool]
+    saving: Saving
     split: SplitLayer | None = None  # None: the backward pass recomputes each layer
     saved: Any = None  # ([layer inputs [L, ...]], [residuals [L, ...]])
 
@@ -105,6 +116,68 @@ class LayersPass(NamedTuple):
     def is_param(self) -> list[bool]:
         """Which xs are trainable parameters."""
         return [k in self.segment.stacks for k in range(len(self.xs))]
+
+    @property
+    def arrays(self) -> list[jax.Array]:
+        """The arrays that the xs are layers of."""
+        return [x.array if isinstance(x, Part) else x for x in self.xs]
+
+    @property
+    def is_stack(self) -> list[bool]:
+        """Which xs are stacks of layers themselves."""
+        body = self.segment.body
+        if body is None:
+            return [False] * len(self.xs)
+        return [v in body.stacks for v in body.inputs[len(body.inputs) - len(self.xs) :]]
+
+    @property
+    def body_program(self) -> Body:
+        """The body of a scan over groups of layers."""
+        assert self.segment.body is not None
+        return self.segment.body
+
+    def read(self, k: int, i: Any) -> jax.Array:
+        """Returns layer i of x k, on the device."""
+        x, place = self.xs[k], self.segment.scan.layers[k].place
+        return (
+            x.layer(place, i).read() if isinstance(x, Part) else arrays.read_layer(x, [place], [i])
+        )
+
+    def body_values(
+        self, i: Any, carry: Sequence[Any], stacks: Sequence[Any], xs: Sequence[Any]
+    ) -> Values:
+        """Returns the values of the inputs of `segment.body` in layer i.
+
+        Args:
+          i: the layer.
+          carry: its input.
+          stacks: the arrays of the xs.
+          xs: layer i of the xs, where it is read; None elsewhere.
+        """
+        body, parts = self.body_program, []
+        for k, (x, is_stack) in enumerate(zip(xs, self.is_stack, strict=True)):
+            if is_stack:
+                place, stack = self.segment.scan.layers[k].place, stacks[k]
+                part = stack if isinstance(stack, Part) else Part(stack, (), ())
+                parts.append(part.layer(place, i))
+            else:
+                parts.append(arrays.to_device(self.read(k, i) if x is None else x))
+        program = body.program(self.body.varies_in, self.diff_in)
+        inputs = [*self.consts, *carry, *parts]
+        by_var = dict(zip(body.inputs, inputs, strict=True))
+        return Values(program, self.microbatches, by_var)
+
+    def run_body(self, i: Any, carry: Sequence[Any], xs: Sequence[Any]) -> list[Any]:
+        """Returns the outputs of layer i, a group of layers."""
+        values = self.body_values(i, carry, self.xs, xs)
+        run_segments(values, self.body_program.segments, None)
+        atoms = self.body_program.results
+        results = values.read(atoms)
+        already = values.vary(atoms)
+        return [
+            values.spread([x], [False])[0] if wanted and not varies else x
+            for x, varies, wanted in zip(results, already, self.body.varies_out, strict=True)
+        ]
 
     @property
     def diff_others(self) -> list[bool]:
@@ -123,21 +196,17 @@ class LayersPass(NamedTuple):
 
 
 class ForwardPass(NamedTuple):
-    """A loss after its forward pass."""
+    """A program after its forward pass."""
 
     values: Values
-    seed: jax.Array  # cotangent of the loss: [], or [K] if the loss varies
     passes: list[DensePass | LayersPass]
 
-    def results(self) -> tuple[jax.Array, list[jax.Array]]:
-        """Returns the loss and the leaves of aux, with an axis [K] in front if K > 1."""
-        loss = self.values.loss
-        atoms = [loss.loss, *loss.aux]
+    def results(self, atoms: Sequence[jaxprs.Atom]) -> list[jax.Array]:
+        """Returns the values of `atoms`, with an axis [K] in front if K > 1."""
         values = self.values.read(atoms)
         if self.values.microbatches > 1:
             values = self.values.spread(values, self.values.vary(atoms))
-        loss, *aux = map(jnp.asarray, values)
-        return loss, aux
+        return list(map(jnp.asarray, values))
 
     def begin_second_pass(self, value: jax.Array) -> tuple["ForwardPass", jax.Array]:
         """Makes the second backward pass wait for `value`, a result of the first one.
@@ -159,52 +228,80 @@ def forward(
     loss: TracedLoss,
     params: Sequence[jax.Array],
     batch: Sequence[jax.Array],
-    seed: jax.Array,
-    *,
-    remat: str | Callable[..., Any] = "full",
-    offload_activations: bool = False,
-) -> ForwardPass:
+    shares: jax.Array,
+    saving: Saving,
+) -> tuple[ForwardPass, jax.Array]:
     """Runs the segments of a loss.
 
     Args:
       loss: traced with one microbatch.
       params: leaves of the parameters.
       batch: leaves of the batch, with an axis [K] in front if there are K > 1 microbatches.
-      seed: the cotangent of the loss for each microbatch, [K].
-      remat: the residuals to save of each layer, see `Step`.
-      offload_activations: whether to save layer inputs and residuals in host memory.
+      shares: the cotangent of the loss for each microbatch, [K].
+      saving: what to save.
+
+    Returns:
+      The program after its forward pass, and the cotangent of the loss: [], or [K] if it varies.
     """
-    inputs = zip([*loss.params, *loss.batch], [*params, *batch], strict=True)
-    values = Values(loss, seed.shape[0], dict(inputs))
-    loss_varies = values.vary([loss.loss])[0]
-    seed = (seed if loss_varies else seed.sum()).astype(jaxprs.dtype(loss.loss))
-    passes = [
-        _run_dense(values, segment, seed)
+    inputs = zip([*loss.program.params.values(), *loss.batch], [*params, *batch], strict=True)
+    values = Values(loss.program, shares.shape[0], dict(inputs))
+    seed = shares if values.vary([loss.loss])[0] else shares.sum()
+    seed = seed.astype(jaxprs.dtype(loss.loss))
+    *segments, last = loss.program.segments
+    passes = run_segments(values, segments, saving)
+    if isinstance(last, DenseSegment):
+        passes.append(_run_dense(values, last, loss.loss, seed))
+    else:
+        passes += run_segments(values, [last], saving)
+    return ForwardPass(values, passes), seed
+
+
+def run_segments(
+    values: Values, segments: Sequence[DenseSegment | LayerScan], saving: Saving | None
+) -> list[DensePass | LayersPass]:
+    """Runs segments, which adds to `values`. Without `saving` nothing is saved."""
+    return [
+        _run_dense(values, segment)
         if isinstance(segment, DenseSegment)
-        else _run_layers(values, segment, remat, offload_activations)
-        for segment in loss.segments
+        else _run_layers(values, segment, saving)
+        for segment in segments
     ]
-    return ForwardPass(values, seed, passes)
 
 
-def _run_dense(values: Values, segment: DenseSegment, seed: jax.Array) -> DensePass:
-    loss = values.loss
+def _run_dense(
+    values: Values,
+    segment: DenseSegment,
+    loss: jaxprs.Atom | None = None,
+    seed: jax.Array | None = None,
+) -> DensePass:
+    """Runs a dense segment.
+
+    Args:
+      values: of the variables so far.
+      segment: a dense segment.
+      loss: for the last segment of a loss, which computes the gradients on the way.
+      seed: the cotangent of the loss.
+    """
+    program = values.program
     args = values.read(segment.inputs)
     function = Microbatched(
         segment.function, values.vary(segment.inputs), values.vary(segment.outputs)
     )
-    result = DensePass(segment, function, args, loss.differentiates(segment.inputs))
-    is_loss = [v is loss.loss for v in segment.outputs]
-    diff_loss = zip_and(is_loss, loss.differentiates(segment.outputs))
+    result = DensePass(segment, function, args, program.differentiates(segment.inputs))
+    is_loss = [v is loss for v in segment.outputs]
+    diff_loss = zip_and(is_loss, program.differentiates(segment.outputs))
     # A loss that does not depend on the batch has one cotangent for all microbatches.
-    is_of_each = values.vary([loss.loss])[0] or values.microbatches == 1
-    if segment is loss.segments[-1] and any(diff_loss) and is_of_each:
+    is_of_each = any(zip_and(is_loss, function.varies_out)) or values.microbatches == 1
+    if any(diff_loss) and is_of_each:
         # Nothing runs between the forward and the backward pass of the last segment: one vjp does
         # both. The barrier makes the layers wait for the loss: XLA might compute it last, and store
         # the logits until then.
-        outputs, grads = result.vjp(result.diff_in, diff_loss, [seed], run=True)
+        outputs, grads = result.vjp(
+            result.diff_in, diff_loss, [seed] if seed is not None else [], run=True
+        )
         inputs = select(segment.inputs, result.diff_in)
-        is_activation = [v not in loss.params for v in inputs]
+        params = program.params.values()
+        is_activation = [not any(v is param for param in params) for v in inputs]
         outputs, activations = jax.lax.optimization_barrier((outputs, select(grads, is_activation)))
         result = result._replace(grads=scatter(grads, activations, is_activation))
     else:
@@ -213,13 +310,8 @@ def _run_dense(values: Values, segment: DenseSegment, seed: jax.Array) -> DenseP
     return result
 
 
-def _run_layers(
-    values: Values,
-    segment: LayerScan,
-    remat: str | Callable[..., Any],
-    offload_activations: bool,
-) -> LayersPass:
-    scan, loss = segment.scan, values.loss
+def _run_layers(values: Values, segment: LayerScan, saving: Saving | None) -> LayersPass:
+    scan, program = segment.scan, values.program
     vary_carry, vary_xs = values.vary(scan.carry_out), values.vary(scan.xs)
     vary_ys = values.vary(scan.ys)
     consts, carry = values.read(scan.consts), values.read(scan.carry)
@@ -232,50 +324,50 @@ def _run_layers(
             [*values.vary(scan.consts), *vary_carry, *vary_xs],
             [*vary_carry, *vary_ys],
         ),
+        microbatches=values.microbatches,
         consts=consts,
         carry=values.spread(carry, zip_not(spreads)),
         xs=swap_axes(values.stored(scan.xs), vary_xs),
         vary_xs=vary_xs,
         vary_ys=vary_ys,
         changed=jaxprs.changed_carry(scan),
-        diff_consts=loss.differentiates(scan.consts),
-        diff_carry=loss.differentiates(scan.carry_out),
-        diff_xs=loss.differentiates(scan.xs),
-        diff_ys=loss.differentiates(scan.ys),
+        diff_consts=program.differentiates(scan.consts),
+        diff_carry=program.differentiates(scan.carry_out),
+        diff_xs=program.differentiates(scan.xs),
+        diff_ys=program.differentiates(scan.ys),
+        saving=saving or Saving(),
     )
-    layers = layers._replace(split=_split_layer(layers, remat))
+    layers = layers._replace(split=_split_layer(layers))
     body = layers.body
     if layers.split:
         varies_out = [*body.varies_out, *layers.split.varies]
         body = Microbatched(layers.split.forward, body.varies_in, varies_out)
-
-    # `jax.lax.scan` reads layers on axis 0. Layers in other places are read by their index.
-    in_front = [
-        not x.axis and not x.start and jaxprs.shape(x.of)[0] == scan.length for x in scan.layers
+    saves = saving is not None and any(layers.diff_out) and any(layers.diff_in)
+    # `jax.lax.scan` reads layers on axis 0. Others are read by their index.
+    by_scan = [
+        not isinstance(x, Part) and found.is_in_front(scan.length) and not is_stack
+        for x, found, is_stack in zip(layers.xs, scan.layers, layers.is_stack, strict=True)
     ]
-    is_saved = any(layers.diff_out) and any(layers.diff_in)
 
     def layer(loop, x):
         i, carry = loop
-        x, next_i = scatter(layers.xs, x, in_front), i
-        if i is not None:
-            x = [
-                xk if flag else arrays.read_layer(xk, i + place.start, place.axis)
-                for xk, place, flag in zip(x, scan.layers, in_front, strict=True)
-            ]
-            next_i = i + (-1 if scan.reverse else 1)
-        results = body.run([*consts, *carry, *arrays.to_device(x)])
+        next_i = None if i is None else i + (-1 if scan.reverse else 1)
+        if segment.body:
+            results = layers.run_body(i, carry, scatter([None] * len(by_scan), x, by_scan))
+        else:
+            x = iter(x)
+            xs = [next(x) if flag else layers.read(k, i) for k, flag in enumerate(by_scan)]
+            results = body.run([*consts, *carry, *arrays.to_device(xs)])
         carry_out, results = results[: len(carry)], results[len(carry) :]
         ys, residuals = results[: len(scan.ys)], results[len(scan.ys) :]
-        saved = (select(carry, layers.changed), residuals) if is_saved else ([], [])
-        saved = arrays.to_host(saved) if offload_activations else saved
-        return (next_i, carry_out), (ys, saved)
+        saved = (select(carry, layers.changed), residuals) if saves else ([], [])
+        return (next_i, carry_out), (ys, arrays.to_host(saved) if layers.saving.on_host else saved)
 
-    first = None if all(in_front) else jnp.int32(scan.length - 1 if scan.reverse else 0)
+    first = None if all(by_scan) else jnp.int32(scan.length - 1 if scan.reverse else 0)
     (_, carry_out), (ys, saved) = jax.lax.scan(
         layer,
         (first, layers.carry),
-        select(layers.xs, in_front),
+        select(layers.xs, by_scan),
         scan.length,
         scan.reverse,
         scan.unroll,
@@ -290,13 +382,15 @@ def swap_axes(items: Sequence[Any], flags: Flags) -> list[Any]:
     return [jnp.swapaxes(x, 0, 1) if flag else x for x, flag in zip(items, flags, strict=True)]
 
 
-def _split_layer(layers: LayersPass, remat: str | Callable[..., Any]) -> SplitLayer | None:
+def _split_layer(layers: LayersPass) -> SplitLayer | None:
     """Returns the layer with its residuals, or None if the backward pass should recompute it."""
+    remat = layers.saving.remat
     vary_out = select(layers.body.varies_out, layers.diff_out)
     # Some outputs differ between microbatches and some do not: rare, so recompute.
     mixed = any(vary_out) and not all(vary_out)
     has_gradient = any(layers.diff_out) and any(layers.diff_in)
-    if remat == "full" or mixed or not has_gradient:
+    # A group of layers is always recomputed, from its input.
+    if remat == "full" or mixed or not has_gradient or layers.segment.body:
         return None
     first = len(layers.consts) + len(layers.carry)
     return save_residuals(

@@ -13,6 +13,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from lomo_jax.fused.arrays import Place
+
 Atom = jex.Var | jex.Literal
 
 # From JAX 0.12 on every jaxpr holds its own constants, and JAX no longer exports this name.
@@ -25,16 +27,19 @@ INLINED = ("jit", "pjit", "closed_call", "core_call", *_CHECKPOINTS)
 
 
 class Layers(NamedTuple):
-    """Layers of a stack: those from `start` on along `axis`."""
+    """Layers of a stack: layer i is the part ``place`` says of the array `of`."""
 
     of: Atom
-    axis: int = 0
-    start: int = 0
+    place: Place = Place()
 
     @property
-    def key(self) -> tuple[int, int, int]:
+    def key(self) -> tuple[int, Place]:
         """Equal for equal layers; a literal cannot be hashed."""
-        return id(self.of), self.axis, self.start
+        return id(self.of), self.place
+
+    def is_in_front(self, length: int) -> bool:
+        """Returns whether they are all of a stack of `length` layers on axis 0."""
+        return self.place == Place() and shape(self.of)[0] == length
 
 
 class Scan(NamedTuple):
@@ -104,6 +109,14 @@ def is_float(atom: Atom) -> bool:
 
 def is_scan(eqn: jex.JaxprEqn) -> bool:
     return eqn.primitive.name == "scan"
+
+
+def has_scan(closed) -> bool:
+    """Returns whether there is a scan in a jaxpr or in a call inside it."""
+    return any(
+        is_scan(eqn) or (is_call(eqn) and has_scan(called_jaxpr(eqn)))
+        for eqn in open_jaxpr(closed).eqns
+    )
 
 
 def read_scan(eqn: jex.JaxprEqn) -> Scan:

@@ -6,6 +6,8 @@ rules here are those of `jax.vmap`, read backwards: given the layer axis of the 
 where the layer axis of every operand is.
 """
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ import jax.extend.core as jex
 from lomo_jax.fused import jaxprs
 
 _ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil
     clamp convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2
     expm1 floor ge gt imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min
     mul name ne neg nextafter not or pow real reduce_precision rem reshard round rsqrt
@@ -31,11 +33,12 @@ class LayerOperand(NamedTuple):
     """The layers of an operand that the layers of a result are computed from."""
 
     axis: int
-    start: int = 0  # layer i of the result needs layer start + i of the operand
+    start: int = 0
+    scale: int = 1  # layer i of the result needs [start + i * scale, start + (i + 1) * scale)
 
 
 # For each operand its layers, or None if every layer needs all of it.
-Operands = list[LayerOperand | None]
+Operands = Sequence[LayerOperand | None]
 
 
 def operands(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
@@ -64,23 +67,29 @@ def operands(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     return rule(eqn, result, axis)
 
 
-def for_one_layer(eqn: jex.JaxprEqn, axis: int) -> dict[str, Any]:
-    """Returns the parameters of `eqn` for one layer, given the layer axis of its result."""
+def for_one_layer(eqn: jex.JaxprEqn, axis: int, size: int) -> dict[str, Any]:
+    """Returns the parameters of `eqn` for one layer.
+
+    Args:
+      eqn: an equation.
+      axis: the layer axis of its result.
+      size: of one layer along this axis.
+    """
     name, params = eqn.primitive.name, eqn.params
     if name in ("broadcast_in_dim", "iota"):
-        return params | {"shape": _replace(params["shape"], axis, 1)}
+        return params | {"shape": _replace(params["shape"], axis, size)}
     if name == "reshape":
-        return params | {"new_sizes": _replace(params["new_sizes"], axis, 1)}
+        return params | {"new_sizes": _replace(params["new_sizes"], axis, size)}
     if name == "slice":
         edited = {
             "start_indices": _replace(params["start_indices"], axis, 0),
-            "limit_indices": _replace(params["limit_indices"], axis, 1),
+            "limit_indices": _replace(params["limit_indices"], axis, size),
         }
         return params | edited
     if name == "dynamic_slice":
-        return params | {"slice_sizes": _replace(params["slice_sizes"], axis, 1)}
+        return params | {"slice_sizes": _replace(params["slice_sizes"], axis, size)}
     if name == "scan":
-        return params | {"length": 1, "unroll": 1}
+        return params | {"length": size, "unroll": 1}
     return params
 
 
@@ -97,6 +106,11 @@ def _reduction(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands:
 def _cumulative(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     del result
     return None if eqn.params["axis"] == axis else [LayerOperand(axis)]
+
+
+def _bitcast_convert_type(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
+    same_width = jaxprs.shape(result) == jaxprs.shape(eqn.invars[0])
+    return [LayerOperand(axis)] if same_width else None
 
 
 def _broadcast_in_dim(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands:
@@ -120,8 +134,13 @@ def _reshape(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     old, new = jaxprs.shape(eqn.invars[0]), jaxprs.shape(result)
     before = _product(new[:axis])
     for source, size in enumerate(old):
-        if size == new[axis] and _product(old[:source]) == before:
-            return [LayerOperand(source)]
+        if _product(old[:source]) == before:
+            if size == new[axis]:
+                return [LayerOperand(source)]
+            # An axis that is split, such as [layers, ...] into [stages, layers of a stage, ...].
+            sizes = itertools.accumulate(new[axis:], operator.mul)
+            if new[axis] > 1 and size in sizes:
+                return [LayerOperand(source, scale=size // new[axis])]
     return None
 
 
@@ -198,6 +217,12 @@ def _sort(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     return None if eqn.params["dimension"] == axis else [LayerOperand(axis)] * len(eqn.invars)
 
 
+def _stack(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
+    del result
+    new = eqn.params["axis"]
+    return None if new == axis else [LayerOperand(axis - (axis > new))] * len(eqn.invars)
+
+
 def _top_k(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
     last = len(jaxprs.shape(result)) - 1
     return None if eqn.params.get("axis", last) % (last + 1) == axis else [LayerOperand(axis)]
@@ -212,6 +237,7 @@ def _map(eqn: jex.JaxprEqn, result: jex.Var, axis: int) -> Operands | None:
 
 
 _RULES: dict[str, Callable[..., Operands | None]] = {
+    "bitcast_convert_type": _bitcast_convert_type,
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
     "dot_general": _dot_general,
@@ -226,6 +252,7 @@ _RULES: dict[str, Callable[..., Operands | None]] = {
     "sort": _sort,
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
     "top_k": _top_k,
     "transpose": _transpose,
 }

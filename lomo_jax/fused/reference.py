@@ -1,5 +1,7 @@
 """The reference step, which tests and benchmarks compare with the fused step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +30,7 @@ class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_v
     ) -> Result:
         params, states = arrays.to_device((params, states))
         grads, share, loss, aux = self._gradient(traced, params, batch, scale)
+        traced = traced.with_value(loss, share)
         finite, norm = jnp.isfinite(loss).all(), None
         if self.needs_first_pass:
             factor = self._factor(scale, None)
@@ -36,34 +39,36 @@ class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_v
         factor = self._factor(scale, norm)
         grads = {i: scale_gradient(g, factor) for i, g in grads.items()}
         leaves, states = jax.tree.leaves(params), dict(states)
-        # In the order of the backward pass, which matters to skip="layers" only.
-        for segment in reversed(traced.loss.segments):
+        if not self.dynamic or self.dynamic.skip == "step":
+            skip_update = ~finite if self.dynamic else None
+            for i, updater in traced.updaters.items():
+                leaves[i], states[i] = updater.apply_whole(
+                    grads[i], states[i], leaves[i], key, skip_update
+                )
+            return Result(leaves, states, loss, aux, share, norm, finite)
+
+        # Overflow in one layer skips those that the backward pass reaches later.
+        for segment in reversed(traced.loss.program.segments):
             if isinstance(segment, LayerScan) and segment.stacked:
-                skip_update = None
-                if self.dynamic:
-                    go_on = self._finite_so_far(segment, grads, finite)
-                    if self.dynamic.skip == "layers":
-                        finite = go_on.all()
-                    skip_update = ~go_on
+                go_on = self._finite_so_far(segment, grads, finite)
+                finite = go_on.all()
                 for stack in segment.stacked:
                     i, layers = stack.index, (stack, segment.scan.length)
-                    leaf, state = traced.updaters[i].apply_to_layers(
+                    leaf, state = traced.updaters[i].apply_whole(
                         _take(grads[i], *layers),
                         _take(states[i], *layers, axis=0),
                         _take(leaves[i], *layers),
                         key,
-                        skip_update,
-                        stack.start,
+                        ~go_on,
+                        stack.places[0].start,
                     )
                     leaves[i] = _put(leaves[i], leaf, stack)
                     states[i] = _put(states[i], state, stack, axis=0)
             if segment.dense:
-                if self.dynamic and self.dynamic.skip == "layers":
-                    finite &= all_finite([grads[i] for i in segment.dense])
-                skip_update = ~finite if self.dynamic else None
+                finite &= all_finite([grads[i] for i in segment.dense])
                 for i in segment.dense:
                     leaves[i], states[i] = traced.updaters[i].apply_whole(
-                        grads[i], states[i], leaves[i], key, skip_update
+                        grads[i], states[i], leaves[i], key, ~finite
                     )
         return Result(leaves, states, loss, aux, share, norm, finite)
 
@@ -71,16 +76,19 @@ class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_v
         self, segment: LayerScan, grads: dict[int, jax.Array], finite: jax.Array
     ) -> jax.Array:
         """Returns for each layer whether the backward pass has met finite gradients only, [L]."""
-        go_on = jnp.broadcast_to(finite, (segment.scan.length,))
-        if self.dynamic and self.dynamic.skip == "layers":
-            length = segment.scan.length
-            layers = [_take(grads[stack.index], stack, length) for stack in segment.stacked]
-            flags = jax.vmap(all_finite, ([stack.axis for stack in segment.stacked],))(layers)
-            # The backward pass of a scan from the last layer to the first begins at the first.
-            go_on &= jax.lax.cumprod(
-                flags.astype(jnp.int32), reverse=not segment.scan.reverse
-            ).astype(bool)
-        return go_on
+        if segment.body:
+            raise ValueError(
+                "reference_step with DynamicLossScale(skip='layers') cannot follow a layer scan "
+                "inside another scan: use skip='step', or fused_step"
+            )
+        length = segment.scan.length
+        layers = [_take(grads[stack.index], stack, length) for stack in segment.stacked]
+        axes = [stack.places[0].axis for stack in segment.stacked]
+        flags = jax.vmap(all_finite, (axes,))(layers)
+        # The backward pass of a scan from the last layer to the first begins at the first.
+        return finite & jax.lax.cumprod(
+            flags.astype(jnp.int32), reverse=not segment.scan.reverse
+        ).astype(bool)
 
     def _gradient(
         self, traced: TracedStep, params: Params, batch: PyTree, scale: jax.Array | None
@@ -121,14 +129,18 @@ class reference_step(Step):  # noqa: N801  # a transformation, like jax.custom_v
 
 
 def _take(tree: PyTree, stack: Stack, length: int, axis: int | None = None) -> PyTree:
-    """Returns the layers of a stack, which are on its own axis or on `axis`."""
-    axis = stack.axis if axis is None else axis
-    end = stack.start + length
-    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, stack.start, end, axis=axis), tree)
+    """Returns `length` layers of a stack, which are on its own axis or on `axis`."""
+    place = stack.places[0]
+    axis, end = place.axis if axis is None else axis, place.start + length
+    return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, place.start, end, axis=axis), tree)
 
 
 def _put(tree: PyTree, layers: PyTree, stack: Stack, axis: int | None = None) -> PyTree:
-    """Replaces the layers of a stack."""
-    axis = stack.axis if axis is None else axis
-    write = jax.lax.dynamic_update_slice_in_dim
-    return jax.tree.map(lambda x, new: write(x, new, stack.start, axis), tree, layers)
+    """Replaces layers of a stack."""
+    place = stack.places[0]
+    write = functools.partial(
+        jax.lax.dynamic_update_slice_in_dim,
+        start_index=place.start,
+        axis=place.axis if axis is None else axis,
+    )
+    return jax.tree.map(write, tree, layers)

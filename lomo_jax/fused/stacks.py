@@ -1,8 +1,8 @@
-"""Rewrites the program of a loss so that its layer scans consume the parameters themselves.
+"""Rewrites the program of a loss so that its layer scans consume parameters themselves.
 
-People do things to a stack of layers before they scan it: they cast it, mask it, transpose it, merge
-an adapter. Where that keeps the layers apart it moves into the scan, and the scan then reads layer
-i of each parameter where it is. The gradient of layer i reaches the parameter inside the loop.
+People do things to a stack of layers before they scan it: they cast it, mask it, transpose it,
+merge an adapter. Where that keeps the layers apart it moves into the scan, and the scan then reads
+layer i of each parameter where it is. The gradient of layer i reaches the parameter in the loop.
 
 The rewriting goes from the last scan of the program to the first:
 
@@ -21,7 +21,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from lomo_jax.fused import jaxprs, layer_axis
+from lomo_jax.fused import arrays, jaxprs, layer_axis
+from lomo_jax.fused.arrays import Place
 from lomo_jax.fused.flags import scatter, select, zip_not
 from lomo_jax.fused.jaxprs import Atom, Layers, Operation, Scan
 
@@ -34,11 +35,19 @@ class Loss(NamedTuple):
 
     closed: Any  # jaxpr
     params: Sequence[jex.Var]
-    trainable: Mapping[Atom, int]  # the parameters to train, and their indices
+    trainable: Mapping[jex.Var, int]  # the parameters to train, and their indices
     batch: Sequence[jex.Var]
 
+    def variable(self, i: int) -> jex.Var:
+        """Returns the variable of a trainable parameter."""
+        return next(v for v, index in self.trainable.items() if index == i)
+
+    def index(self, atom: Atom) -> int | None:
+        """Returns the index of a trainable parameter; None for another atom."""
+        return self.trainable.get(atom) if isinstance(atom, jex.Var) else None
+
     def is_trainable(self, atom: Atom) -> bool:
-        return isinstance(atom, jex.Var) and atom in self.trainable
+        return self.index(atom) is not None
 
     @property
     def labels(self) -> dict[jex.Var, int]:
@@ -55,14 +64,44 @@ class Loss(NamedTuple):
         return self.of_batch - 1
 
 
+def inline_calls(loss: Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprEqn], list[Atom]]:
+    """Replaces calls by their bodies, but of checkpoints only those that a layer scan needs.
+
+    Args:
+      loss: whose jaxpr it is.
+      inputs: the variables that replace the inputs of the jaxpr.
+
+    Returns:
+      Equations, and the atoms that are the results.
+    """
+    everything, _ = jaxprs.inline(loss.closed, inputs, jaxprs.is_call)
+    moved = moved_equations(everything, loss)
+
+    def is_needed(jaxpr) -> bool:
+        return any(
+            is_needed(jaxprs.called_jaxpr(eqn)) if jaxprs.is_call(eqn) else id(eqn.params) in moved
+            for eqn in jaxprs.open_jaxpr(jaxpr).eqns
+        )
+
+    return jaxprs.inline(
+        loss.closed,
+        inputs,
+        lambda eqn: (
+            jaxprs.is_call(eqn)
+            and (not jaxprs.is_checkpoint(eqn) or is_needed(jaxprs.called_jaxpr(eqn)))
+        ),
+    )
+
+
 def scan_parameters(
-    program: Sequence[Operation], results: Sequence[Atom], loss: Loss
+    program: Sequence[Operation], results: Sequence[Atom], roots: Sequence[Atom], loss: Loss
 ) -> list[Operation]:
     """Rewrites a program so that its layer scans consume parameters.
 
     Args:
       program: equations.
-      results: the results of the program; the first one is the loss.
+      results: the results of the program.
+      roots: those that have a cotangent.
       loss: the inputs of the program.
 
     Returns:
@@ -76,18 +115,53 @@ def scan_parameters(
             new = _pull_into(_scan_indexed(jaxprs.read_scan(operation), context), context)
         rewritten += [operation] if new is None else new[::-1]
     program = jaxprs.live(rewritten[::-1], results)
-    program = _merge(program, results[0], loss)
+    program = _merge(program, roots, loss)
     return jaxprs.live(jaxprs.sort(_sum_inside(program, loss)), results)
 
 
-def scanned_bodies(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
-    """Returns the `id` of the body of each layer scan in a program of equations."""
+def moved_equations(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
+    """Returns the `id` of the params of each layer scan, and of what moves into one."""
     context = _Context.of(program, loss)
-    return {
-        id(eqn.params["jaxpr"])
-        for eqn in program
-        if jaxprs.is_scan(eqn) and _reaching(_scan_indexed(jaxprs.read_scan(eqn), context), context)
-    }
+    found = set()
+    for eqn in filter(jaxprs.is_scan, program):
+        scan = _scan_indexed(jaxprs.read_scan(eqn), context)
+        if reaching := _reaching(scan, context):
+            prelude = _Prelude(context)
+            for layers in select(scan.layers, reaching):
+                prelude.add(layers)
+            found |= {id(eqn.params), *(id(moved.params) for moved in prelude.moved)}
+    return found
+
+
+class Source(NamedTuple):
+    """Layers that a scan reads, or computes in front of its body."""
+
+    scan: Operation
+    layers: Layers
+    producer: Operation | None  # None for an input of the loss
+
+
+def scan_sources(program: Sequence[Operation], loss: Loss) -> list[Source]:
+    """Follows what each scan reads back to operations that cannot run on one layer alone.
+
+    Args:
+      program: the result of `scan_parameters`.
+      loss: the inputs of the program.
+    """
+    context = _Context.of(program, loss)
+    found = []
+    for operation in program:
+        if not (isinstance(operation, Scan) or jaxprs.is_scan(operation)):
+            continue
+        scan = operation if isinstance(operation, Scan) else jaxprs.read_scan(operation)
+        prelude = _Prelude(context)
+        for layers in scan.layers:
+            prelude.add(layers)
+        for layers, _ in prelude.sources.values():
+            is_literal = isinstance(layers.of, jex.Literal)
+            producer = None if is_literal else context.producers.get(layers.of)
+            found.append(Source(operation, layers, producer))
+    return found
 
 
 class _Context(NamedTuple):
@@ -95,7 +169,7 @@ class _Context(NamedTuple):
 
     loss: Loss
     program: Sequence[Operation]
-    producers: Mapping[Atom, Operation]
+    producers: Mapping[Any, Operation]
     labels: Mapping[jex.Var, int]
 
     @classmethod
@@ -116,30 +190,34 @@ class _Context(NamedTuple):
 class _Prelude:
     """The operations that compute one layer of some values from one layer of their sources.
 
-    Every value has its layer axis still, of size 1.
+    Every value has its layer axis still, of the size of one layer.
     """
 
     def __init__(self, context: _Context):
         self.context = context
-        self.sources: dict[tuple[int, int, int], tuple[Layers, jex.Var]] = {}
+        self.sources: dict[tuple[int, Place], tuple[Layers, jex.Var]] = {}
         self.shared: dict[jex.Var, None] = {}  # values that every layer needs whole
         self.eqns: list[jex.JaxprEqn] = []
-        self._env: dict[tuple[int, int, int], jex.Var] = {}
+        self.moved: list[jex.JaxprEqn] = []  # the equations of the program that `eqns` are made of
+        self._env: dict[tuple[int, Place], jex.Var] = {}
 
     def add(self, layers: Layers) -> jex.Var:
         """Returns the variable of one layer, after adding the operations that compute it."""
         if layers.key in self._env:
             return self._env[layers.key]
+        axis, start, size = layers.place
         eqn, operands = self._origin(layers)
         if eqn is None:
             var = self._env[layers.key] = jex.Var(layers.of.aval)
             self.sources[layers.key] = layers, var
             return var
+        self.moved.append(eqn)
         inputs: list[Atom] = []
         for atom, operand in zip(eqn.invars, operands, strict=True):
             if operand is not None:
-                start = layers.start + operand.start
-                inputs.append(self.add(Layers(atom, operand.axis, start)))
+                first = start * operand.scale + operand.start
+                place = Place(operand.axis, first, size * operand.scale)
+                inputs.append(self.add(Layers(atom, place)))
             else:
                 self.shared.update(jaxprs.variables([atom]))
                 inputs.append(atom)
@@ -147,7 +225,7 @@ class _Prelude:
             (var,) = jaxprs.variables(inputs)
         else:
             outputs = [jex.Var(v.aval) for v in eqn.outvars]
-            params = layer_axis.for_one_layer(eqn, layers.axis)
+            params = layer_axis.for_one_layer(eqn, axis, size)
             self.eqns.append(eqn.replace(invars=inputs, outvars=outputs, params=params))
             var = outputs[[v is layers.of for v in eqn.outvars].index(True)]
         self._env[layers.key] = var
@@ -156,14 +234,16 @@ class _Prelude:
     def _origin(self, layers: Layers) -> tuple[Any, layer_axis.Operands]:
         """Returns the equation that computes the layers, and its operands; None for a source."""
         source = None, []
-        eqn = self.context.producers.get(layers.of) if isinstance(layers.of, jex.Var) else None
+        if not isinstance(layers.of, jex.Var):
+            return source
+        eqn = self.context.producers.get(layers.of)
         if eqn is None or isinstance(eqn, Scan):
             return source
-        operands = layer_axis.operands(eqn, layers.of, layers.axis)
+        operands = layer_axis.operands(eqn, layers.of, layers.place.axis)
         if operands is None:
             return source
         # A value without parameters may as well be computed outside, unless it is a broadcast.
-        is_broadcast = operands[0] is None and eqn.primitive.name == "broadcast_in_dim"
+        is_broadcast = eqn.primitive.name == "broadcast_in_dim" and operands[0] is None
         if not (self.context.depends_on_params(layers.of) or is_broadcast):
             return source
         return eqn, operands
@@ -171,14 +251,17 @@ class _Prelude:
     def function(self, template: Any, results: Sequence[Atom]) -> Callable[..., list[Any]]:
         """Returns the function from a layer of each source, and `shared`, to `results`.
 
-        A layer of a source has no layer axis; a result has one of size 1.
+        A layer of a source is as a scan reads it; a result has its layer axis still.
         """
         inputs = [var for _, var in self.sources.values()]
-        axes = [layers.axis for layers, _ in self.sources.values()]
+        places = [layers.place for layers, _ in self.sources.values()]
         function = jaxprs.as_function(template, self.eqns, [*inputs, *self.shared], results)
 
         def run(layers, shared):
-            layers = [jax.lax.expand_dims(x, [a]) for x, a in zip(layers, axes, strict=True)]
+            layers = [
+                x if place.size > 1 else jax.lax.expand_dims(x, [place.axis])
+                for x, place in zip(layers, places, strict=True)
+            ]
             return function(*layers, *shared)
 
         return run
@@ -190,19 +273,38 @@ def _reaching(scan: Scan, context: _Context) -> list[bool]:
     Returns:
       A flag for each x; an empty list if there is none.
     """
-    flags = []
-    for layers in scan.layers:
-        prelude = _Prelude(context)
-        reached = False
-        if scan.length and context.depends_on_params(layers.of):
-            prelude.add(layers)
-            for source, _ in prelude.sources.values():
-                # Positions of a sequence may be scanned too, with an embedding of each added: only
-                # a stack of matrices is told apart from it.
-                is_stack = not context.depends_on_batch(layers.of) or _rank(source.of) > 2
-                reached |= context.is_param(source.of) and is_stack
-        flags.append(reached)
+    flags = [_reaches(layers, scan, context) for layers in scan.layers]
     return flags if any(flags) else []
+
+
+def _reaches(layers: Layers, scan: Scan, context: _Context) -> bool:
+    if not scan.length or not context.depends_on_params(layers.of):
+        return False
+    prelude = _Prelude(context)
+    prelude.add(layers)
+    params = [s for s, _ in prelude.sources.values() if context.is_param(s.of)]
+    # Positions of a sequence may be scanned too, with an embedding of each added: only a stack of
+    # matrices is told apart from it.
+    if context.depends_on_batch(layers.of):
+        params = [source for source in params if _rank(source.of) > 2]
+    # A group of layers is scanned inside. Otherwise it may be rows of one matrix.
+    is_group = any(source.place.size > 1 for source in params)
+    return bool(params) and (not is_group or _scans_x(scan, layers))
+
+
+def _scans_x(scan: Scan, layers: Layers) -> bool:
+    """Returns whether the body of a scan has a layer scan over the x that `layers` are."""
+    if not jaxprs.has_scan(scan.body):
+        return False
+    inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(scan.body).invars]
+    x = inputs[len(inputs) - len(scan.layers) + [s.key for s in scan.layers].index(layers.key)]
+    inner = Loss(scan.body, [x], {x: 0}, [v for v in inputs if v is not x])
+    operations, results = inline_calls(inner, inputs)
+    operations = scan_parameters(operations, results, results, inner)
+    return any(
+        isinstance(operation, Scan) and any(s.of is x for s in operation.layers)
+        for operation in operations
+    )
 
 
 def _rank(atom: Atom) -> int:
@@ -223,7 +325,8 @@ def _pull_into(scan: Scan, context: _Context) -> list[Operation] | None:
     if direct == select(scan.layers, reaching) and len({x.key for x in direct}) == len(direct):
         return [scan]
     prelude = _Prelude(context)
-    values = [prelude.add(layers) for layers in select(scan.layers, reaching)]
+    reached = select(scan.layers, reaching)
+    values = [prelude.add(layers) for layers in reached]
     others = select(scan.layers, zip_not(reaching))
     before: list[Operation] = []
     sources = []
@@ -237,7 +340,8 @@ def _pull_into(scan: Scan, context: _Context) -> list[Operation] | None:
     def body(*args):
         args = _split(args, [scan.consts, prelude.shared, scan.carry, others, sources])
         consts, shared, carry, other_xs, source_xs = args
-        pulled = [jax.lax.squeeze(x, [0]) for x in compute(source_xs, shared)]
+        pulled = compute(source_xs, shared)
+        pulled = [jax.lax.squeeze(x, [y.axis]) for x, y in zip(pulled, reached, strict=True)]
         xs = scatter(reaching, pulled, reaching)
         xs = scatter(xs, other_xs, zip_not(reaching))
         return jex.jaxpr_as_fun(scan.body)(*consts, *carry, *xs)
@@ -256,8 +360,7 @@ def _with_body(scan: Scan, body: Callable[..., Any]) -> Scan:
     """Returns the scan with another body, and without the consts that the body does not use."""
 
     def layer(x: Layers) -> Any:
-        take = lambda of: jax.lax.index_in_dim(of, 0, x.axis, keepdims=False)  # noqa: E731
-        return jax.eval_shape(take, x.of.aval)
+        return jax.eval_shape(lambda of: arrays.read_layer(of, [x.place], [0]), x.of.aval)
 
     xs = list(map(layer, scan.layers))
     closed = jax.make_jaxpr(body)(*(a.aval for a in [*scan.consts, *scan.carry]), *xs)
@@ -267,24 +370,26 @@ def _with_body(scan: Scan, body: Callable[..., Any]) -> Scan:
     is_used = [v in used for v in jaxpr.invars[: len(scan.consts)]]
     if not all(is_used):
         consts = select(scan.consts, is_used)
-        ignored = [None] * len(is_used)
-        smaller = (
-            lambda *args: body(  # noqa: E731
-                *scatter(ignored, args[: len(consts)], is_used), *args[len(consts) :]
-            )
-        )
+
+        def smaller(*args):
+            used = scatter([None] * len(is_used), args[: len(consts)], is_used)
+            return body(*used, *args[len(consts) :])
+
         return _with_body(scan._replace(consts=consts), smaller)
     return scan._replace(body=closed)
 
 
 def _move_to_front(layers: Layers, length: int) -> tuple[list[jex.JaxprEqn], Layers]:
     """Returns equations that make the layers of a stack its axis 0, and their result."""
-    if layers.axis == layers.start == 0 and jaxprs.shape(layers.of)[0] == length:
+    axis, start, size = layers.place
+    if layers.is_in_front(length):
         return [], layers
 
     def move(x):
-        x = jax.lax.slice_in_dim(x, layers.start, layers.start + length, axis=layers.axis)
-        return jnp.moveaxis(x, layers.axis, 0)
+        x = jax.lax.slice_in_dim(x, start, start + length * size, axis=axis)
+        if size > 1:
+            x = x.reshape(*x.shape[:axis], length, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
 
     closed = jax.make_jaxpr(move)(layers.of.aval)
     eqns, results = jaxprs.inline(closed, [layers.of], jaxprs.is_call)
@@ -314,7 +419,8 @@ def _scan_indexed(scan: Scan, context: _Context) -> Scan:
     found = {
         eqn.outvars[0]: layers
         for eqn in reads
-        if (layers := _indexed_layers(eqn, stacks[eqn.invars[0]], values, scan.length))
+        for v in jaxprs.variables(eqn.invars[:1])
+        if (layers := _indexed_layers(eqn, stacks[v], values, scan.length))
     }
     if not found:
         return scan
@@ -325,7 +431,7 @@ def _scan_indexed(scan: Scan, context: _Context) -> Scan:
 
     def body(*args):
         layers = [
-            x if x.shape == jaxprs.shape(v) else jax.lax.expand_dims(x, [layers.axis])
+            x if x.shape == jaxprs.shape(v) else jax.lax.expand_dims(x, [layers.place.axis])
             for x, (v, layers) in zip(args[len(variables) :], found.items(), strict=True)
         ]
         return function(*args[: len(variables)], *layers)
@@ -361,7 +467,7 @@ def _indexed_layers(
     index = values[index].reshape(length)
     start = int(index[0])
     if np.array_equal(index, start + np.arange(length)) and 0 <= start <= whole[axis] - length:
-        return Layers(stack, axis, start)
+        return Layers(stack, Place(axis, start))
     return None
 
 
@@ -435,17 +541,17 @@ def _value(atom: Atom, context: _Context) -> Any:
     return jaxprs.as_function(context.loss.closed, eqns, [], [atom])()[0]
 
 
-def _merge(program: Sequence[Operation], result: Atom, loss: Loss) -> list[Operation]:
+def _merge(program: Sequence[Operation], roots: Sequence[Atom], loss: Loss) -> list[Operation]:
     """Makes one scan of those that scan the same layers and do not depend on each other."""
     program = list(program)
-    pairs = itertools.combinations(_active_scans(program, result), 2)
+    pairs = itertools.combinations(_active_scans(program, roots), 2)
     for a, b in pairs:
         keys = {x.key for x in a.layers if loss.is_trainable(x.of)}
         alike = (a.length, a.reverse) == (b.length, b.reverse)
-        if alike and not keys.isdisjoint(x.key for x in b.layers) and not _follows(b, a, program):
+        if alike and not keys.isdisjoint(x.key for x in b.layers) and not follows(b, a, program):
             program = [op for op in program if op is not a and op is not b]
             program = jaxprs.sort([*program, _merged(a, b)])
-            return _merge(program, result, loss)
+            return _merge(program, roots, loss)
     return program
 
 
@@ -475,7 +581,7 @@ def _merged(a: Scan, b: Scan) -> Scan:
     return _with_body(merged, body)
 
 
-def _follows(b: Any, a: Any, program: Iterable[Operation]) -> bool:
+def follows(b: Any, a: Any, program: Iterable[Operation]) -> bool:
     """Returns whether operation `b` needs a result of operation `a`, which is earlier."""
     reached = set(a.outvars)
     for operation in program:
@@ -486,8 +592,8 @@ def _follows(b: Any, a: Any, program: Iterable[Operation]) -> bool:
     return False
 
 
-def _active_scans(program: Sequence[Operation], result: Atom) -> list[Scan]:
-    active = active_variables(program, result)
+def _active_scans(program: Sequence[Operation], roots: Sequence[Atom]) -> list[Scan]:
+    active = active_variables(program, roots)
     return [
         operation
         for operation in program
@@ -495,83 +601,118 @@ def _active_scans(program: Sequence[Operation], result: Atom) -> list[Scan]:
     ]
 
 
-def active_variables(program: Sequence[Operation], result: Atom) -> set[jex.Var]:
-    """Returns the variables that may have a cotangent: the derivative of `result` reaches them."""
-    active = set(jaxprs.variables([result]))
+def active_variables(program: Sequence[Operation], roots: Iterable[Atom]) -> set[jex.Var]:
+    """Returns the variables that may have a cotangent: the derivative of `roots` reaches them."""
+    active = set(filter(jaxprs.is_float, jaxprs.variables(roots)))
     for operation in reversed(program):
-        stops = not isinstance(operation, Scan) and operation.primitive.name == "stop_gradient"
-        if not stops and not active.isdisjoint(operation.outvars):
+        if not stops(operation) and not active.isdisjoint(operation.outvars):
             active.update(filter(jaxprs.is_float, jaxprs.variables(operation.invars)))
     return active
+
+
+def stops(operation: Operation) -> bool:
+    """Returns whether the derivative of an operation is zero."""
+    return not isinstance(operation, Scan) and operation.primitive.name == "stop_gradient"
+
+
+class _Part(NamedTuple):
+    """A part of a reduction over the layers of a stack: those that one scan reads."""
+
+    eqn: jex.JaxprEqn
+    layers: Layers  # the first one of them, in the operand
+    result: jex.Var  # [L, ...], reduced over all axes but that of the layers
 
 
 def _sum_inside(program: Sequence[Operation], loss: Loss) -> list[Operation]:
     """Moves reductions over the layers of a scanned stack into the scan."""
     context = _Context.of(program, loss)
     scans = [operation for operation in program if isinstance(operation, Scan)]
-    inside: dict[int, list[tuple[jex.JaxprEqn, int]]] = {}
+    parts: dict[int, list[_Part]] = {}
+    reductions: dict[int, list[Operation]] = {}
     for eqn in program:
         if isinstance(eqn, Scan) or eqn.primitive.name not in layer_axis.REDUCTIONS:
             continue
         for axis in eqn.params["axes"]:
-            scan = _scan_of(Layers(eqn.invars[0], axis), scans, context)
-            if scan is not None and not _follows(scan, eqn, program):
-                inside.setdefault(id(scan), []).append((eqn, axis))
+            found = _scans_of(eqn, axis, scans, context)
+            if found:
+                results = [jex.Var(_stack_type(eqn.outvars[0], scan.length)) for scan, _ in found]
+                for (scan, layers), result in zip(found, results, strict=True):
+                    parts.setdefault(id(scan), []).append(_Part(eqn, layers, result))
+                reductions[id(eqn)] = _reduce(eqn, results)
                 break
     new: list[Operation] = []
-    moved = {id(eqn) for found in inside.values() for eqn, _ in found}
     for operation in program:
-        if id(operation) in inside and isinstance(operation, Scan):
-            new += _with_reductions(operation, inside[id(operation)], context)
-        elif id(operation) not in moved:
-            new.append(operation)
+        if isinstance(operation, Scan) and id(operation) in parts:
+            new += _with_reductions(operation, parts[id(operation)], context)
+        else:
+            new += reductions.get(id(operation), [operation])
     return new
 
 
-def _scan_of(layers: Layers, scans: Sequence[Scan], context: _Context) -> Scan | None:
-    """Returns the scan of all the parameters that `layers` are computed from."""
-    prelude = _Prelude(context)
-    prelude.add(layers)
-    sources = [source for source, _ in prelude.sources.values()]
-    keys = {source.key for source in sources if context.is_param(source.of)}
-    if not any(context.loss.is_trainable(source.of) for source in sources if source.key in keys):
-        return None
-    others = [source.of for source in sources if source.key not in keys]
-    for scan in scans:
-        same_layers = keys.issubset(x.key for x in scan.layers)
-        if same_layers and scan.length == jaxprs.shape(layers.of)[layers.axis]:
-            results = set(scan.outvars)
-            needed = jaxprs.live(context.program, [*prelude.shared, *others])
-            is_earlier = all(results.isdisjoint(op.outvars) for op in needed)
-            return scan if is_earlier else None
-    return None
+def _scans_of(
+    eqn: jex.JaxprEqn, axis: int, scans: Sequence[Scan], context: _Context
+) -> list[tuple[Scan, Layers]]:
+    """Finds the scans that read the layers that a reduction is computed from.
 
-
-def _with_reductions(
-    scan: Scan, reductions: Sequence[tuple[jex.JaxprEqn, int]], context: _Context
-) -> list[Operation]:
-    """Returns the scan that also reduces each layer, and the rest of the reductions.
-
-    Args:
-      scan: a scan of all the parameters that are reduced.
-      reductions: equations, each with the layer axis of its operand.
-      context: of the program around the scan.
+    Returns:
+      Scans, each with the first layer that it reads; none unless they read all layers.
     """
+    operand, start = eqn.invars[0], 0
+    found: list[tuple[Scan, Layers]] = []
+    while start < jaxprs.shape(operand)[axis]:
+        layers = Layers(operand, Place(axis, start))
+        prelude = _Prelude(context)
+        prelude.add(layers)
+        sources = [source for source, _ in prelude.sources.values()]
+        keys = {source.key for source in sources if context.is_param(source.of)}
+        if not any(context.loss.is_trainable(source.of) for source in sources):
+            return []
+        others = [*prelude.shared, *(s.of for s in sources if s.key not in keys)]
+        earlier = jaxprs.live(context.program, others)
+        scan = next(
+            (
+                scan
+                for scan in scans
+                if keys.issubset(x.key for x in scan.layers)
+                and all(scan is not operation for operation in earlier)
+                and not follows(scan, eqn, context.program)
+            ),
+            None,
+        )
+        if scan is None:
+            return []
+        found.append((scan, layers))
+        start += scan.length
+    return found
+
+
+def _reduce(eqn: jex.JaxprEqn, results: Sequence[jex.Var]) -> list[Operation]:
+    """Returns the equations that reduce the results of layers to the result of `eqn`."""
+    join = lambda *parts: jnp.concatenate(parts)  # noqa: E731
+    eqns: list[Operation] = []
+    atoms: list[Atom] = list(results)
+    if len(results) > 1:
+        closed = jax.make_jaxpr(join)(*(v.aval for v in results))
+        joined, atoms = jaxprs.inline(closed, results, jaxprs.is_call)
+        eqns += joined
+    return [*eqns, eqn.replace(invars=atoms, params=eqn.params | {"axes": (0,)})]
+
+
+def _with_reductions(scan: Scan, reductions: Sequence[_Part], context: _Context) -> list[Operation]:
+    """Returns a scan that also reduces each layer, after equations that compute its inputs."""
     prelude = _Prelude(context)
-    outputs, after = [], []
-    for eqn, axis in reductions:
-        value, of_layer = prelude.add(Layers(eqn.invars[0], axis)), jex.Var(eqn.outvars[0].aval)
+    outputs = []
+    for eqn, first, _ in reductions:
+        value, of_layer = prelude.add(first), jex.Var(eqn.outvars[0].aval)
         prelude.eqns.append(eqn.replace(invars=[value], outvars=[of_layer]))
-        y = jex.Var(_stack_type(eqn.outvars[0], scan.length))
-        outputs.append((of_layer, y))
-        after.append(eqn.replace(invars=[y], params=eqn.params | {"axes": (0,)}))
+        outputs.append(of_layer)
     before: list[Operation] = []
     layers = {x.key: x for x in scan.layers}
     for source, _ in prelude.sources.values():
         if source.key not in layers:
             eqns, layers[source.key] = _move_to_front(source, scan.length)
             before += eqns
-    compute = prelude.function(scan.body, [of_layer for of_layer, _ in outputs])
+    compute = prelude.function(scan.body, outputs)
     parts = [scan.consts, prelude.shared, scan.carry, layers]
 
     def body(*args):
@@ -584,9 +725,9 @@ def _with_reductions(
     new = scan._replace(
         consts=[*scan.consts, *prelude.shared],
         layers=list(layers.values()),
-        ys=[*scan.ys, *(y for _, y in outputs)],
+        ys=[*scan.ys, *(part.result for part in reductions)],
     )
-    return [*before, _with_body(new, body), *after]
+    return [*before, _with_body(new, body)]
 
 
 def _stack_type(var: jex.Var, length: int) -> Any:

@@ -10,7 +10,9 @@ from lomo_jax.fused import microbatches as microbatches_lib
 from lomo_jax.fused.arrays import Params, PyTree
 from lomo_jax.fused.backward import backward
 from lomo_jax.fused.base import Result, Step, StepState, TracedStep
-from lomo_jax.fused.forward import forward
+from lomo_jax.fused.explain import explain
+from lomo_jax.fused.forward import Saving, forward
+from lomo_jax.fused.tx import rule_by_ndim
 from lomo_jax.fused.update import SumOfSquares, Update
 
 
@@ -38,8 +40,13 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
     [L, ...] is L parameters to `tx`: AdaLomo's root mean square, for example, is taken per layer.
     Every array of its state has the layer axis in front.
 
-    *Models without a layer scan* gain little: all their gradients may exist at once, and it depends
-    on XLA how early each is used. ``init`` warns about it.
+    *What may happen to a stack before its scan:* casts, masks, transposes and other operations that
+    keep its layers apart run on one layer at a time, in the forward and in the backward pass. So do
+    loops that index a stack by their counter, scans of parts of a stack, and a sum over a stack,
+    such as a penalty. A stack that is used in another way gets its whole gradient: the result is
+    right, the memory is not saved. ``init`` warns about it, and ``step.explain(params, batch)``
+    says which gradients exist together, and why. *Models without a layer scan* gain little: all
+    their gradients may exist at once, and it depends on XLA how early each is used.
 
     *Randomness.* A loss that draws random numbers takes a new key from the batch at every step, and
     gives each layer its own, as ``nn.scan`` does with ``split_rngs``, or a scan over
@@ -75,7 +82,10 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
 
     def init(self, params: Params, batch: PyTree) -> StepState:
         traced = self._trace(params, batch)
-        _warn_without_layer_scan(traced, params)
+        explanation = explain(traced.loss, traced.names, traced.updaters, self.microbatches)
+        of_tx = rule_by_ndim(self.tx, params, traced.loss.layer_axes)
+        for message in filter(None, (explanation.warning, of_tx)):
+            warnings.warn(message, stacklevel=2)
         return self._init(traced, params)
 
     def _run(
@@ -93,19 +103,19 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
             weight = loss.weight
             (weights,) = jax.lax.map(lambda part: weight(*part), parts)
         share = microbatches_lib.shares(weights, self.microbatches, jaxprs.dtype(loss.loss))
-        run = forward(
+        run, seed = forward(
             loss,
             leaves,
             parts,
             share if scale is None else share * scale.astype(share.dtype),
-            remat=self.remat,
-            offload_activations=self.offload.activations,
+            Saving(self.remat, self.offload.activations),
         )
-        value, aux = run.results()
+        value, *aux = run.results([loss.loss, *loss.aux])
+        traced = traced.with_value(value, share)
         finite, norm = jnp.isfinite(value).all(), None
         if self.needs_first_pass:
             squares = SumOfSquares(leaves, self._factor(scale, None))
-            backward(run, squares)
+            backward(run, [(loss.loss, seed)], squares)
             run, norm = run.begin_second_pass(jnp.sqrt(squares.total))
             finite &= jnp.isfinite(norm)
         update = Update(
@@ -117,21 +127,8 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
             finite=finite if self.dynamic else None,
             stop_at_overflow=self.dynamic is not None and self.dynamic.skip == "layers",
         )
-        backward(run, update)
+        backward(run, [(loss.loss, seed)], update)
         if update.finite is not None:
             finite = update.finite
         aux = jax.tree.unflatten(loss.aux_tree, aux)
         return Result(update.params, update.states, value, aux, share, norm, finite)
-
-
-def _warn_without_layer_scan(traced: TracedStep, params: Params) -> None:
-    """Warns if no trainable parameter is in a layer scan."""
-    leaves = jax.tree.leaves(params)
-    trained = [leaves[i] for i in traced.updaters]
-    if len(trained) > 1 and not traced.loss.stacked:
-        mib = sum(x.size * x.dtype.itemsize for x in trained) / 2**20
-        warnings.warn(
-            f"no trainable parameter is in a layer scan: the gradients of all {mib:.3g} MiB of "
-            "parameters may exist at once; run the layers in jax.lax.scan over stacked parameters",
-            stacklevel=3,
-        )

@@ -1,15 +1,17 @@
 """Uses gradients: applies an optax transformation to parameters and layers, or sums squares."""
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lomo_jax.fused import arrays, jaxprs
-from lomo_jax.fused.arrays import Params, PyTree, match_memory, reshard_like, widen
+from lomo_jax.fused.arrays import Params, Position, PyTree, match_memory, reshard_like, widen
 from lomo_jax.fused.trace import Stack
+from lomo_jax.fused.tx import with_value
 
 
 class Updater:
@@ -20,12 +22,20 @@ class Updater:
     """
 
     def __init__(
-        self, tx: optax.GradientTransformation, treedef: Any, index: int, layer_axis: int | None
+        self,
+        tx: optax.GradientTransformation,
+        treedef: Any,
+        index: int,
+        layer_axes: tuple[int, ...] = (),
     ):
-        self.tx, self.treedef, self.index, self.layer_axis = tx, treedef, index, layer_axis
+        self.tx, self.treedef, self.index, self.layer_axes = tx, treedef, index, layer_axes
+
+    def with_value(self, loss: jax.Array) -> "Updater":
+        """Returns an updater that passes the loss, float32 [], to `tx` as its ``value``."""
+        return Updater(with_value(self.tx, loss), self.treedef, self.index, self.layer_axes)
 
     def init(self, leaf: jax.Array) -> PyTree:
-        """Returns the optimizer's first state; for a stack it has a layer axis in front."""
+        """Returns the optimizer's first state; for a stack with the layer axes in front."""
 
         def init(leaf):
             state = self.tx.init(_masked(self.treedef, {self.index: leaf}))
@@ -33,7 +43,15 @@ class Updater:
             shard = lambda x: reshard_like(x, leaf) if jnp.shape(x) == leaf.shape else x  # noqa: E731
             return jax.tree.map(shard, state)
 
-        return init(leaf) if self.layer_axis is None else jax.vmap(init, self.layer_axis)(leaf)
+        for axis in reversed(self._vmap_axes):
+            init = jax.vmap(init, axis)
+        return init(leaf)
+
+    @property
+    def _vmap_axes(self) -> list[int]:
+        """The layer axes, each without those before it."""
+        axes = self.layer_axes
+        return [axis - sum(a < axis for a in axes[:k]) for k, axis in enumerate(axes)]
 
     def apply(
         self,
@@ -77,47 +95,50 @@ class Updater:
         leaf: jax.Array,
         key: jax.Array | None = None,
         skip_update: jax.Array | None = None,
-    ) -> tuple[jax.Array, PyTree]:
-        """Updates the parameter, or all its layers, as `apply` does with the key of the step."""
-        if self.layer_axis is None:
-            return self.apply(grad, state, leaf, self.key(key), skip_update)
-        return self.apply_to_layers(grad, state, leaf, key, skip_update)
-
-    def apply_to_layers(
-        self,
-        grad: jax.Array,
-        state: PyTree,
-        leaf: jax.Array,
-        key: jax.Array | None = None,
-        skip_update: jax.Array | None = None,
         start: int = 0,
     ) -> tuple[jax.Array, PyTree]:
-        """Updates several layers at once.
+        """Updates the parameter, all its layers at once, or those from `start` on.
 
         Args:
-          grad: of the layers, with the layer axis where the parameter has it.
-          state: of the layers, with the layer axis in front.
-          leaf: the layers.
+          grad: see `apply`; of a stack with the layer axes where the parameter has them.
+          state: see `apply`; of a stack with the layer axes in front.
+          leaf: see `apply`.
           key: of the step.
-          skip_update: bool [], or [L] for each layer.
-          start: the index of the first layer.
+          skip_update: bool [], or [L] for each layer of a stack with one layer axis.
+          start: the index of the first layer of `leaf`, in a stack with one layer axis.
         """
-        axis = self.layer_axis
-        i = start + jnp.arange(leaf.shape[axis])
         each = skip_update is not None and skip_update.ndim > 0
 
-        def apply(grad, state, leaf, i, skip_update):
-            return self.apply(grad, state, leaf, self.key(key, i), skip_update)
+        def apply(grad, state, leaf, skip_update, *position):
+            return self.apply(grad, state, leaf, self.key(key, position), skip_update)
 
-        in_axes = (axis, 0, axis, 0, 0 if each else None)
-        return jax.vmap(apply, in_axes, (axis, 0))(grad, state, leaf, i, skip_update)
+        indices = [start + jnp.arange(leaf.shape[axis]) for axis in self.layer_axes]
+        for k, axis in reversed(list(enumerate(self._vmap_axes))):
+            counted = [0 if n == k else None for n in range(len(indices))]
+            in_axes = (axis, 0, axis, 0 if each else None, *counted)
+            apply = jax.vmap(apply, in_axes, (axis, 0))
+        return apply(grad, state, leaf, skip_update, *indices)
 
-    def key(self, key: jax.Array | None, i: Any = None) -> jax.Array | None:
-        """Returns the key for this parameter, or for layer i of it, given the key of the step."""
-        if key is None:
-            return None
-        key = jax.random.fold_in(key, self.index)
-        return key if i is None else jax.random.fold_in(key, i)
+    def key(self, key: jax.Array | None, position: Sequence[Any] = ()) -> jax.Array | None:
+        """Returns the key for this parameter, or for one layer of it, given the key of the step."""
+        for i in (self.index, *position):
+            key = None if key is None else jax.random.fold_in(key, i)
+        return key
+
+
+class Layer(NamedTuple):
+    """The layer of an outer scan in which gradients are used."""
+
+    stacks: dict[int, Stack]  # parameters of which the layers are layers of this layer
+    indices: tuple[jax.Array, ...]  # of this layer, see `Position.of`
+
+    def at(self, i: Any) -> tuple[Any, ...]:
+        """Returns the indices of layer i of this layer."""
+        return *self.indices, i
+
+    def enter(self, stacks: Sequence[Stack], i: jax.Array) -> "Layer":
+        """Returns layer i of this layer."""
+        return Layer({stack.index: stack for stack in stacks}, self.at(i))
 
 
 class Update:
@@ -149,12 +170,24 @@ class Update:
         self.updaters, self.params, self.states = updaters, list(params), dict(states)
         self.factor, self.key, self.finite = factor, key, finite
         self.stop_at_overflow = stop_at_overflow
+        self.layer = Layer({}, ())
 
     @jax.named_scope("update")  # separates it from the gradient in a profile
     def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
         olds = [(self.params[i], self.states[i]) for i in indices]
-        news, self.finite = self._apply(indices, grads, arrays.to_device(olds), self.finite)
-        self._store(indices, match_memory(news, olds))
+        stacks = [self.layer.stacks.get(i) for i in indices]
+        at = self.layer.indices
+        read = [
+            arrays.to_device(pair) if stack is None else _read(pair, stack, at)
+            for pair, stack in zip(olds, stacks, strict=True)
+        ]
+        parameters = [stack or i for stack, i in zip(stacks, indices, strict=True)]
+        news, self.finite = self._apply(parameters, grads, read, self.finite, at)
+        news = [
+            match_memory(new, old) if stack is None else _write(old, new, stack, at)
+            for new, old, stack in zip(news, olds, stacks, strict=True)
+        ]
+        self._store(indices, news)
 
     @property
     def needs_whole_layer(self) -> bool:
@@ -163,12 +196,13 @@ class Update:
 
     def init_carry(self, stacks: Sequence[Stack], first: int, read_ahead: bool) -> PyTree:
         pairs = [(self.params[stack.index], self.states[stack.index]) for stack in stacks]
-        layers = list(map(_read, pairs, stacks, [first] * len(pairs))) if read_ahead else None
-        return pairs, layers, self.finite
+        return pairs, self._read_all(pairs, stacks, first) if read_ahead else None, self.finite
 
     def read_layer(self, carry: PyTree, stacks: Sequence[Stack], k: int, i: jax.Array) -> jax.Array:
         pairs, layers, _ = carry
-        return _read_param(pairs[k][0], stacks[k], i) if layers is None else layers[k][0]
+        if layers is not None:
+            return layers[k][0]
+        return arrays.read_layer(pairs[k][0], stacks[k].places, self.layer.at(i))
 
     @jax.named_scope("update")
     def use_layer(
@@ -180,18 +214,21 @@ class Update:
         grads: Sequence[jax.Array],
     ) -> PyTree:
         pairs, layers, finite = carry
-        olds = [_read(pairs[k], stacks[k], i) if layers is None else layers[k] for k in ks]
-        news, finite = self._apply([stacks[k] for k in ks], grads, olds, finite, i)
+        at = self.layer.at(i)
+        olds = [_read(pairs[k], stacks[k], at) if layers is None else layers[k] for k in ks]
+        news, finite = self._apply([stacks[k] for k in ks], grads, olds, finite, at)
         pairs = list(pairs)
         for k, new in zip(ks, news, strict=True):
-            pairs[k] = _write(pairs[k], new, stacks[k], i)
+            pairs[k] = _write(pairs[k], new, stacks[k], at)
         return pairs, layers, finite
 
     def next_layer(self, carry: PyTree, stacks: Sequence[Stack], i: jax.Array) -> PyTree:
         pairs, layers, finite = carry
-        if layers is not None:
-            layers = list(map(_read, pairs, stacks, [i] * len(pairs)))
-        return pairs, layers, finite
+        return pairs, layers if layers is None else self._read_all(pairs, stacks, i), finite
+
+    def _read_all(self, pairs: Sequence[Any], stacks: Sequence[Stack], i: Any) -> list[Any]:
+        at = self.layer.at(i)
+        return [_read(pair, stack, at) for pair, stack in zip(pairs, stacks, strict=True)]
 
     def finish(self, carry: PyTree) -> PyTree:
         pairs, _, finite = carry
@@ -201,22 +238,33 @@ class Update:
         news, self.finite = result
         self._store([stack.index for stack in stacks], news)
 
+    def enter(self, carry: PyTree, stacks: Sequence[Stack], i: jax.Array) -> "Update":
+        inner = copy.copy(self)
+        inner.params, inner.states = list(self.params), dict(self.states)
+        inner.layer = self.layer.enter(stacks, i)
+        inner.store(inner.finish(carry), stacks)
+        return inner
+
+    def leave(self, inner: "Update", stacks: Sequence[Stack]) -> PyTree:
+        pairs = [(inner.params[stack.index], inner.states[stack.index]) for stack in stacks]
+        return pairs, None, inner.finite
+
     def _apply(
         self,
         parameters: Sequence[int | Stack],
         grads: Sequence[jax.Array],
         olds: Sequence[tuple[jax.Array, PyTree]],
         finite: jax.Array | None,
-        i: jax.Array | None = None,
+        at: Sequence[jax.Array],
     ) -> tuple[list[tuple[jax.Array, PyTree]], jax.Array | None]:
         """Returns new pairs (parameter, state) for `olds`, and whether all was finite so far.
 
         Args:
-          parameters: indices of whole parameters, or stacks of which layer i is updated.
+          parameters: indices of whole parameters, or stacks of which one layer is updated.
           grads: their gradients.
-          olds: pairs (parameter, state), or those of layer i.
+          olds: pairs (parameter, state), or those of the layer.
           finite: whether all was finite before, or None.
-          i: a layer.
+          at: the layer, see `Position.of`.
         """
         grads = [scale_gradient(g, self.factor) for g in grads]
         if self.stop_at_overflow and grads:
@@ -226,7 +274,7 @@ class Update:
         for parameter, grad, (leaf, state) in zip(parameters, grads, olds, strict=True):
             if isinstance(parameter, Stack):
                 updater = self.updaters[parameter.index]
-                key = updater.key(self.key, _layer(parameter, i))
+                key = updater.key(self.key, _position(self.params[updater.index], parameter, at))
                 new = updater.apply(grad, state, leaf, key, skip_update)
             else:
                 new = self.updaters[parameter].apply_whole(grad, state, leaf, self.key, skip_update)
@@ -251,6 +299,7 @@ class SumOfSquares:
     def __init__(self, params: Sequence[jax.Array], factor: jax.Array | None):
         self.params, self.factor = params, factor
         self.total = jnp.float32(0.0)
+        self.layer = Layer({}, ())
 
     def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
         del indices
@@ -264,7 +313,7 @@ class SumOfSquares:
         self, carry: jax.Array, stacks: Sequence[Stack], k: int, i: jax.Array
     ) -> jax.Array:
         del carry
-        return _read_param(self.params[stacks[k].index], stacks[k], i)
+        return arrays.read_layer(self.params[stacks[k].index], stacks[k].places, self.layer.at(i))
 
     def use_layer(
         self,
@@ -288,6 +337,15 @@ class SumOfSquares:
         del stacks
         self.total = result
 
+    def enter(self, carry: jax.Array, stacks: Sequence[Stack], i: jax.Array) -> "SumOfSquares":
+        inner = copy.copy(self)
+        inner.total, inner.layer = carry, self.layer.enter(stacks, i)
+        return inner
+
+    def leave(self, inner: "SumOfSquares", stacks: Sequence[Stack]) -> jax.Array:
+        del stacks
+        return inner.total
+
     def _of(self, grads: Sequence[jax.Array]) -> jax.Array:
         return sum_of_squares([scale_gradient(g, self.factor) for g in grads])
 
@@ -309,31 +367,37 @@ def all_finite(grads: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(g).all() for g in grads]).all()
 
 
-def _layer(stack: Stack, i: Any) -> Any:
-    """Returns the index, in the parameter, of layer i of the scan."""
-    return i + stack.start if stack.start else i
+def _position(leaf: jax.Array, stack: Stack, at: Sequence[Any]) -> list[Any]:
+    """Returns the index of a layer along each layer axis of its parameter."""
+    starts, _, dropped = Position.of(leaf.shape, stack.places, at)
+    axes = arrays.layer_axes(leaf.ndim, stack.places) or ()
+    assert sorted(axes) == dropped, "a group of layers is updated as a layer"
+    return [starts[axis] for axis in axes]
 
 
-def _read_param(leaf: jax.Array, stack: Stack, i: Any) -> jax.Array:
-    return arrays.read_layer(leaf, _layer(stack, i), stack.axis)
-
-
-def _read(pair: tuple[jax.Array, PyTree], stack: Stack, i: Any) -> tuple[jax.Array, PyTree]:
-    """Returns layer i of a parameter and of its state, on the device."""
+def _read(
+    pair: tuple[jax.Array, PyTree], stack: Stack, at: Sequence[Any]
+) -> tuple[jax.Array, PyTree]:
+    """Returns a layer of a parameter and of its state, on the device."""
     leaf, state = pair
-    of_state = jax.tree.map(lambda x: arrays.read_layer(x, _layer(stack, i)), state)
-    return _read_param(leaf, stack, i), of_state
+    position = _position(leaf, stack, at)
+    in_state = [arrays.Place()] * len(position)
+    layers = jax.tree.map(lambda x: arrays.read_layer(x, in_state, position), state)
+    return arrays.read_layer(leaf, stack.places, at), layers
 
 
 def _write(
-    pair: tuple[jax.Array, PyTree], layer: tuple[jax.Array, PyTree], stack: Stack, i: Any
+    pair: tuple[jax.Array, PyTree],
+    layer: tuple[jax.Array, PyTree],
+    stack: Stack,
+    at: Sequence[Any],
 ) -> tuple[jax.Array, PyTree]:
-    """Writes layer i of a parameter and of its state, in the memory that they are in."""
-    write = jax.lax.dynamic_update_index_in_dim
+    """Writes a layer of a parameter and of its state, in the memory that they are in."""
     (leaf, state), (new, new_state) = pair, match_memory(layer, pair)
-    i = _layer(stack, i)
-    state = jax.tree.map(lambda x, new: write(x, new, i, axis=0), state, new_state)
-    return write(leaf, new, i, axis=stack.axis), state
+    position = _position(leaf, stack, at)
+    in_state = [arrays.Place()] * len(position)
+    write = lambda x, new: arrays.write_layer(x, new, in_state, position)  # noqa: E731
+    return arrays.write_layer(leaf, new, stack.places, at), jax.tree.map(write, state, new_state)
 
 
 def _masked(treedef: Any, leaves: Mapping[int, Any]) -> PyTree:
@@ -345,7 +409,7 @@ def check_independent(
     tx: optax.GradientTransformation,
     params: Params,
     trainable: Sequence[bool],
-    layer_axes: Mapping[int, int],
+    layer_axes: Mapping[int, tuple[int, ...]],
 ) -> None:
     """Raises ValueError if `tx` updates one parameter from the gradient or value of another.
 
@@ -356,7 +420,7 @@ def check_independent(
     indices = [i for i, is_trainable in enumerate(trainable) if is_trainable]
     # tx sees one layer of a stack, and gradients in float32.
     shapes = [
-        jax.ShapeDtypeStruct(_layer_shape(leaves[i], layer_axes.get(i)), leaves[i].dtype)
+        jax.ShapeDtypeStruct(_layer_shape(leaves[i], layer_axes.get(i, ())), leaves[i].dtype)
         for i in indices
     ]
     grads = [jax.eval_shape(widen, x) for x in shapes]
@@ -364,7 +428,9 @@ def check_independent(
     def tree(values):
         return _masked(treedef, dict(zip(indices, values, strict=True)))
 
-    state, state_def = jax.tree.flatten(jax.eval_shape(lambda x: tx.init(tree(x)), shapes))
+    first_state = jax.eval_shape(lambda x: tx.init(tree(x)), shapes)
+    state, state_def = jax.tree.flatten(first_state)
+    tx = with_value(tx, jnp.float32(0))
 
     def update(grads, state, params):
         state = jax.tree.unflatten(state_def, state)
@@ -390,12 +456,23 @@ def check_independent(
             raise ValueError(
                 f"tx updates parameter {names[i]} from {other}: a transformation that mixes "
                 "parameters needs all their gradients at once, and the fused step never has them; "
-                "to clip by the global norm use clip_norm"
+                + _instead_of_mixing(first_state)
             )
 
 
-def _layer_shape(x: Any, axis: int | None) -> tuple[int, ...]:
-    return x.shape if axis is None else (*x.shape[:axis], *x.shape[axis + 1 :])
+def _instead_of_mixing(state: PyTree) -> str:
+    """Returns what to do in place of a transformation that mixes parameters."""
+    is_of_finite = lambda x: isinstance(x, optax.ApplyIfFiniteState)  # noqa: E731
+    if any(map(is_of_finite, jax.tree.leaves(state, is_leaf=is_of_finite))):
+        return (
+            "in place of apply_if_finite use loss_scale=DynamicLossScale(), which skips steps that "
+            "are not finite, or look at StepOutput.finite"
+        )
+    return "to clip by the global norm use clip_norm"
+
+
+def _layer_shape(x: Any, axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
 
 
 def must_round(dtype: jax.typing.DTypeLike) -> bool:

@@ -176,6 +176,160 @@ def test_hyperparameters_can_be_set_between_steps():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("value", [0.0, jnp.asarray(0.0), jnp.float32(0.0)], ids=repr)
+@pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
+def test_a_learning_rate_set_for_all_layers(make_step, value, standard_promotion):
+    """`optax.tree_utils.tree_set` sets a scalar where a stack has [L]."""
+    tx = optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
+    step = make_step(loss_of(scanned), tx)
+    params, batch = stacked_params(), normal(np.random.default_rng(1), B, D)
+    _, state, _ = step(params, step.init(params, batch), batch)
+    still = state._replace(
+        optimizer=optax.tree_utils.tree_set(state.optimizer, learning_rate=value)
+    )
+    new, after, _ = step(params, still, batch)
+    jax.tree.map(np.testing.assert_array_equal, new, params)
+    jax.tree.map(np.testing.assert_array_equal, new, quick_jit(step)(params, still, batch)[0])
+    # Nothing else in the state is lost.
+    _, expected, _ = step(params, state, batch)
+    for name, found in after.optimizer.items():
+        rate = found.hyperparams["learning_rate"]
+        assert rate.shape == ((L,) if name.startswith("layers") else ())
+        assert not rate.any()
+        jax.tree.map(
+            np.testing.assert_array_equal, found.inner_state, expected.optimizer[name].inner_state
+        )
+
+
+def test_a_scalar_is_no_moment_of_a_stack():
+    step = lomo_jax.fused_step(loss_of(scanned), optax.sgd(0.1, momentum=0.9))
+    params, batch = stacked_params(), normal(np.random.default_rng(1), B, D)
+    state = step.init(params, batch)
+    wrong = jax.tree.map(lambda x: jnp.float32(0), state.optimizer)
+    with pytest.raises(ValueError, match=r"float32\[\] at .* not float32\["):
+        step(params, state._replace(optimizer=wrong), batch)
+
+
+OF_THE_VALUE = {
+    "reduce_on_plateau": optax.chain(
+        optax.adam(0.1), optax.contrib.reduce_on_plateau(factor=0.1, patience=1, cooldown=1)
+    ),
+    "schedule_free": optax.contrib.schedule_free_sgd(0.1),
+    "step_size_of_the_loss": optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(),
+        lambda g, s, p=None, *, value, **_: (jax.tree.map(lambda g: -0.1 * value * g, g), s),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_THE_VALUE)
+@pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
+def test_a_transformation_that_takes_the_value(make_step, name, assert_close, standard_promotion):
+    """The loss scale is not in the value, and microbatches do not change it."""
+    tx = OF_THE_VALUE[name]
+    batches = [normal(np.random.default_rng(seed % 2), B, D) for seed in range(6)]
+    step = make_step(loss_of(scanned), tx, microbatches=2, loss_scale=8.0)
+    start = stacked_params()
+    params, state = start, step.init(start, batches[0])
+
+    @quick_jit
+    def plain(params, state, batch):
+        value, grads = jax.value_and_grad(loss_of(unrolled))(params, batch)
+        updates, state = tx.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    expected = unstack(start)
+    plain_state = tx.init(expected)
+    run = quick_jit(step)
+    for batch in batches:
+        params, state, _ = run(params, state, batch)
+        expected, plain_state = plain(expected, plain_state, batch)
+    assert_close(unstack(params), expected)
+    if name == "reduce_on_plateau":
+        assert plain_state[1].scale < 1  # the loss stopped falling
+        for of_name in state.optimizer.values():
+            np.testing.assert_allclose(of_name[1].scale, plain_state[1].scale)
+
+
+def test_the_value_is_weighted():
+    seen = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.float32(0),
+        lambda g, s, p=None, *, value, **_: (jax.tree.map(jnp.zeros_like, g), value),
+    )
+
+    def loss(params, batch):
+        count = batch["mask"].sum()
+        total = jnp.vdot((params * batch["x"]) ** 2, batch["mask"])
+        return lomo_jax.WeightedLoss(total / jnp.maximum(count, 1), count)
+
+    batch = {"x": jnp.arange(4.0), "mask": jnp.array([1.0, 0.0, 1.0, 1.0])}
+    params = jnp.float32(1.0)
+    for make_step in (lomo_jax.fused_step, lomo_jax.reference_step):
+        step = make_step(loss, seen, microbatches=2, loss_scale=4.0)
+        _, state, out = step(params, step.init(params, batch), batch)
+        assert state.optimizer["params"] == out.loss == pytest.approx(13 / 3)
+
+
+@pytest.mark.parametrize(
+    ("tx", "names"),
+    [
+        (optax.adamw(0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)), "layers/gain"),
+        (optax.contrib.muon(0.1), "layers/down, layers/gain, layers/up"),
+        (optax.masked(optax.sgd(0.1, 0.9), lambda p: jax.tree.map(lambda x: x.ndim > 2, p)), "up"),
+    ],
+    ids=["decay_of_matrices", "muon", "momentum_of_stacks"],
+)
+def test_a_rule_by_ndim_warns(tx, names, standard_promotion):
+    params, batch = stacked_params(), normal(np.random.default_rng(1), B, D)
+    step = lomo_jax.fused_step(loss_of(scanned), tx)
+    with pytest.warns(
+        UserWarning, match=rf"^tx has another rule for .*{names} as a whole"
+    ) as found:
+        state = step.init(params, batch)
+    assert len(found) == 1
+    step(params, state, batch)
+    lomo_jax.reference_step(loss_of(scanned), tx).init(params, batch)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        lomo_jax.adalomo(0.1),
+        lomo_jax.lomo(0.1),
+        optax.adafactor(0.1, min_dim_size_to_factor=2),
+        optax.adafactor(0.1),
+        optax.lamb(0.1),
+        optax.novograd(0.1),
+        optax.sm3(0.1),
+        optax.adamw(0.1, mask=is_matrix),
+    ],
+    ids=["adalomo", "lomo", "factored", "adafactor", "lamb", "novograd", "sm3", "mask_by_path"],
+)
+def test_no_rule_by_ndim(tx, standard_promotion):
+    params, batch = stacked_params(), normal(np.random.default_rng(1), B, D)
+    lomo_jax.fused_step(loss_of(scanned), tx).init(params, batch)
+
+
+@pytest.mark.parametrize("make_step", [lomo_jax.fused_step, lomo_jax.reference_step])
+def test_without_jit(make_step, assert_close):
+    """`jax.disable_jit` unrolls loops: the layers are found all the same."""
+    params, batch = stacked_params(), normal(np.random.default_rng(1), B, D)
+    step = make_step(
+        loss_of(scanned),
+        lomo_jax.adalomo(0.1),
+        clip_norm=0.1,
+        microbatches=2,
+        loss_scale=lomo_jax.DynamicLossScale(),
+    )
+    expected = quick_jit(step)(params, step.init(params, batch), batch)
+    with jax.disable_jit():
+        found = step(params, step.init(params, batch), batch)
+        explanation = step.explain(params, batch)
+    assert_close(found, expected)
+    assert str(explanation) == str(step.explain(params, batch))
+    assert "scan of 3 layers" in str(explanation)
+
+
 def test_state_keeps_its_dtype(standard_promotion):
     """Gradients come in float32; the moments of bfloat16 parameters stay in bfloat16."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), stacked_params())
