@@ -341,7 +341,7 @@ def _pull_into(scan: Scan, context: _Context) -> list[Operation] | None:
         args = _split(args, [scan.consts, prelude.shared, scan.carry, others, sources])
         consts, shared, carry, other_xs, source_xs = args
         pulled = compute(source_xs, shared)
-        pulled = [jax.lax.squeeze(x, [y.axis]) for x, y in zip(pulled, reached, strict=True)]
+        pulled = [jax.lax.squeeze(x, [y.place.axis]) for x, y in zip(pulled, reached, strict=True)]
         xs = scatter(reaching, pulled, reaching)
         xs = scatter(xs, other_xs, zip_not(reaching))
         return jex.jaxpr_as_fun(scan.body)(*consts, *carry, *xs)

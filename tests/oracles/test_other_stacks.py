@@ -273,7 +273,7 @@ def supervised(apply, init, width):
 @case
 def alphafold(layers, width):
     """AlphaFold 2.3.2: its Evoformer in its `layer_stack`, as `EmbeddingsAndEvoformer` runs it."""
-    packages = "alphafold-colabfold==2.3.27 dm-haiku==0.0.17 jmp==0.0.4"
+    packages = "alphafold-colabfold==2.3.6 dm-haiku==0.0.17 jmp==0.0.4"
     # Its constants need one function of `tree`.
     tree = types.ModuleType("tree")
     tree.map_structure = jax.tree.map
