@@ -501,22 +501,28 @@ def _counted(
         labels = {v: int(v not in counters) for v in variables}
         for eqn in eqns:
             outputs = jaxprs.operation_dependence(eqn, labels)
+            if eqn.effects:  # such as the index of a device, inside of a `shard_map`
+                outputs = [1] * len(outputs)
             labels.update(zip(eqn.outvars, outputs, strict=True))
         unknown = {v for v in counters if v in following and jaxprs.label(following[v], labels)}
         if not unknown:
             break
         counters -= unknown
     wanted = [v for v in wanted if not labels[v]]
+    if not wanted:
+        return {}
     carry, xs = [v for v in carry if v in counters], [v for v in xs if v in counters]
     outputs = [*(following[v] for v in carry), *wanted]
-    needed = [e for e in jaxprs.live(eqns, outputs) if not any(labels[v] for v in e.outvars)]
+    needed = jaxprs.live([eqn for eqn in eqns if not eqn.effects], outputs)
+    needed = [eqn for eqn in needed if not any(labels[v] for v in eqn.outvars)]
     function = jaxprs.as_function(scan.body, needed, [*carry, *xs], outputs)
 
     def count(state, x):
         outputs = function(*state, *x)
         return outputs[: len(state)], outputs[len(state) :]
 
-    with jax.ensure_compile_time_eval():
+    no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with jax.ensure_compile_time_eval(), no_mesh:
         first_state, stacks = ([_value(atoms[v], context) for v in part] for part in (carry, xs))
         _, values = jax.lax.scan(count, first_state, stacks, scan.length, scan.reverse)
     return dict(zip(wanted, map(np.asarray, values), strict=True))
