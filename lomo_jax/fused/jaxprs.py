@@ -13,7 +13,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from lomo_jax.fused.arrays import Place
+from lomo_jax.fused.arrays import Place, read_layer
+from lomo_jax.fused.flags import scatter, select
 
 Atom = jex.Var | jex.Literal
 
@@ -137,6 +138,29 @@ def read_scan(eqn: jex.JaxprEqn) -> Scan:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
+
+
+def with_body(scan: Scan, body: Callable[..., Any]) -> Scan:
+    """Returns the scan with another body, and without the consts that the body does not use."""
+
+    def layer(x: Layers) -> Any:
+        return jax.eval_shape(lambda of: read_layer(of, [x.place], [0]), x.of.aval)
+
+    xs = list(map(layer, scan.layers))
+    closed = jax.make_jaxpr(body)(*(a.aval for a in [*scan.consts, *scan.carry]), *xs)
+    jaxpr = open_jaxpr(closed)
+    used = variables(a for eqn in jaxpr.eqns for a in eqn.invars)
+    used |= variables(jaxpr.outvars)
+    is_used = [v in used for v in jaxpr.invars[: len(scan.consts)]]
+    if not all(is_used):
+        consts = select(scan.consts, is_used)
+
+        def smaller(*args):
+            used = scatter([None] * len(is_used), args[: len(consts)], is_used)
+            return body(*used, *args[len(consts) :])
+
+        return with_body(scan._replace(consts=consts), smaller)
+    return scan._replace(body=closed)
 
 
 def bodies(eqn: jex.JaxprEqn) -> list[Any]:

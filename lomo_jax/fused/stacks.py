@@ -21,9 +21,10 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from lomo_jax.fused import arrays, jaxprs, layer_axis
+from lomo_jax.fused import jaxprs, layer_axis
 from lomo_jax.fused.arrays import Place
 from lomo_jax.fused.flags import scatter, select, zip_not
+from lomo_jax.fused.indexed import scan_indexed
 from lomo_jax.fused.jaxprs import Atom, Layers, Operation, Scan
 
 # Operations that change no value. A stack's own sharding makes a constraint on it redundant.
@@ -112,7 +113,7 @@ def scan_parameters(
     for operation in reversed(jaxprs.live(program, results)):
         new = None
         if not isinstance(operation, Scan) and jaxprs.is_scan(operation):
-            new = _pull_into(_scan_indexed(jaxprs.read_scan(operation), context), context)
+            new = _pull_into(context.read_scan(operation), context)
         rewritten += [operation] if new is None else new[::-1]
     program = jaxprs.live(rewritten[::-1], results)
     program = _merge(program, roots, loss)
@@ -124,7 +125,7 @@ def moved_equations(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
     context = _Context.of(program, loss)
     found = set()
     for eqn in filter(jaxprs.is_scan, program):
-        scan = _scan_indexed(jaxprs.read_scan(eqn), context)
+        scan = context.read_scan(eqn)
         if reaching := _reaching(scan, context):
             prelude = _Prelude(context)
             for layers in select(scan.layers, reaching):
@@ -182,6 +183,10 @@ class _Context(NamedTuple):
 
     def depends_on_batch(self, atom: Atom) -> bool:
         return bool(jaxprs.label(atom, self.labels) & self.loss.of_batch)
+
+    def read_scan(self, eqn: jex.JaxprEqn) -> Scan:
+        scan = jaxprs.read_scan(eqn)
+        return scan_indexed(scan, list(map(self.depends_on_params, scan.consts)), self.producers)
 
     def is_param(self, atom: Atom) -> bool:
         return isinstance(atom, jex.Var) and any(atom is v for v in self.loss.params)
@@ -347,36 +352,16 @@ def _pull_into(scan: Scan, context: _Context) -> list[Operation] | None:
         return jex.jaxpr_as_fun(scan.body)(*consts, *carry, *xs)
 
     consts = [*scan.consts, *prelude.shared]
-    return [*before, _with_body(scan._replace(consts=consts, layers=[*others, *sources]), body)]
+    return [
+        *before,
+        jaxprs.with_body(scan._replace(consts=consts, layers=[*others, *sources]), body),
+    ]
 
 
 def _split(items: Sequence[Any], like: Iterable[Collection[Any]]) -> list[Sequence[Any]]:
     """Splits a sequence into parts as long as those of `like`."""
     ends = np.cumsum([0, *map(len, like)])
     return [items[a:b] for a, b in itertools.pairwise(ends)]
-
-
-def _with_body(scan: Scan, body: Callable[..., Any]) -> Scan:
-    """Returns the scan with another body, and without the consts that the body does not use."""
-
-    def layer(x: Layers) -> Any:
-        return jax.eval_shape(lambda of: arrays.read_layer(of, [x.place], [0]), x.of.aval)
-
-    xs = list(map(layer, scan.layers))
-    closed = jax.make_jaxpr(body)(*(a.aval for a in [*scan.consts, *scan.carry]), *xs)
-    jaxpr = jaxprs.open_jaxpr(closed)
-    used = jaxprs.variables(a for eqn in jaxpr.eqns for a in eqn.invars)
-    used |= jaxprs.variables(jaxpr.outvars)
-    is_used = [v in used for v in jaxpr.invars[: len(scan.consts)]]
-    if not all(is_used):
-        consts = select(scan.consts, is_used)
-
-        def smaller(*args):
-            used = scatter([None] * len(is_used), args[: len(consts)], is_used)
-            return body(*used, *args[len(consts) :])
-
-        return _with_body(scan._replace(consts=consts), smaller)
-    return scan._replace(body=closed)
 
 
 def _move_to_front(layers: Layers, length: int) -> tuple[list[jex.JaxprEqn], Layers]:
@@ -394,159 +379,6 @@ def _move_to_front(layers: Layers, length: int) -> tuple[list[jex.JaxprEqn], Lay
     closed = jax.make_jaxpr(move)(layers.of.aval)
     eqns, results = jaxprs.inline(closed, [layers.of], jaxprs.is_call)
     return eqns, Layers(results[0])
-
-
-def _scan_indexed(scan: Scan, context: _Context) -> Scan:
-    """Scans the stacks that the body of a loop indexes with the loop's counter."""
-    inputs = jaxprs.open_jaxpr(scan.body).invars
-    is_indexed = [
-        context.depends_on_params(atom)
-        and {"dynamic_slice", "gather"}.issuperset(
-            eqn.primitive.name for eqn in jaxprs.users(scan.body, v)
-        )
-        for v, atom in zip(inputs, scan.consts, strict=False)
-    ]
-    if not any(is_indexed):
-        return scan
-    variables = [jex.Var(v.aval) for v in inputs]
-    eqns, results = jaxprs.inline(scan.body, variables, jaxprs.is_call)
-    stacks = {
-        v: atom for v, atom, flag in zip(variables, scan.consts, is_indexed, strict=False) if flag
-    }
-    reads = [eqn for eqn in eqns if not stacks.keys().isdisjoint(jaxprs.variables(eqn.invars[:1]))]
-    indices = jaxprs.variables(a for eqn in reads for a in eqn.invars[1:])
-    values = _counted(scan, variables, eqns, results, list(indices), context)
-    found = {
-        eqn.outvars[0]: layers
-        for eqn in reads
-        for v in jaxprs.variables(eqn.invars[:1])
-        if (layers := _indexed_layers(eqn, stacks[v], values, scan.length))
-    }
-    if not found:
-        return scan
-    rest = [eqn for eqn in eqns if eqn.outvars[0] not in found]
-    function = jaxprs.as_function(
-        scan.body, jaxprs.live(rest, results), [*variables, *found], results
-    )
-
-    def body(*args):
-        layers = [
-            x if x.shape == jaxprs.shape(v) else jax.lax.expand_dims(x, [layers.place.axis])
-            for x, (v, layers) in zip(args[len(variables) :], found.items(), strict=True)
-        ]
-        return function(*args[: len(variables)], *layers)
-
-    return _with_body(scan._replace(layers=[*scan.layers, *found.values()]), body)
-
-
-def _indexed_layers(
-    eqn: jex.JaxprEqn, stack: Atom, values: Mapping[Atom, np.ndarray], length: int
-) -> Layers | None:
-    """Returns the layers that a loop reads in turn with `eqn`; None if it reads something else.
-
-    Args:
-      eqn: reads a part of `stack` in the body of the loop.
-      stack: an array.
-      values: the known values of integers in the loop, [L, ...].
-      length: L, of the loop.
-    """
-    whole, sizes = jaxprs.shape(stack), eqn.params["slice_sizes"]
-    axes = [d for d, size in enumerate(sizes) if size != whole[d]]
-    if len(axes) != 1 or sizes[axes[0]] != 1:
-        return None
-    (axis,) = axes
-    if eqn.primitive.name == "gather":
-        numbers, index = eqn.params["dimension_numbers"], eqn.invars[1]
-        one_layer = (*whole[:axis], *whole[axis + 1 :])
-        if numbers.start_index_map != (axis,) or jaxprs.shape(eqn.outvars[0]) != one_layer:
-            return None
-    else:
-        index = eqn.invars[1 + axis]
-    if isinstance(index, jex.Literal) or index not in values:
-        return None
-    index = values[index].reshape(length)
-    start = int(index[0])
-    if np.array_equal(index, start + np.arange(length)) and 0 <= start <= whole[axis] - length:
-        return Layers(stack, Place(axis, start))
-    return None
-
-
-def _counted(
-    scan: Scan,
-    variables: Sequence[jex.Var],
-    eqns: Sequence[jex.JaxprEqn],
-    results: Sequence[Atom],
-    wanted: Sequence[jex.Var],
-    context: _Context,
-) -> dict[Atom, np.ndarray]:
-    """Computes the integers in a loop that depend on nothing but its counter.
-
-    Args:
-      scan: the loop.
-      variables: inputs of its body.
-      eqns: equations of its body.
-      results: results of its body.
-      wanted: integers in the body.
-      context: of the program around the loop.
-
-    Returns:
-      The values of those of `wanted` that are known, in the order of the scan's layers, [L, ...].
-    """
-    first = len(scan.consts)
-    carry, xs = variables[first : first + len(scan.carry)], variables[first + len(scan.carry) :]
-    atoms = dict(zip([*carry, *xs], [*scan.carry, *scan.xs], strict=True))
-    counters = {v for v, atom in atoms.items() if _is_integer(v) and _is_known(atom, context)}
-    following = dict(zip(carry, results, strict=False))
-    while True:
-        labels = {v: int(v not in counters) for v in variables}
-        for eqn in eqns:
-            outputs = jaxprs.operation_dependence(eqn, labels)
-            outputs = [1] * len(outputs) if _is_position(eqn) else outputs
-            labels.update(zip(eqn.outvars, outputs, strict=True))
-        unknown = {v for v in counters if v in following and jaxprs.label(following[v], labels)}
-        if not unknown:
-            break
-        counters -= unknown
-    wanted = [v for v in wanted if not labels[v]]
-    carry, xs = [v for v in carry if v in counters], [v for v in xs if v in counters]
-    outputs = [*(following[v] for v in carry), *wanted]
-    needed = [e for e in jaxprs.live(eqns, outputs) if not any(labels[v] for v in e.outvars)]
-    function = jaxprs.as_function(scan.body, needed, [*carry, *xs], outputs)
-
-    def count(state, x):
-        outputs = function(*state, *x)
-        return outputs[: len(state)], outputs[len(state) :]
-
-    with jax.ensure_compile_time_eval():
-        first_state, stacks = ([_value(atoms[v], context) for v in part] for part in (carry, xs))
-        _, values = jax.lax.scan(count, first_state, stacks, scan.length, scan.reverse)
-    return dict(zip(wanted, map(np.asarray, values), strict=True))
-
-
-def _is_integer(var: jex.Var) -> bool:
-    return jnp.issubdtype(jaxprs.dtype(var), jnp.integer)
-
-
-def _is_known(atom: Atom, context: _Context) -> bool:
-    """Returns whether a value depends on no input of the loss."""
-    if isinstance(atom, jex.Literal):
-        return True
-    if atom not in context.producers or jaxprs.label(atom, context.labels):
-        return False
-    return not any(map(_is_position, jaxprs.live(context.program, [atom])))
-
-
-def _is_position(operation: Operation) -> bool:
-    """Returns whether a value depends on the device, inside `jax.shard_map` or `jax.vmap`."""
-    return not isinstance(operation, Scan) and operation.primitive.name == "axis_index"
-
-
-def _value(atom: Atom, context: _Context) -> Any:
-    """Computes a value that depends on no input of the loss."""
-    if isinstance(atom, jex.Literal):
-        return atom.val
-    eqns = [eqn for eqn in jaxprs.live(context.program, [atom]) if not eqn.effects]
-    return jaxprs.as_function(context.loss.closed, eqns, [], [atom])()[0]
 
 
 def _merge(program: Sequence[Operation], roots: Sequence[Atom], loss: Loss) -> list[Operation]:
@@ -586,7 +418,7 @@ def _merged(a: Scan, b: Scan) -> Scan:
         carry_out=[*a.carry_out, *b.carry_out],
         ys=[*a.ys, *b.ys],
     )
-    return _with_body(merged, body)
+    return jaxprs.with_body(merged, body)
 
 
 def follows(b: Any, a: Any, program: Iterable[Operation]) -> bool:
@@ -735,7 +567,7 @@ def _with_reductions(scan: Scan, reductions: Sequence[_Part], context: _Context)
         layers=list(layers.values()),
         ys=[*scan.ys, *(part.result for part in reductions)],
     )
-    return [*before, _with_body(new, body)]
+    return [*before, jaxprs.with_body(new, body)]
 
 
 def _stack_type(var: jex.Var, length: int) -> Any:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from lomo_jax.fused import arrays, jaxprs
 from lomo_jax.fused.arrays import Params, PyTree, widen
 
 
-def with_value(tx: optax.GradientTransformation, value: jax.Array) -> optax.GradientTransformation:
+def with_value(tx: optax.GradientTransformation, value: ArrayLike) -> optax.GradientTransformation:
     """Returns `tx` with the extra argument ``value`` of its update, the loss, float32 []."""
     tx = optax.with_extra_args_support(tx)
     return optax.GradientTransformation(tx.init, functools.partial(tx.update, value=value))
@@ -45,7 +45,7 @@ def rule_by_ndim(
             return jax.tree.unflatten(treedef, [*others[:i], x, *others[i + 1 :]])
 
         try:
-            differs = _differ(with_value(tx, jnp.float32(0)), tree, whole, layer)
+            differs = _differ(with_value(tx, np.float32(0)), tree, whole, layer)
         except Exception:  # a transformation that takes no stack at all has no rule for it
             continue
         if differs:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lomo_jax.fused import arrays, jaxprs
@@ -430,7 +431,7 @@ def check_independent(
 
     first_state = jax.eval_shape(lambda x: tx.init(tree(x)), shapes)
     state, state_def = jax.tree.flatten(first_state)
-    tx = with_value(tx, jnp.float32(0))
+    tx = with_value(tx, np.float32(0))
 
     def update(grads, state, params):
         state = jax.tree.unflatten(state_def, state)

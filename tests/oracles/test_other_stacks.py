@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax.linen import partitioning
-from helpers import normal
+from helpers import normal, quick_jit
 
 import lomo_jax
 from lomo_jax.fused import arrays
@@ -40,6 +40,7 @@ class Case(NamedTuple):
     params: Any
     batch: Any  # arrays [B, ...]; later batches have the same rows in another order
     stack: Any  # the part of `params` that is layers
+    tx: optax.GradientTransformation = optax.adamw(1e-2, eps=1e-3)
 
 
 CASES: dict[str, Callable[[int, int], Case]] = {}
@@ -273,7 +274,7 @@ def supervised(apply, init, width):
 @case
 def alphafold(layers, width):
     """AlphaFold 2.3.2: its Evoformer in its `layer_stack`, as `EmbeddingsAndEvoformer` runs it."""
-    packages = "alphafold-colabfold==2.3.27 dm-haiku==0.0.17 jmp==0.0.4"
+    packages = "alphafold-colabfold==2.3.27 colabfold-kernels==0.9.0 dm-haiku==0.0.17 jmp==0.0.4"
     # Its constants need one function of `tree`.
     tree = types.ModuleType("tree")
     tree.map_structure = jax.tree.map
@@ -311,7 +312,8 @@ def alphafold(layers, width):
 
     one = jax.tree.map(lambda x: x[0], batch)
     params = random(jax.eval_shape(model.init, jax.random.key(0), one["msa"], one["pair"]))
-    return Case(loss_fn, params, batch, params)
+    # The gradient of some biases is zero: an adaptive rule would amplify its rounding errors.
+    return Case(loss_fn, params, batch, params, lomo_jax.lomo(0.1))
 
 
 def temporaries(make_step, case):
@@ -319,7 +321,7 @@ def temporaries(make_step, case):
     step = make_step(case.loss_fn, lomo_jax.adalomo(1e-3))
     params, batch = jax.eval_shape(lambda: (case.params, case.batch))
     state = jax.eval_shape(step.init, params, batch)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    compiled = quick_jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -332,7 +334,7 @@ def test_steps_agree(name, standard_promotion, assert_steps_agree):
     assert {i for i, leaf in enumerate(leaves) if any(leaf is x for x in stack)} == walked
     rows = [np.roll(np.arange(B), i) for i in range(STEPS)]
     batches = [jax.tree.map(lambda x, row=row: x[row], found.batch) for row in rows]
-    assert_steps_agree(found.loss_fn, optax.adamw(1e-2, eps=1e-3), found.params, batches)
+    assert_steps_agree(found.loss_fn, found.tx, found.params, batches)
 
 
 @pytest.mark.parametrize("name", CASES)
