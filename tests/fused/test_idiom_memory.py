@@ -1,7 +1,7 @@
 """Memory of losses as people write them: one layer's gradient, and no copy of a stack.
 
-As XLA plans it on CPU. Of what a loss computes from the batch alone, a mask for example, all layers
-may exist.
+As XLA plans it for a CPU, and for a GPU that is not present. Of what a loss computes from the batch
+alone, a mask for example, all layers may exist.
 """
 
 import re
@@ -13,6 +13,7 @@ from idioms import IDIOMS, Sizes, layer_axis
 
 import lomo_jax
 from lomo_jax.fused import arrays
+from lomo_jax.plan import gpus, make_mesh
 
 SMALL = Sizes(L=4, B=2, T=16, D=128, F=384)
 LARGE = SMALL._replace(L=12)
@@ -63,13 +64,15 @@ QUICK = (
 )
 
 
-def compiled(make_step, name, sizes):
+def compiled(make_step, name, sizes, sharding=None):
     loss, params, batch = IDIOMS[name].make(sizes)
     step = make_step(loss, lomo_jax.adalomo(1e-2), **IDIOMS[name].options)
     params, batch = jax.eval_shape(lambda *x: x, params, batch)
     state = jax.eval_shape(step.init, params, batch)
-    executable = quick_jit(step, donate_argnums=(0, 1)).lower(params, state, batch).compile()
-    return executable, params
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (params, state, batch)
+    )
+    return quick_jit(step, donate_argnums=(0, 1)).lower(*arguments).compile(), params
 
 
 def temporaries(executable):
@@ -109,6 +112,26 @@ def test_temporaries_grow_with_depth_by_the_layer_inputs_only(name):
     growth = (many - few) / (LARGE.L - SMALL.L)
     assert growth < 1.05 * inputs + 0.02 * LAYER
     assert few < SMALL.L * 1.5 * inputs + 8 * LAYER
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize("name", QUICK)
+def test_a_gpu_holds_one_layer_too(name, standard_promotion):
+    pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `cuda`")
+    device = make_mesh(gpus.find("rtx3090")).devices.item()
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    small = Sizes(L=4, B=2, T=256, D=512, F=1536)
+    inputs, layer = KINDS[name] * 4 * small.B * small.T * small.D, 2 * 4 * small.D * small.F
+    temps = []
+    for sizes in (small, small._replace(L=12)):
+        executable, params = compiled(lomo_jax.fused_step, name, sizes, sharding)
+        assert copies_of_stacks(executable, params, IDIOMS[name].axes) == []
+        temps.append(temporaries(executable))
+    few, many = temps
+    # XLA packs buffers into one heap, and how well depends on their sizes.
+    assert (many - few) / 8 < 1.2 * inputs
+    # A gradient for each call of the layers.
+    assert few < small.L * inputs + (2.5 + KINDS[name]) * layer
 
 
 @pytest.mark.parametrize("name", ["axis_1_cast", "penalty_and_norm"])
