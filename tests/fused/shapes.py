@@ -325,7 +325,7 @@ def tied_embedding():
 
 @shape
 def nested_stacks():
-    """Groups of layers: a group is one layer to the fused step."""
+    """Stages of layers: a scan in a scan."""
 
     def loss(params, x):
         def group(x, ws):

@@ -9,7 +9,7 @@ import re
 import jax
 import pytest
 from helpers import quick_jit
-from idioms import IDIOMS, Sizes, layer_axis
+from idioms import IDIOMS, Sizes, layer_axes
 
 import lomo_jax
 from lomo_jax.fused import arrays
@@ -51,6 +51,8 @@ KINDS = {
     "penalty": 1,
     "penalty_and_norm": 1,
     "distance_from_the_start": 1,
+    "groups": 1,
+    "groups_of_a_cast_stack": 1,
 }
 QUICK = (
     "cast_to_bfloat16",
@@ -84,7 +86,8 @@ def copies_of_stacks(executable, params, axes):
     shapes = {
         ",".join(map(str, shape))
         for name, leaf in zip(arrays.names(params), jax.tree.leaves(params), strict=True)
-        if (axis := layer_axis(axes, name)) is not None and leaf.ndim == 3
+        if leaf.ndim == 3
+        for axis in layer_axes(axes, name)
         for shape in {leaf.shape, (leaf.shape[axis], *leaf.shape[:axis], *leaf.shape[axis + 1 :])}
     }
     found = rf"= \w+\[({'|'.join(shapes)})\]\S* (copy|copy-start|transpose|convert)\("

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from helpers import quick_jit
-from idioms import IDIOMS, NO_LAYERS, Sizes, layer_axis
+from idioms import IDIOMS, NO_LAYERS, Sizes, layer_axes
 
 import lomo_jax
 from lomo_jax.fused import arrays
@@ -46,12 +46,15 @@ def plain_steps(loss, tx, params, batches, axes, has_aux=False, trainable=None):
     trained = [trainable is None or trainable(name) for name in names]
 
     def over_layers(function, name, in_axes, out_axes):
-        axis = layer_axis(axes, name)
-        if axis is None:
-            return function
-        place = lambda flags: tuple(axis if flag == "p" else 0 for flag in flags)  # noqa: E731
-        outs = place(out_axes)
-        return jax.vmap(function, place(in_axes), outs[0] if len(outs) == 1 else outs)
+        """Maps over the layer axes of a parameter (p); those of its state (s) are in front."""
+        for number, axis in reversed(list(enumerate(layer_axes(axes, name)))):
+            # The axes before it are mapped already.
+            place = [axis - number if flag == "p" else 0 for flag in in_axes + out_axes]
+            outs = tuple(place[len(in_axes) :])
+            function = jax.vmap(
+                function, tuple(place[: len(in_axes)]), outs[0] if len(outs) == 1 else outs
+            )
+        return function
 
     def update(grad, state, leaf):
         change, state = tx.update(grad.astype(jnp.float32), state, leaf)
