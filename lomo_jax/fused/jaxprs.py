@@ -5,6 +5,7 @@ JAX that lomo_jax supports (0.10 to 0.12). Only this module depends on the versi
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -91,6 +92,12 @@ def shape(atom: Atom) -> tuple[int, ...]:
 def dtype(atom: Atom) -> Any:
     aval: Any = atom.aval
     return aval.dtype
+
+
+def mib(atom: Atom, *, wide: bool = False) -> float:
+    """Returns the MiB of an array; `wide`: with at least 4 bytes an element."""
+    itemsize = dtype(atom).itemsize
+    return math.prod(shape(atom)) * (max(itemsize, 4) if wide else itemsize) / 2**20
 
 
 def zeros(var: jex.Var) -> jax.Array:
