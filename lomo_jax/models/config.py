@@ -1,50 +1,69 @@
-"""The shape of a LLaMA-family model, from and to Hugging Face's config.json."""
+"""The shape of a decoder: one set of switches that describes every supported family."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
-
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from lomo_jax.errors import UserError
 
-_ARCHITECTURE = "LlamaForCausalLM"
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+NORM_PLACES = ("before", "after", "around")  # where a layer normalises: its blocks' inputs, outputs
+QK_NORMS = ("none", "head", "all", "rotated")
+ROPE_SCALINGS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """The "llama3" scaling of rotary frequencies, which extends a model's context.
+    """How the rotary frequencies of a model are changed to extend its context.
+
+    "linear" divides all frequencies by `factor`. "dynamic" raises the rotary base for rows longer
+    than the model's `max_length`. "llama3" and "yarn" divide the low frequencies and leave the
+    high ones. "longrope" divides each frequency by its own number.
 
     References:
       Llama Team, The Llama 3 Herd of Models, arXiv 2407.21783.
+      Peng et al., YaRN, arXiv 2309.00071.
+      Ding et al., LongRoPE, arXiv 2402.13753.
     """
 
-    factor: float  # low frequencies are divided by it
-    low_freq_factor: float  # a frequency is low below this many turns in original_max_length
-    high_freq_factor: float  # and unchanged above this many; interpolated in between
-    original_max_length: int  # tokens; the context length of pre-training
+    kind: str  # one of ROPE_SCALINGS
+    factor: float = 1.0  # low frequencies are divided by it
+    original_max_length: int = 2048  # tokens; the context length of pre-training
+    low_freq_factor: float = 1.0  # "llama3": low is below this many turns in original_max_length
+    high_freq_factor: float = 4.0  # and high above this many; interpolated in between
+    fast_turns: float = 32.0  # "yarn": high is above this many turns in original_max_length
+    slow_turns: float = 1.0  # and low below this many; interpolated in between
+    truncate: bool = True  # "yarn": round the ends of the interpolation to whole frequencies
+    magnitude: float = 1.0  # multiplies rotated queries and keys; 1 for "linear" and "llama3"
+    short_factors: tuple[float, ...] = ()  # "longrope": rows of at most original_max_length
+    long_factors: tuple[float, ...] = ()  # "longrope": longer rows
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _require_positive(self, field.name, float)
-        if self.high_freq_factor <= self.low_freq_factor:
+        if self.kind not in ROPE_SCALINGS:
             raise UserError(
-                f"rope scaling: high_freq_factor={self.high_freq_factor} must be greater than "
-                f"low_freq_factor={self.low_freq_factor}"
+                f"rope scaling {self.kind!r} is not supported; supported: 'default', "
+                f"{', '.join(map(repr, ROPE_SCALINGS))}"
             )
+        for field in dataclasses.fields(self):
+            if field.type in ("int", "float"):
+                _require_positive(self, field.name, int if field.type == "int" else float)
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("slow_turns", "fast_turns")):
+            if getattr(self, high) <= getattr(self, low):
+                raise UserError(
+                    f"rope scaling: {high}={getattr(self, high)} must be greater than "
+                    f"{low}={getattr(self, low)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of a LLaMA-family decoder; the defaults describe LLaMA-7B.
+class DecoderConfig:
+    """The shape of a decoder; the defaults describe LLaMA-7B.
 
     Raises:
       UserError: A size is not a positive integer, `num_heads` is not a multiple of `num_kv_heads`,
-        or `head_dim` is odd.
+        `head_dim` is odd, or a switch has an unknown value.
     """
 
     vocab_size: int = 32000  # V
@@ -55,120 +74,101 @@ class LlamaConfig:
     num_kv_heads: int = 32  # K, each shared by H / K query heads
     head_dim: int = 128  # h; D / H in most models, but independent of both
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    norm_eps: float = 1e-6  # added to the mean square in a norm
     max_length: int = 2048  # tokens; the longest sequence that the model supports
     tie_embeddings: bool = False  # whether the output head is the transposed embedding
     rope_scaling: RopeScaling | None = None
     bos_id: int | None = None  # token that begins a text
     eos_id: int | tuple[int, ...] | None = None  # token or tokens that end a text
 
+    family: str = "llama"  # a key of `families.FAMILIES`: the names of the weights in files
+    activation: str = "silu"  # of the MLP; one of ACTIVATIONS
+    gated_mlp: bool = True  # down(activation(gate(x)) * up(x)), or down(activation(up(x)))
+    attention_bias: bool = False  # biases of q, k and v
+    output_bias: bool = False  # bias of o
+    mlp_bias: bool = False  # biases of gate, up and down
+
+    norm_places: str = "before"  # one of NORM_PLACES
+    parallel: bool = False  # attention and MLP read the same input; needs norm_places="before"
+    layer_norm: bool = False  # subtract the mean: LayerNorm instead of RMSNorm
+    norm_scale: bool = True  # whether norms have weights
+    norm_bias: bool = False  # whether norms have biases
+    norm_offset: float = 0.0  # added to the weights of norms: 1 where files store them minus 1
+    qk_norm: str = "none"  # norm of queries and keys: by head, of all heads, by head once rotated
+
+    rotary_dim: int | None = None  # leading dimensions of a head that rotate; None: all
+    window: int | None = None  # tokens that sliding layers see, the current one included; None: all
+    sliding_layers: tuple[bool, ...] = ()  # which layers slide; (): all, if there is a window
+    rope_layers: tuple[bool, ...] = ()  # which layers rotate queries and keys; (): all
+    local_rope_theta: float | None = None  # unscaled base of sliding layers; None: as all others
+    query_growth: float = 0.0  # queries grow by it for each e-fold of original_max_length
+
+    attention_scale: float | None = None  # multiplies the scores; None: head_dim ** -0.5
+    attention_cap: float | None = None  # c: scores become c * tanh(scores / c)
+    logit_cap: float | None = None  # the same for the logits
+    embedding_multiplier: float = 1.0  # multiplies the embeddings of tokens
+    residual_multiplier: float = 1.0  # multiplies what a block adds to the residual stream
+    logit_multiplier: float = 1.0  # multiplies the logits
+
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads")
         for name in (*sizes, "head_dim", "max_length"):
             _require_positive(self, name, int)
-        for name in ("rope_theta", "norm_eps"):
+        for name in ("rope_theta", "norm_eps", "embedding_multiplier", "residual_multiplier"):
             _require_positive(self, name, float)
-        if not isinstance(self.tie_embeddings, bool):
-            raise UserError(f"tie_embeddings={self.tie_embeddings!r} must be true or false")
+        _require_positive(self, "logit_multiplier", float)
+        for name in ("local_rope_theta", "attention_scale", "attention_cap", "logit_cap"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name, float)
+        for name in ("window", "rotary_dim"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name, int)
+        for field in dataclasses.fields(self):
+            if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
+                value = getattr(self, field.name)
+                raise UserError(f"{field.name}={value!r} must be true or false")
+        for name, allowed in (
+            ("activation", ACTIVATIONS),
+            ("norm_places", NORM_PLACES),
+            ("qk_norm", QK_NORMS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is not supported; supported: "
+                    f"{', '.join(map(repr, allowed))}"
+                )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 or (self.rotary_dim or 0) % 2:
+            name = "head_dim" if self.head_dim % 2 else "rotary_dim"
             raise UserError(
-                f"head_dim={self.head_dim} must be even: rotary embeddings rotate pairs"
+                f"{name}={getattr(self, name)} must be even: rotary embeddings rotate pairs"
             )
+        if self.rotary_dim is not None and self.rotary_dim > self.head_dim:
+            raise UserError(f"rotary_dim={self.rotary_dim} exceeds head_dim={self.head_dim}")
+        for name in ("sliding_layers", "rope_layers"):
+            if len(getattr(self, name)) not in (0, self.num_layers):
+                raise UserError(
+                    f"{name} has {len(getattr(self, name))} entries, but num_layers="
+                    f"{self.num_layers}; give one for each layer"
+                )
+        if self.parallel and self.norm_places != "before":
+            raise UserError(f"parallel needs norm_places='before', not {self.norm_places!r}")
 
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
-        """Converts the contents of a Hugging Face config.json, of transformers 4 or 5.
+    def with_layers(self, num_layers: int) -> DecoderConfig:
+        """Returns the config of the first `num_layers` layers."""
+        return dataclasses.replace(
+            self,
+            num_layers=num_layers,
+            sliding_layers=self.sliding_layers[:num_layers],
+            rope_layers=self.rope_layers[:num_layers],
+        )
 
-        Raises:
-          UserError: The architecture or a feature is not supported, or a key is missing or has a
-            value of the wrong type.
-        """
-        found = hf.get("architectures") or [f"model_type {hf.get('model_type')!r}"]
-        if found not in ([_ARCHITECTURE], ["model_type 'llama'"]):
-            named = ", ".join(map(str, found if isinstance(found, list) else [found]))
-            raise UserError(f"architecture {named} is not supported; supported: {_ARCHITECTURE}")
-        required = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        for key, supported in (required | {"quantization_config": None}).items():
-            if hf.get(key, supported) != supported:
-                raise UserError(f"{key}={hf[key]!r} is not supported; supported: {supported!r}")
-        try:
-            width, num_heads = hf["hidden_size"], hf["num_attention_heads"]
-            eos_id = hf.get("eos_token_id")
-            rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-            return cls(
-                vocab_size=hf["vocab_size"],
-                width=width,
-                mlp_width=hf["intermediate_size"],
-                num_layers=hf["num_hidden_layers"],
-                num_heads=num_heads,
-                num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-                head_dim=hf.get("head_dim") or width // num_heads,
-                rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-                norm_eps=hf.get("rms_norm_eps", 1e-6),
-                max_length=hf.get("max_position_embeddings", 2048),
-                tie_embeddings=hf.get("tie_word_embeddings", False),
-                rope_scaling=_rope_scaling_from_hf(rope),
-                bos_id=hf.get("bos_token_id"),
-                eos_id=tuple(eos_id) if isinstance(eos_id, list) else eos_id,
-            )
-        except KeyError as error:
-            raise UserError(f"the key {error} is missing") from None
-        except (AttributeError, ArithmeticError, TypeError) as error:
-            raise UserError(f"a value has the wrong type or size: {error}") from None
-
-    def to_hf(self, dtype: DTypeLike) -> dict[str, Any]:
-        """Returns the contents of a config.json for weights of `dtype`.
-
-        The keys are those of transformers 4; transformers 5 reads them too.
-        """
-        scaling = self.rope_scaling
-        return {
-            "architectures": [_ARCHITECTURE],
-            "model_type": "llama",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.width,
-            "intermediate_size": self.mlp_width,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": scaling
-            and {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low_freq_factor,
-                "high_freq_factor": scaling.high_freq_factor,
-                "original_max_position_embeddings": scaling.original_max_length,
-            },
-            "rms_norm_eps": self.norm_eps,
-            "max_position_embeddings": self.max_length,
-            "tie_word_embeddings": self.tie_embeddings,
-            "bos_token_id": self.bos_id,
-            "eos_token_id": list(self.eos_id) if isinstance(self.eos_id, tuple) else self.eos_id,
-            "torch_dtype": jnp.dtype(dtype).name,
-        }
-
-
-def _rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"rope scaling {kind!r} is not supported; supported: 'default', 'llama3'")
-    return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_max_length=rope["original_max_position_embeddings"],
-    )
+    def is_sliding(self, layer: int) -> bool:
+        """Returns whether a layer sees only the last `window` tokens."""
+        return self.window is not None and (not self.sliding_layers or self.sliding_layers[layer])
 
 
 def _require_positive(config: Any, name: str, kind: type[int] | type[float]) -> None:
