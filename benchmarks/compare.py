@@ -26,7 +26,7 @@ from rows import ROWS, SIZES, Row, Size, rivals
 from worker import Worker
 
 from lomo_jax.flops import flops_per_token
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.plan import find, peak_flops
 
 _FLOOR = ROWS[0].name
@@ -189,7 +189,7 @@ def ratio(rows: dict[str, Any], name: str, other: str) -> float | None:
 
 def _cells(rows: dict[str, Any], name: str, size_name: str) -> list[str]:
     row, size = rows[name], SIZES[size_name]
-    config = LlamaConfig(**size.architecture())
+    config = DecoderConfig(**size.architecture())
     cells = ["", "", "", ""]
     if row["seconds"]:
         seconds = statistics.median(row["seconds"])

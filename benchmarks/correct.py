@@ -29,7 +29,7 @@ from lomo_jax import models
 from lomo_jax.losses import next_token_loss
 
 STEPS, B, T = 3, 2, 128
-CONFIG = models.LlamaConfig(
+CONFIG = models.DecoderConfig(
     vocab_size=2048,
     width=128,
     mlp_width=320,

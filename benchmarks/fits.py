@@ -20,7 +20,7 @@ import jax
 from lomo_jax import Offload
 from lomo_jax.flops import flops_per_token
 from lomo_jax.fused import REMAT_POLICIES
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.plan import find
 from lomo_jax.training import Config, ModelConfig
 from lomo_jax.training.config import read_config
@@ -34,7 +34,7 @@ MODELS = {
     "Llama-3.2-3B": dataclasses.replace(
         LLAMA_3_8B, width=3072, mlp_width=8192, num_layers=28, num_heads=24, tie_embeddings=True
     ),
-    "LLaMA-7B": LlamaConfig(),
+    "LLaMA-7B": DecoderConfig(),
     "Llama-3-8B": LLAMA_3_8B,
     "LLaMA-13B": read_config("llama13b").model.architecture,
     "LLaMA-30B": read_config("llama30b").model.architecture,
@@ -49,7 +49,7 @@ SETTINGS = {
 
 
 def settings(
-    architecture: LlamaConfig, batch_size: int, length: int
+    architecture: DecoderConfig, batch_size: int, length: int
 ) -> Iterator[tuple[str, Config]]:
     """Yields the settings to try, the fastest first."""
     base = Config(
@@ -81,7 +81,7 @@ def print_fits(batch_size: int, length: int) -> None:
         print("|", model, "|", " | ".join(cells), f"| {host:.0f} |", flush=True)
 
 
-def flops(config: LlamaConfig, length: int, remat: str) -> float:
+def flops(config: DecoderConfig, length: int, remat: str) -> float:
     """Returns the FLOPs of a step relative to one without recomputation."""
     head = 2 * config.width * config.vocab_size
     attention = 2 * length * config.num_heads * config.head_dim
@@ -98,7 +98,7 @@ def print_remat(batch_size: int, length: int) -> None:
     print("| remat | device memory, GiB | FLOPs |")
     print("|---|---|---|")
     for remat in REMAT_POLICIES:
-        model = LlamaConfig(max_length=max(2048, length))
+        model = DecoderConfig(max_length=max(2048, length))
         config = Config(
             model=ModelConfig(init="random", architecture=model),
             batch_size=batch_size,

@@ -32,7 +32,7 @@ class Step:
 
     def __init__(self, row: Row, size: Size, *, on_gpu: bool) -> None:
         self.row, self.size = row, size
-        self.config = models.LlamaConfig(**size.architecture(), max_length=size.length)
+        self.config = models.DecoderConfig(**size.architecture(), max_length=size.length)
         attention = "cudnn" if on_gpu and size.dtype == "bfloat16" else "xla"
         self.graphdef, self.shapes = models.abstract(self.config, size.dtype, attention)
         make = {"adalomo": lomo_jax.adalomo, "lomo": lomo_jax.lomo, "none": optax.sgd}

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.training import (
     Config,
     DataConfig,
@@ -67,7 +67,7 @@ def _config(text: Path, workdir: Path) -> Config:
     }
     shape |= {"num_kv_heads": 4, "head_dim": 64, "max_length": 256}
     return Config(
-        model=ModelConfig(init="random", architecture=LlamaConfig(**shape)),
+        model=ModelConfig(init="random", architecture=DecoderConfig(**shape)),
         data=DataConfig(str(text), eval_fraction=0.01),
         mesh=MeshConfig(fsdp=1),
         batch_size=2,

@@ -41,7 +41,7 @@ class Size:
         return self.batch_size * self.length
 
     def architecture(self) -> dict[str, Any]:
-        """Returns the arguments of `lomo_jax.models.LlamaConfig`."""
+        """Returns the arguments of `lomo_jax.models.DecoderConfig`."""
         others = ("batch_size", "length", "dtype", "microbatches")
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in others}
         return fields | {"head_dim": self.width // self.num_heads}

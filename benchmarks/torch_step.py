@@ -21,7 +21,7 @@ class Run:
     def __init__(self, row: Row, size: Size) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(os.cpu_count() or 1)
-        config = models.LlamaConfig(**size.architecture(), max_length=size.length)
+        config = models.DecoderConfig(**size.architecture(), max_length=size.length)
         dtype = getattr(torch, size.dtype)
         torch.set_default_dtype(dtype)
         with torch.device(self.device):
@@ -41,7 +41,7 @@ class Run:
         self.facts = {"device": name or f"CPU, {os.cpu_count()} cores"}
         self.count = 0
 
-    def _copy_weights(self, config: models.LlamaConfig, dtype: str) -> None:
+    def _copy_weights(self, config: models.DecoderConfig, dtype: str) -> None:
         params = init_layer_by_layer(config, 0, dtype)
         own = dict(self.model.named_parameters())
         for tensor in disassemble(params, HF_NAMES, dtype):

@@ -15,7 +15,7 @@ from jax_step import compile_row
 from rows import ROWS, SIZES
 
 from lomo_jax.flops import flops_per_token
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.plan import Program, find, peak_flops
 from lomo_jax.plan.program import VIEWS, Array
 
@@ -46,7 +46,7 @@ def layer_size(array: Array, layers: int) -> int:
 
 def main(name: str = "h100") -> None:
     """Prints the table, in Markdown."""
-    gpu, config = find(name), LlamaConfig(**SIZE.architecture())
+    gpu, config = find(name), DecoderConfig(**SIZE.architecture())
     peak = peak_flops(gpu.device_kind)
     assert peak is not None, "every GPU of the table has one"
     products = SIZE.tokens * flops_per_token(config, SIZE.length) / (UTILISATION * peak)

@@ -1,9 +1,9 @@
 """The floating-point operations that training needs."""
 
-from lomo_jax.models.config import LlamaConfig
+from lomo_jax.models.config import DecoderConfig
 
 
-def flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
+def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """Returns the FLOPs of training on one token, without recomputation.
 
     Six per weight of a matrix product (two in the forward pass, four in the backward pass), plus

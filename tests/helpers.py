@@ -33,7 +33,7 @@ def tiny_llama(**changes):
         "num_kv_heads": 2,
         "head_dim": 8,
     }
-    return models.LlamaConfig(**config | changes)
+    return models.DecoderConfig(**config | changes)
 
 
 def llama_loss(graphdef):

@@ -5,7 +5,7 @@ import jax
 from lomo_jax import models
 from lomo_jax.flops import flops_per_token
 
-_CONFIG = models.LlamaConfig(
+_CONFIG = models.DecoderConfig(
     vocab_size=100,
     width=32,
     mlp_width=48,

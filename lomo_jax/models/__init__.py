@@ -1,6 +1,6 @@
-"""The LLaMA family in Flax nnx, and its weights from and to the formats that people exchange.
+"""Decoders in Flax nnx, one for all families, and its weights from and to the formats that people exchange.
 
-A name's module is imported when the name is first used: `LlamaConfig` needs no Flax, and a model
+A name's module is imported when the name is first used: `DecoderConfig` needs no Flax, and a model
 from a GGUF file no safetensors.
 """
 
@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 from lomo_jax import _lazy
 
 if TYPE_CHECKING:
-    from lomo_jax.models.config import LlamaConfig as LlamaConfig
+    from lomo_jax.models.config import DecoderConfig as DecoderConfig
     from lomo_jax.models.config import RopeScaling as RopeScaling
     from lomo_jax.models.export_folder import check_save_path as check_save_path
     from lomo_jax.models.generation import generate as generate
     from lomo_jax.models.huggingface import save as save
     from lomo_jax.models.huggingface import save_config as save_config
-    from lomo_jax.models.llama import RULES as RULES
-    from lomo_jax.models.llama import Llama as Llama
-    from lomo_jax.models.llama import abstract as abstract
-    from lomo_jax.models.llama import init as init
-    from lomo_jax.models.llama import shardings as shardings
+    from lomo_jax.models.decoder import RULES as RULES
+    from lomo_jax.models.decoder import Decoder as Decoder
+    from lomo_jax.models.decoder import abstract as abstract
+    from lomo_jax.models.decoder import init as init
+    from lomo_jax.models.decoder import shardings as shardings
     from lomo_jax.models.loading import load as load
     from lomo_jax.models.loading import load_config as load_config
     from lomo_jax.models.loading import tokenizer as tokenizer
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
-        "config": ["LlamaConfig", "RopeScaling"],
+        "config": ["DecoderConfig", "RopeScaling"],
         "export_folder": ["check_save_path"],
         "generation": ["generate"],
         "huggingface": ["save", "save_config"],
-        "llama": ["RULES", "Llama", "abstract", "init", "shardings"],
+        "decoder": ["RULES", "Decoder", "abstract", "init", "shardings"],
         "loading": ["load", "load_config", "tokenizer"],
         "weights": ["init_layer_by_layer"],
     },

@@ -45,10 +45,15 @@ def segment_mask(segments_BxT: jax.Array) -> jax.Array:
     return segments_BxT[:, None, :, None] == segments_BxT[:, None, None, :]
 
 
-def window_mask(length: int, window: int | jax.Array) -> jax.Array:
-    """Returns whether a key is less than `window` tokens before a query, bool `[1, 1, T, T]`."""
+def and_window(
+    mask: jax.Array | None, length: int, window: int | jax.Array | None
+) -> jax.Array | None:
+    """Returns the mask without keys that are `window` tokens or more before their query."""
+    if window is None:
+        return mask
     index_T = jnp.arange(length, dtype=jnp.int32)
-    return (index_T[:, None] - index_T[None] < window)[None, None]
+    near = (index_T[:, None] - index_T[None] < window)[None, None]
+    return near if mask is None else mask & near
 
 
 def attend(

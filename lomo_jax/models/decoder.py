@@ -1,10 +1,9 @@
-"""A LLaMA-family decoder in Flax nnx whose layers are stacked and scanned.
+"""A decoder in Flax nnx whose layers are stacked and scanned.
 
-Dimensions: B batch, T sequence, D width, F MLP width, H query heads, K key and value heads, h head
-dimension, L layers, V vocabulary. N is either number of heads.
+Dimensions: B batch, T sequence, D width, L layers, V vocabulary.
 
-Every weight is a matrix or a vector. All heads share one axis, `[D, H*h]`, because AdaLomo factors
-the last two axes of a weight and should see each projection as one matrix.
+What differs by layer (window, rotary frequencies) is scanned beside the weights, as arrays with a
+layer axis, so that all layers run the same program.
 
 Under a mesh of `lomo_jax.sharding.make_mesh` the parameters are sharded by `RULES` and a batch by
 `sharding.BATCH`. Without a mesh the sharding calls do nothing.
@@ -16,22 +15,23 @@ References:
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from lomo_jax import sharding
-from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import to_device
+from lomo_jax.models import attention as attention_
+from lomo_jax.models import rope
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.embedding import EMBEDDING, look_up
+from lomo_jax.models.layers import NORMAL, Context, Layer, Norm, linear, multiply
 
 # How `sharding.shardings` shards the parameters. A block's first matrices are split along their
 # outputs (whole heads, columns of the MLP), its last matrix along its inputs (Megatron).
@@ -39,15 +39,22 @@ RULES: sharding.Rules = (
     (r"embedding", EMBEDDING),
     (r"layers/.*/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/.*/(o|down)/kernel", P(None, ("tensor", "fsdp"), None)),
+    (r"layers/.*/(q|k|v|gate|up)/bias", P(None, "tensor")),
     (r"output/kernel", P("fsdp", "tensor")),
-    (r"scale", P()),
+    (r"scale|bias", P()),
 )
 
-_NORMAL = nnx.initializers.normal(0.02)
+
+class PerLayer(NamedTuple):
+    """What differs by layer, `[L, ...]`; None where all layers are alike."""
+
+    window: jax.Array | None  # int32 [L]: tokens that a layer sees
+    frequency: jax.Array | None  # float32 [L, r / 2]: rotary frequencies
+    magnitude: jax.Array | None  # float32 [L]: multiplies rotated queries and keys
 
 
 class Decoder(nnx.Module):
-    """A LLaMA-family language model.
+    """A language model of any family of `families.FAMILIES`.
 
     `layers` is one `Layer` whose weights are stacked along a leading layer axis, `[L, ...]`, and
     scanned by one `jax.lax.scan`, as `lomo_jax.fused_step` needs. Each layer is rematerialised, so
@@ -57,12 +64,13 @@ class Decoder(nnx.Module):
     Args:
       config: The model's shape.
       param_dtype: The dtype of all parameters.
-      attention: "xla" runs anywhere and materialises one layer's scores, `[B, H, T, T]`. "cudnn" is
-        flash attention: an NVIDIA GPU, Ampere or newer, and bfloat16 or float16.
+      attention: "xla" runs anywhere. It materialises one layer's scores, `[B, H, T, T]`, and in rows of
+        more than 4096 tokens those of 256 queries at a time. "cudnn" is flash attention: an NVIDIA
+        GPU, Ampere or newer, and bfloat16 or float16.
       rngs: Random keys for the weights.
 
     Raises:
-      UserError: The config is not valid; see `DecoderConfig.validate`.
+      UserError: The config is not valid.
     """
 
     def __init__(
@@ -110,32 +118,64 @@ class Decoder(nnx.Module):
         tokens_BxT, positions_BxT, segments_BxT = sharding.shard_batch(
             (tokens_BxT, positions_BxT, segments_BxT)
         )
-        context = self.context(tokens_BxT, positions_BxT, segments_BxT)
+        length, config = tokens_BxT.shape[1], self.config
+        if positions_BxT is None:
+            positions_BxT = jnp.arange(length)[None]
+        shared = self._context(positions_BxT, segments_BxT)
 
         # Inside a scan, common-subexpression elimination cannot undo rematerialisation: the
         # barriers of prevent_cse=True would only cost time.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def apply(x_BxTxD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+        def apply(
+            x_BxTxD: jax.Array, inputs: tuple[Layer, PerLayer]
+        ) -> tuple[jax.Array, None]:
+            layer, own = inputs
+            context = self._specialise(shared, own, positions_BxT)
             return to_device(layer)(x_BxTxD, context), None
 
-        embedded_BxTxD = look_up(to_device(self.embedding[...]), tokens_BxT)
-        x_BxTxD, _ = jax.lax.scan(apply, embedded_BxTxD, self.layers)
-        return self.norm(x_BxTxD)
+        x_BxTxD = look_up(to_device(self.embedding[...]), tokens_BxT)
+        x_BxTxD = multiply(x_BxTxD, config.embedding_multiplier)
+        x_BxTxD, _ = jax.lax.scan(apply, x_BxTxD, (self.layers, _per_layer(config, length)))
+        return multiply(self.norm(x_BxTxD), config.logit_multiplier)
 
-    def context(
-        self,
-        tokens_BxT: jax.Array,
-        positions_BxT: jax.Array | None = None,
-        segments_BxT: jax.Array | None = None,
-    ) -> Context:
-        """Returns the inputs that all layers share; see `hidden` for the arguments."""
-        if positions_BxT is None:
-            positions_BxT = jnp.arange(tokens_BxT.shape[1])[None]
-        angles = positions_BxT.astype(jnp.float32)[:, :, None, None] * _frequencies(self.config)
-        mask = None
-        if segments_BxT is not None:
-            mask = segments_BxT[:, None, :, None] == segments_BxT[:, None, None, :]
-        return Context(jnp.cos(angles), jnp.sin(angles), mask)
+    def _context(self, positions_BxT: jax.Array, segments_BxT: jax.Array | None) -> Context:
+        """Returns what all layers share."""
+        config, length = self.config, positions_BxT.shape[1]
+        cos = sin = None
+        if rope.layer_frequencies(config, length) is None:
+            frequency_r, magnitude = rope.frequencies(config, length)
+            cos, sin = rope.angles(positions_BxT, frequency_r)
+            cos, sin = multiply(cos, magnitude), multiply(sin, magnitude)
+        window = _shared_window(config, length)
+        if self._is_long(length):
+            visible = attention_.Visible(segments_BxT, window, None)
+        else:
+            mask = None if segments_BxT is None else attention_.segment_mask(segments_BxT)
+            visible = attention_.Visible(None, None, attention_.and_window(mask, length, window))
+        query_scale = None
+        if config.query_growth and config.rope_scaling is not None:
+            periods = positions_BxT // config.rope_scaling.original_max_length
+            growth = config.query_growth * jnp.log1p(periods.astype(jnp.float32))
+            query_scale = (1 + growth)[:, :, None, None]
+        return Context(cos, sin, visible, query_scale)
+
+    def _specialise(self, shared: Context, own: PerLayer, positions_BxT: jax.Array) -> Context:
+        """Returns the context of one layer."""
+        if own.frequency is not None and own.magnitude is not None:
+            cos, sin = rope.angles(positions_BxT, own.frequency)
+            shared = shared._replace(cos=cos * own.magnitude, sin=sin * own.magnitude)
+        if own.window is not None:
+            length, visible = positions_BxT.shape[1], shared.visible
+            if self._is_long(length):
+                visible = visible._replace(window=own.window)
+            else:
+                mask = attention_.and_window(visible.mask, length, own.window)
+                visible = visible._replace(mask=mask)
+            shared = shared._replace(visible=visible)
+        return shared
+
+    def _is_long(self, length: int) -> bool:
+        return attention_.is_long(length, self.layers.attention.implementation)
 
     def head(self) -> jax.Array:
         """Returns the output head `[D, V]`: the transposed embedding if the two are tied."""
@@ -150,12 +190,32 @@ class Decoder(nnx.Module):
         segments_BxT: jax.Array | None = None,
     ) -> jax.Array:
         """Returns float32 logits `[B, T, V]`; see `hidden` for the arguments."""
-        return jnp.einsum(
+        logits_BxTxV = jnp.einsum(
             "btd,dv->btv",
             self.hidden(tokens_BxT, positions_BxT, segments_BxT),
             sharding.gather(self.head()),
             preferred_element_type=jnp.float32,
         )
+        if (cap := self.config.logit_cap) is not None:
+            logits_BxTxV = cap * jnp.tanh(logits_BxTxV / cap)
+        return logits_BxTxV
+
+
+def _shared_window(config: DecoderConfig, length: int) -> int | None:
+    """Returns the window of all layers; None if there is none or some do not slide."""
+    shared = config.window is not None and not config.sliding_layers and config.window < length
+    return config.window if shared else None
+
+
+def _per_layer(config: DecoderConfig, length: int) -> PerLayer:
+    """Returns what differs by layer in rows of this length."""
+    window = frequency = magnitude = None
+    if config.window is not None and config.sliding_layers and config.window < length:
+        sees = [config.window if config.is_sliding(i) else length for i in range(config.num_layers)]
+        window = jnp.asarray(np.array(sees, np.int32))
+    if (rotary := rope.layer_frequencies(config, length)) is not None:
+        frequency, magnitude = map(jnp.asarray, rotary)
+    return PerLayer(window, frequency, magnitude)
 
 
 def abstract(

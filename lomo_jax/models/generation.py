@@ -11,13 +11,13 @@ from flax import nnx
 from numpy.typing import ArrayLike
 
 from lomo_jax import sharding
-from lomo_jax.models.llama import Llama
+from lomo_jax.models.decoder import Decoder
 
 _BUFFER_MULTIPLE = 32  # tokens; prompts of similar length share one compilation
 
 
 def generate(
-    graphdef: nnx.GraphDef[Llama],
+    graphdef: nnx.GraphDef[Decoder],
     params: nnx.State,
     tokens: ArrayLike,
     max_new_tokens: int,
@@ -31,7 +31,7 @@ def generate(
     samples during training, too slow for serving.
 
     Args:
-      graphdef: The structure of a `Llama`.
+      graphdef: The structure of a `Decoder`.
       params: Its parameters.
       tokens: Integer `[B, T]`, the prompts, without padding.
       max_new_tokens: Number of tokens to add.
@@ -65,7 +65,7 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _fill(
-    graphdef: nnx.GraphDef[Llama],
+    graphdef: nnx.GraphDef[Decoder],
     params: nnx.State,
     buffer_BxN: jax.Array,
     start: jax.Array,

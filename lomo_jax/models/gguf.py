@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lomo_jax.errors import UserError
-from lomo_jax.models.config import LlamaConfig
+from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.weights import GGUF_NAMES, Tensor, assemble
 
 _LLAMA3_PATTERN = (  # splits text before byte-level BPE in Llama 3's tokenizer
@@ -24,12 +24,12 @@ _LLAMA3_PATTERN = (  # splits text before byte-level BPE in Llama 3's tokenizer
 )
 
 
-def load_config(path: Path) -> LlamaConfig:
+def load_config(path: Path) -> DecoderConfig:
     """Reads the header of a GGUF file; see `lomo_jax.models.load_config`."""
     return _config(*_open(path))
 
 
-def load(path: Path, param_dtype: DTypeLike, **placement: Any) -> tuple[LlamaConfig, nnx.State]:
+def load(path: Path, param_dtype: DTypeLike, **placement: Any) -> tuple[DecoderConfig, nnx.State]:
     """Reads a GGUF file, dequantising one tensor at a time; see `lomo_jax.models.load`."""
     metadata, tensors = _open(path)
     config = _config(metadata, tensors)
@@ -97,7 +97,7 @@ def _open(path: Path) -> tuple[_Metadata, list[gguf.ReaderTensor]]:
     return _Metadata(reader, path), reader.tensors
 
 
-def _config(metadata: _Metadata, tensors: list[gguf.ReaderTensor]) -> LlamaConfig:
+def _config(metadata: _Metadata, tensors: list[gguf.ReaderTensor]) -> DecoderConfig:
     tensor_names = {tensor.name for tensor in tensors}
     if (architecture := metadata["general.architecture"]) != "llama":
         raise metadata.unsupported("general.architecture", architecture, "'llama'")
@@ -112,7 +112,7 @@ def _config(metadata: _Metadata, tensors: list[gguf.ReaderTensor]) -> LlamaConfi
     width = metadata["llama.embedding_length"]
     num_heads = metadata["llama.attention.head_count"]
     try:
-        config = LlamaConfig(
+        config = DecoderConfig(
             vocab_size=metadata.get("llama.vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
             width=width,
             mlp_width=metadata["llama.feed_forward_length"],
@@ -136,7 +136,7 @@ def _config(metadata: _Metadata, tensors: list[gguf.ReaderTensor]) -> LlamaConfi
     return config
 
 
-def _tensor(tensor: gguf.ReaderTensor, config: LlamaConfig) -> Tensor:
+def _tensor(tensor: gguf.ReaderTensor, config: DecoderConfig) -> Tensor:
     shape = tuple(int(size) for size in reversed(tensor.shape))
 
     def read() -> np.ndarray:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from lomo_jax._json import read_json, write_json
 from lomo_jax.errors import UserError
 from lomo_jax.models import export_folder
-from lomo_jax.models.config import LlamaConfig
+from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.weights import HF_NAMES, Tensor, assemble, disassemble
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -30,18 +30,18 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DTYPES = ("F32", "BF16", "F16")
 
 
-def load_config(directory: Path) -> LlamaConfig:
+def load_config(directory: Path) -> DecoderConfig:
     """Reads config.json; see `lomo_jax.models.load_config`."""
     hf_config = read_json(directory / _CONFIG)
     try:
-        return LlamaConfig.from_hf(hf_config)
+        return DecoderConfig.from_hf(hf_config)
     except UserError as error:
         raise UserError(f"{directory / _CONFIG}: {error}") from None
 
 
 def load(
     directory: Path, param_dtype: DTypeLike, **placement: Any
-) -> tuple[LlamaConfig, nnx.State]:
+) -> tuple[DecoderConfig, nnx.State]:
     """Reads a Hugging Face directory; see `lomo_jax.models.load`."""
     config = load_config(directory)
     tensors = [
@@ -95,7 +95,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def save(
     path: str | os.PathLike[str],
-    config: LlamaConfig,
+    config: DecoderConfig,
     params: nnx.State,
     *,
     dtype: DTypeLike | None = None,
@@ -137,7 +137,7 @@ def save(
 
 
 def save_config(
-    directory: Path, config: LlamaConfig, dtype: DTypeLike, tokenizer: Any = None
+    directory: Path, config: DecoderConfig, dtype: DTypeLike, tokenizer: Any = None
 ) -> None:
     """Writes a Hugging Face directory without weights.
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lomo_jax.errors import UserError
-from lomo_jax.models.config import LlamaConfig
+from lomo_jax.models.config import DecoderConfig
 
 
 def load(
@@ -22,7 +22,7 @@ def load(
     *,
     on_host: bool = False,
     mesh: Mesh | None = None,
-) -> tuple[LlamaConfig, nnx.State]:
+) -> tuple[DecoderConfig, nnx.State]:
     """Reads a LLaMA-family model.
 
     Files are memory-mapped and copied tensor by tensor into the stacked parameters, so memory holds
@@ -48,7 +48,7 @@ def load(
     return _format(path).load(Path(path), param_dtype, on_host=on_host, mesh=mesh)
 
 
-def load_config(path: str | os.PathLike[str]) -> LlamaConfig:
+def load_config(path: str | os.PathLike[str]) -> DecoderConfig:
     """Reads the shape of a LLaMA-family model, without its weights.
 
     Args:

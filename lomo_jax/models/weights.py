@@ -19,8 +19,9 @@ from jax.typing import DTypeLike
 from lomo_jax import sharding
 from lomo_jax.errors import UserError
 from lomo_jax.fused.arrays import reshard_like
-from lomo_jax.models.config import LlamaConfig
-from lomo_jax.models.llama import Layer, abstract, init, shardings
+from lomo_jax.models.config import DecoderConfig
+from lomo_jax.models.decoder import abstract, init, shardings
+from lomo_jax.models.layers import Layer
 
 HF_NAMES = {
     "embedding": "model.embed_tokens.weight",
@@ -70,7 +71,7 @@ class _Place(NamedTuple):
 
 
 def assemble(
-    config: LlamaConfig,
+    config: DecoderConfig,
     param_dtype: DTypeLike,
     tensors: Iterable[Tensor],
     names: Mapping[str, str],
@@ -92,7 +93,7 @@ def assemble(
       mesh: The devices to shard the parameters over. Default: the default device.
 
     Returns:
-      The parameters, as from `nnx.split` of a `Llama`.
+      The parameters, as from `nnx.split` of a `Decoder`.
 
     Raises:
       UserError: A tensor is missing, unexpected or of the wrong shape. No tensor was read.
@@ -135,7 +136,7 @@ def disassemble(params: nnx.State, names: Mapping[str, str], dtype: DTypeLike) -
 
 
 def init_layer_by_layer(
-    config: LlamaConfig,
+    config: DecoderConfig,
     seed: int,
     param_dtype: DTypeLike,
     *,
@@ -152,12 +153,12 @@ def init_layer_by_layer(
       mesh: The devices to shard the parameters over. Default: the default device.
 
     Returns:
-      The parameters, as from `nnx.split` of a `Llama`.
+      The parameters, as from `nnx.split` of a `Decoder`.
     """
     leaves, treedef = jax.tree.flatten(_shapes(config, param_dtype, mesh))
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         # The parameters outside the layers do not depend on the number of layers.
-        _, single = init(dataclasses.replace(config, num_layers=1), seed, param_dtype)
+        _, single = init(config.with_layers(1), seed, param_dtype)
         arrays, stacked = [], []
         for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(single)):
             array = _zeros(leaves[index], on_host=on_host)
@@ -167,7 +168,7 @@ def init_layer_by_layer(
                 array = _fill(array, leaf, None, transposed=False)
             arrays.append(array)
         rngs = nnx.Rngs(jax.random.key(seed))
-        rngs.params()  # Llama uses the first key for the embedding
+        rngs.params()  # Decoder uses the first key for the embedding
         for layer, key in enumerate(jax.random.split(rngs.params(), config.num_layers)):
             tensors = jax.tree.leaves(_init_layer(config, param_dtype, key))
             for index, tensor in zip(stacked, tensors, strict=True):
@@ -176,7 +177,7 @@ def init_layer_by_layer(
     return jax.tree.unflatten(treedef, arrays)
 
 
-def _shapes(config: LlamaConfig, param_dtype: DTypeLike, mesh: Mesh | None) -> nnx.State:
+def _shapes(config: DecoderConfig, param_dtype: DTypeLike, mesh: Mesh | None) -> nnx.State:
     """Returns the parameters as `jax.ShapeDtypeStruct`, with shardings if there is a mesh."""
     _, params = abstract(config, param_dtype)
     return (
@@ -206,7 +207,7 @@ def _is_stacked(keys: Any) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _init_layer(config: LlamaConfig, param_dtype: DTypeLike, key: jax.Array) -> nnx.State:
+def _init_layer(config: DecoderConfig, param_dtype: DTypeLike, key: jax.Array) -> nnx.State:
     rngs = nnx.Rngs(key)
     return nnx.state(Layer(config, param_dtype=param_dtype, attention="xla", rngs=rngs))
 

@@ -25,7 +25,7 @@ from absl import flags
 from lomo_jax._json import read_json
 from lomo_jax.errors import ConfigError, did_you_mean
 from lomo_jax.fused import REMAT_POLICIES, ROUNDINGS, Offload
-from lomo_jax.models.config import LlamaConfig
+from lomo_jax.models.config import DecoderConfig
 from lomo_jax.training.step import make_optimizer, make_schedule
 
 INITS = ("checkpoint", "random")
@@ -43,7 +43,7 @@ class ModelConfig:
     path: str | None = None
     init: str = "checkpoint"  # or "random": new weights, and `path` only gives the tokenizer
     # Used with random weights, and for plans without a path.
-    architecture: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+    architecture: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
 
 
 @dataclasses.dataclass
@@ -317,7 +317,7 @@ def _run_file(path: Path) -> Any:
 def _file_error(path: Path, error: Exception) -> ConfigError:
     """Returns the error, in one line, for a config file that failed."""
     nodes = {node.__name__: node for node in (Config, ModelConfig, DataConfig, MeshConfig)}
-    nodes |= {node.__name__: node for node in (LlamaConfig, Offload)}
+    nodes |= {node.__name__: node for node in (DecoderConfig, Offload)}
     keyword = re.search(r"(\w+)\.__init__\(\).* unexpected keyword argument '(\w+)'", str(error))
     if keyword and keyword[1] in nodes:
         fields = typing.get_type_hints(nodes[keyword[1]])

@@ -24,7 +24,7 @@ import lomo_jax
 from lomo_jax import run_files
 from lomo_jax.errors import ConfigError, NonFiniteError, UnexpectedError, UserError
 from lomo_jax.flops import flops_per_token
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.plan import peak_flops
 from lomo_jax.run_files import MetricsWriter, Record
 from lomo_jax.training.checkpoint import Progress
@@ -170,7 +170,7 @@ def format_metrics(metrics: dict[str, float]) -> str:
 class Stopwatch:
     """Measures tokens per second since the last reading, and the model FLOP utilisation (MFU)."""
 
-    def __init__(self, config: LlamaConfig, batch_size: int, length: int, devices: int = 1) -> None:
+    def __init__(self, config: DecoderConfig, batch_size: int, length: int, devices: int = 1) -> None:
         """Starts.
 
         Args:

@@ -27,8 +27,8 @@ _PACKAGE = "package://"
 class Model(NamedTuple):
     """A model without its weights."""
 
-    config: models.LlamaConfig
-    graphdef: nnx.GraphDef[models.Llama]
+    config: models.DecoderConfig
+    graphdef: nnx.GraphDef[models.Decoder]
     shapes: nnx.State  # of its weights: jax.ShapeDtypeStruct, with shardings if there is a mesh
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:

@@ -34,7 +34,7 @@ def sharding():
 
 
 def compiled(make_step, tx, num_layers, sharding):
-    config = models.LlamaConfig(
+    config = models.DecoderConfig(
         vocab_size=V,
         width=D,
         mlp_width=F,

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lomo_jax import models
 
-CONFIG = models.LlamaConfig(
+CONFIG = models.DecoderConfig(
     vocab_size=31,
     width=16,
     mlp_width=24,

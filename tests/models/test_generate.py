@@ -7,7 +7,7 @@ from flax import nnx
 
 from lomo_jax import models
 
-CONFIG = models.LlamaConfig(
+CONFIG = models.DecoderConfig(
     vocab_size=13,
     width=16,
     mlp_width=24,

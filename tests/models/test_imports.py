@@ -16,8 +16,8 @@ HEAVY = {"flax", "safetensors", "transformers", "gguf", "grain", "orbax", "huggi
     [
         ("import lomo_jax", set()),
         ("import lomo_jax.flops", set()),
-        ("from lomo_jax.models import LlamaConfig", set()),
-        ("from lomo_jax.models import Llama", {"flax"}),
+        ("from lomo_jax.models import DecoderConfig", set()),
+        ("from lomo_jax.models import Decoder", {"flax"}),
         ("from lomo_jax.data import package_path", set()),
     ],
 )

@@ -12,7 +12,7 @@ from small_models import TIED as TIED_SMALL
 from lomo_jax import models
 from lomo_jax.models import llama
 
-CONFIG = models.LlamaConfig(
+CONFIG = models.DecoderConfig(
     vocab_size=61,
     width=32,
     mlp_width=48,

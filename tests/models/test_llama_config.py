@@ -29,7 +29,7 @@ LLAMA3 = {
         "original_max_position_embeddings": 8192,
     },
 }
-LLAMA3_CONFIG = models.LlamaConfig(
+LLAMA3_CONFIG = models.DecoderConfig(
     vocab_size=128256,
     width=2048,
     mlp_width=8192,
@@ -52,15 +52,15 @@ def without(config, *keys):
 
 
 def test_reads_the_keys_of_transformers_4_and_5():
-    assert models.LlamaConfig.from_hf(LLAMA3) == LLAMA3_CONFIG
+    assert models.DecoderConfig.from_hf(LLAMA3) == LLAMA3_CONFIG
     rope = {**LLAMA3["rope_scaling"], "rope_theta": 500000.0}
     as_5 = {**without(LLAMA3, "rope_theta", "rope_scaling"), "rope_parameters": rope}
-    assert models.LlamaConfig.from_hf(as_5) == LLAMA3_CONFIG
+    assert models.DecoderConfig.from_hf(as_5) == LLAMA3_CONFIG
 
 
 def test_keys_that_llama_1_lacks_get_defaults():
     later = ("architectures", "num_key_value_heads", "rope_theta", "rope_scaling")
-    config = models.LlamaConfig.from_hf(without(LLAMA3, *later, "tie_word_embeddings"))
+    config = models.DecoderConfig.from_hf(without(LLAMA3, *later, "tie_word_embeddings"))
     assert config.num_kv_heads == 32
     assert config.rope_theta == 10000.0
     assert config.rope_scaling is None
@@ -70,7 +70,7 @@ def test_keys_that_llama_1_lacks_get_defaults():
 @pytest.mark.parametrize("changes", [{}, {"rope_scaling": None, "eos_id": 2, "head_dim": 128}])
 def test_a_config_survives_a_round_trip(changes):
     config = dataclasses.replace(LLAMA3_CONFIG, **changes)
-    assert models.LlamaConfig.from_hf(config.to_hf("bfloat16")) == config
+    assert models.DecoderConfig.from_hf(config.to_hf("bfloat16")) == config
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_a_config_survives_a_round_trip(changes):
 )
 def test_unsupported_features_are_named(changes, message):
     with pytest.raises(UserError, match=message):
-        models.LlamaConfig.from_hf({**LLAMA3, **changes})
+        models.DecoderConfig.from_hf({**LLAMA3, **changes})
 
 
 def test_a_missing_key_is_named():
     with pytest.raises(UserError, match="key 'vocab_size' is missing"):
-        models.LlamaConfig.from_hf(without(LLAMA3, "vocab_size"))
+        models.DecoderConfig.from_hf(without(LLAMA3, "vocab_size"))
 
 
 def test_rope_scaling_checks_the_order_of_its_frequencies():
@@ -114,11 +114,11 @@ def test_rope_scaling_checks_the_order_of_its_frequencies():
 
 
 def test_the_defaults_are_llama_7b():
-    _, params = models.abstract(models.LlamaConfig())
+    _, params = models.abstract(models.DecoderConfig())
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 6_738_415_616
-    assert models.LlamaConfig().norm_eps == 1e-6
+    assert models.DecoderConfig().norm_eps == 1e-6
 
 
 def test_the_constructor_checks_a_config():
     with pytest.raises(UserError, match="must be a multiple of num_kv_heads=5"):
-        models.LlamaConfig(num_kv_heads=5)
+        models.DecoderConfig(num_kv_heads=5)

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.oracle
 
-CONFIG = models.LlamaConfig(
+CONFIG = models.DecoderConfig(
     vocab_size=97,
     width=48,
     mlp_width=80,

@@ -111,7 +111,7 @@ def test_temporaries_do_not_grow_with_depth(offload):
     assert many == pytest.approx(few, rel=0.01)
 
 
-LLAMA7B = models.LlamaConfig(
+LLAMA7B = models.DecoderConfig(
     vocab_size=32000,
     width=4096,
     mlp_width=11008,

@@ -13,12 +13,12 @@ import pytest
 from lomo_jax.plan.__main__ import main
 
 _CONFIG = """
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.training import Config, ModelConfig
 
 def get_config():
     return Config(
-        model=ModelConfig(architecture=LlamaConfig(4096, 1024, 2816, 6, 8, 8, 128)),
+        model=ModelConfig(architecture=DecoderConfig(4096, 1024, 2816, 6, 8, 8, 128)),
         batch_size=4,
         sequence_length=512,
         microbatches=2,

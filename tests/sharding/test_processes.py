@@ -16,11 +16,11 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.training import Config, DataConfig, MeshConfig, ModelConfig
 
 def get_config():
-    shape = LlamaConfig(
+    shape = DecoderConfig(
         vocab_size=258, width=32, mlp_width=64, num_layers=2, num_heads=4, num_kv_heads=2,
         head_dim=8, max_length=64,
     )

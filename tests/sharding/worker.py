@@ -24,7 +24,7 @@ jax.config.update("jax_num_cpu_devices", 4 // NUM_PROCESSES)
 if NUM_PROCESSES > 1:
     jax.distributed.initialize(COORDINATOR, NUM_PROCESSES, PROCESS_ID)
 
-CONFIG = models.LlamaConfig(48, 32, 40, 3, 4, 2, 8)
+CONFIG = models.DecoderConfig(48, 32, 40, 3, 4, 2, 8)
 # Another mesh for each number of processes: a checkpoint must restore on any mesh.
 MESHES = {1: (1, 4, 1), 2: (1, 2, 2), 4: (2, 2, 1)}
 mesh = sharding.make_mesh(*MESHES[NUM_PROCESSES])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.training import Config, DataConfig, MeshConfig, ModelConfig, to_dict
 from lomo_jax.training.__main__ import main
 
@@ -38,7 +38,7 @@ def make_config(text: str | Path, workdir: Path, **changes: Any) -> Config:
         **{"num_kv_heads": 2, "head_dim": 8, "max_length": 64, "norm_eps": 1e-6},
     }
     fields: dict[str, Any] = {
-        "model": ModelConfig(init="random", architecture=LlamaConfig(**shape)),
+        "model": ModelConfig(init="random", architecture=DecoderConfig(**shape)),
         "data": DataConfig(str(text), eval_fraction=0.1),
         "learning_rate": 3e-2,
         "batch_size": 4,

@@ -11,12 +11,12 @@ import pytest
 
 from lomo_jax import Offload
 from lomo_jax.errors import ConfigError
-from lomo_jax.models import LlamaConfig, RopeScaling
+from lomo_jax.models import DecoderConfig, RopeScaling
 from lomo_jax.training import Config, DataConfig, ModelConfig
 from lomo_jax.training.config import parse, read_config, shipped_configs, to_dict, validate
 
 _FILE = """
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.training import Config, DataConfig, ModelConfig
 
 def get_config():
@@ -107,7 +107,7 @@ def test_every_optional_field_can_be_set_to_none(tmp_path, name, form):
     config = Config(
         model=ModelConfig(
             path="x",
-            architecture=LlamaConfig(
+            architecture=DecoderConfig(
                 **{
                     key.rpartition(".")[2]: value
                     for key, value in _OPTIONAL.items()
@@ -138,7 +138,7 @@ def test_sizes_that_depend_on_each_other_can_be_set_together(config_file):
     sizes = {"num_heads": 6, "num_kv_heads": 3}  # not a multiple of LLaMA-7B's 32
     flags = [f"--config.model.architecture.{name}={value}" for name, value in sizes.items()]
     config = parse(["train.py", "--config", config_file(), *flags])
-    assert config.model.architecture == LlamaConfig(**sizes)
+    assert config.model.architecture == DecoderConfig(**sizes)
     with pytest.raises(ConfigError, match=r"^model\.architecture: num_heads=6 must be a multiple"):
         parse(["train.py", "--config", config_file(), flags[0]])
 
@@ -147,7 +147,7 @@ def test_the_config_json_of_a_run_is_a_config(tmp_path):
     config = _valid(
         model=ModelConfig(
             path="model",
-            architecture=LlamaConfig(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), eos_id=(1, 2)),
+            architecture=DecoderConfig(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), eos_id=(1, 2)),
         ),
         optimizer="adamw",
         optimizer_kwargs={"b1": 0.5},

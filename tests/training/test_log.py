@@ -133,7 +133,7 @@ def test_a_narrow_terminal_wraps_the_bar():
     )
 
 
-_SHAPE = models.LlamaConfig(32, 8, 8, 1, 1, 1, 8)
+_SHAPE = models.DecoderConfig(32, 8, 8, 1, 1, 1, 8)
 _NAN = float("nan")
 
 
@@ -247,7 +247,7 @@ def test_a_full_disk_loses_records_and_the_run_continues(capsys):
     )
 
 
-_WIDE = models.LlamaConfig(
+_WIDE = models.DecoderConfig(
     vocab_size=100,
     width=32,
     mlp_width=48,

@@ -203,7 +203,7 @@ def test_without_a_terminal_stdout_gets_plain_lines(finished):
 @pytest.fixture
 def export(tmp_path) -> dict[str, bytes]:
     """The files of an earlier export in the workdir, by name."""
-    config = models.LlamaConfig(32, 8, 8, 1, 1, 1, 8)
+    config = models.DecoderConfig(32, 8, 8, 1, 1, 1, 8)
     _, params = models.init(config, 0)
     models.save(tmp_path / "export", config, params)
     return {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
@@ -256,7 +256,7 @@ def test_too_many_skipped_steps_stop_the_run(text, tmp_path):
             {
                 "model": ModelConfig(
                     init="random",
-                    architecture=models.LlamaConfig(200, 8, 8, 1, 1, 1, 8, max_length=64),
+                    architecture=models.DecoderConfig(200, 8, 8, 1, 1, 1, 8, max_length=64),
                 )
             },
             "the tokenizer has 257 tokens, but the model only 200",

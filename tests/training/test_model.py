@@ -11,7 +11,7 @@ from lomo_jax.errors import ConfigError, UserError
 from lomo_jax.training import ModelConfig
 from lomo_jax.training import model as model_lib
 
-_TINY = models.LlamaConfig(257, 8, 8, 1, 1, 1, 8)
+_TINY = models.DecoderConfig(257, 8, 8, 1, 1, 1, 8)
 
 
 def test_without_a_path_each_byte_is_a_token():
@@ -47,7 +47,7 @@ def test_without_a_checkpoint_the_config_gives_the_architecture():
 
 
 def test_abstract_reads_the_architecture_of_a_checkpoint_but_no_weights(tmp_path):
-    shape = models.LlamaConfig(40, 8, 8, 2, 1, 1, 8)
+    shape = models.DecoderConfig(40, 8, 8, 2, 1, 1, 8)
     models.save(tmp_path / "export", shape, models.init(shape, 0)[1])
     (tmp_path / "export" / "model.safetensors").unlink()
     source = ModelConfig(str(tmp_path / "export"), architecture=_TINY)
@@ -57,7 +57,7 @@ def test_abstract_reads_the_architecture_of_a_checkpoint_but_no_weights(tmp_path
 def _attention(
     capability, *, param_dtype="bfloat16", head_dim=8, sequence_length=32, attention="auto"
 ) -> str:
-    shape = models.LlamaConfig(257, 8, 8, 1, 1, 1, head_dim, max_length=32)
+    shape = models.DecoderConfig(257, 8, 8, 1, 1, 1, head_dim, max_length=32)
     model = model_lib.abstract(
         ModelConfig(architecture=shape),
         param_dtype,

@@ -10,7 +10,7 @@ import pytest
 from lomo_jax import Offload
 from lomo_jax.errors import ConfigError, OutOfMemoryError
 from lomo_jax.fused import StepState
-from lomo_jax.models import LlamaConfig
+from lomo_jax.models import DecoderConfig
 from lomo_jax.plan import MemoryPlan
 from lomo_jax.sharding import abstract_mesh
 from lomo_jax.training import Config, MeshConfig, ModelConfig
@@ -175,7 +175,7 @@ def test_a_plan_is_described_in_one_line():
 @pytest.mark.parametrize(("offloaded", "inputs"), [(False, 3 * 16 * 32 * 4), (True, 0)])
 def test_the_plan_of_a_run_is_per_device(offloaded, inputs):
     config = Config(
-        model=ModelConfig(init="random", architecture=LlamaConfig(64, 32, 64, 3, 2, 2, 16)),
+        model=ModelConfig(init="random", architecture=DecoderConfig(64, 32, 64, 3, 2, 2, 16)),
         batch_size=8,
         sequence_length=16,
         param_dtype="float32",

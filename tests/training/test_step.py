@@ -17,7 +17,7 @@ from lomo_jax.training import model as model_lib
 from lomo_jax.training.config import validate
 from lomo_jax.training.step import make_optimizer, make_schedule, make_step
 
-_SHAPE = models.LlamaConfig(32, 8, 16, 2, 2, 1, 4, max_length=16)
+_SHAPE = models.DecoderConfig(32, 8, 16, 2, 2, 1, 4, max_length=16)
 # For each option of a step: a config that sets it, the field of the step and its value.
 _OPTIONS = {
     "clip_norm": ({"clip_norm": 0.25}, "clip_norm", 0.25),
