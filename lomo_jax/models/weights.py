@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -21,37 +20,8 @@ from lomo_jax.errors import UserError
 from lomo_jax.fused.arrays import reshard_like
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.decoder import abstract, init, shardings
+from lomo_jax.models.families import Layout
 from lomo_jax.models.layers import Layer
-
-HF_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/attention/q/kernel": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/attention/k/kernel": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/attention/v/kernel": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/attention/o/kernel": "model.layers.{}.self_attn.o_proj.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    "layers/mlp/gate/kernel": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/mlp/up/kernel": "model.layers.{}.mlp.up_proj.weight",
-    "layers/mlp/down/kernel": "model.layers.{}.mlp.down_proj.weight",
-    "norm/scale": "model.norm.weight",
-    "output/kernel": "lm_head.weight",
-}
-GGUF_NAMES = {
-    "embedding": "token_embd.weight",
-    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
-    "layers/attention/q/kernel": "blk.{}.attn_q.weight",
-    "layers/attention/k/kernel": "blk.{}.attn_k.weight",
-    "layers/attention/v/kernel": "blk.{}.attn_v.weight",
-    "layers/attention/o/kernel": "blk.{}.attn_output.weight",
-    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-    "layers/mlp/gate/kernel": "blk.{}.ffn_gate.weight",
-    "layers/mlp/up/kernel": "blk.{}.ffn_up.weight",
-    "layers/mlp/down/kernel": "blk.{}.ffn_down.weight",
-    "norm/scale": "output_norm.weight",
-    "output/kernel": "output.weight",
-}
-
 
 class Tensor(NamedTuple):
     """A tensor of a checkpoint, read on demand."""
@@ -62,19 +32,31 @@ class Tensor(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """The part of the parameters that a tensor holds."""
+    """The part of the parameters that some rows of a tensor hold."""
 
     leaf: int  # index into the flattened parameters
-    layer: int | None  # index on the leaf's layer axis; None if it has none
+    index: tuple[int, ...]  # on the leaf's leading axes: none, or the layer
     shape: tuple[int, ...]  # in the file
     transposed: bool  # files store kernels as [outputs, inputs]
+    pairs: tuple[int, int] | None  # (head_dim, rotary_dim) if the file interleaves rotary pairs
+    offset: float  # what the file adds to the parameter
+
+    def from_file(self, rows: np.ndarray) -> np.ndarray:
+        """Returns rows of a tensor of a file as our parameter, but for the transposition."""
+        rows = rows if self.pairs is None else _swap_pairs(rows, *self.pairs, to_file=False)
+        return rows - np.asarray(self.offset, rows.dtype) if self.offset else rows
+
+    def to_file(self, rows: np.ndarray) -> np.ndarray:
+        """The inverse of `from_file`."""
+        rows = rows + np.asarray(self.offset, rows.dtype) if self.offset else rows
+        return rows if self.pairs is None else _swap_pairs(rows, *self.pairs, to_file=True)
 
 
 def assemble(
     config: DecoderConfig,
     param_dtype: DTypeLike,
     tensors: Iterable[Tensor],
-    names: Mapping[str, str],
+    layout: Layout,
     source: str,
     on_host: bool = False,
     mesh: Mesh | None = None,
@@ -87,7 +69,7 @@ def assemble(
       config: The model's shape.
       param_dtype: The parameters' dtype; tensors are cast to it.
       tensors: All tensors of the checkpoint.
-      names: Parameter path -> tensor name, with `{}` for the layer: one of the tables above.
+      layout: How the checkpoint stores the parameters.
       source: The checkpoint's name in error messages.
       on_host: Whether to place the parameters in host memory instead of device memory.
       mesh: The devices to shard the parameters over. Default: the default device.
@@ -100,8 +82,49 @@ def assemble(
     """
     params = _shapes(config, param_dtype, mesh)
     leaves, treedef = jax.tree.flatten(params)
-    places = _places(params, names)
+    places = _places(config, params, layout)
     found = {tensor.name: tensor for tensor in tensors}
+    _check(places, found, source)
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        arrays = [_zeros(leaf, on_host=on_host) for leaf in leaves]
+        for name, tensor in found.items():
+            whole, start = tensor.read(), 0
+            for place in places[name]:
+                rows = place.from_file(whole[start : start + place.shape[0]])
+                start += place.shape[0]
+                read = _shard(rows, leaves[place.leaf], place)
+                filled = _fill(arrays[place.leaf], read, place.index, transposed=place.transposed)
+                # Dispatch is asynchronous: without a wait, tensors read ahead would pile up in
+                # memory.
+                arrays[place.leaf] = filled.block_until_ready()
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def disassemble(
+    config: DecoderConfig, params: nnx.State, layout: Layout, dtype: DTypeLike
+) -> Iterator[Tensor]:
+    """Yields the tensors of a checkpoint, layer by layer; the inverse of `assemble`."""
+    leaves = jax.tree.leaves(params)
+
+    def read(places: list[_Place]) -> np.ndarray:
+        rows = [
+            place.to_file(
+                np.asarray(
+                    _take(
+                        leaves[place.leaf], place.index, transposed=place.transposed, dtype=dtype
+                    )
+                )
+            )
+            for place in places
+        ]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    for name, places in _places(config, params, layout).items():
+        yield Tensor(name, _shape(places), functools.partial(read, places))
+
+
+def _check(places: dict[str, list[_Place]], found: dict[str, Tensor], source: str) -> None:
+    """Raises UserError unless the tensors found are those of the model."""
     if missing := [name for name in places if name not in found]:
         raise UserError(f"{source} lacks the tensor {_first_of(missing)}; download the model again")
     if unexpected := [name for name in found if name not in places]:
@@ -109,30 +132,12 @@ def assemble(
             f"{source} has the tensor {_first_of(unexpected)}, which a "
             "model of this config does not have; use the config that belongs to the weights"
         )
-    for name, place in places.items():
-        if found[name].shape != place.shape:
+    for name, parts in places.items():
+        if found[name].shape != _shape(parts):
             raise UserError(
                 f"{source}: the tensor {name} has shape {list(found[name].shape)}, "
-                f"expected {list(place.shape)}; use the config that belongs to the weights"
+                f"expected {list(_shape(parts))}; use the config that belongs to the weights"
             )
-
-    with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        arrays = [_zeros(leaf, on_host=on_host) for leaf in leaves]
-        for name, tensor in found.items():
-            place = places[name]
-            read = _shard(tensor.read(), leaves[place.leaf], place)
-            filled = _fill(arrays[place.leaf], read, place.layer, transposed=place.transposed)
-            # Dispatch is asynchronous: without a wait, tensors read ahead would pile up in memory.
-            arrays[place.leaf] = filled.block_until_ready()
-    return jax.tree.unflatten(treedef, arrays)
-
-
-def disassemble(params: nnx.State, names: Mapping[str, str], dtype: DTypeLike) -> Iterator[Tensor]:
-    """Yields the tensors of a checkpoint, layer by layer; the inverse of `assemble`."""
-    leaves = jax.tree.leaves(params)
-    for name, (leaf, layer, shape, transposed) in _places(params, names).items():
-        take = functools.partial(_take, leaves[leaf], layer, transposed=transposed, dtype=dtype)
-        yield Tensor(name, shape, lambda take=take: np.asarray(take()))
 
 
 def init_layer_by_layer(
@@ -165,14 +170,14 @@ def init_layer_by_layer(
             if _is_stacked(keys):
                 stacked.append(index)
             else:
-                array = _fill(array, leaf, None, transposed=False)
+                array = _fill(array, leaf, (), transposed=False)
             arrays.append(array)
         rngs = nnx.Rngs(jax.random.key(seed))
         rngs.params()  # Decoder uses the first key for the embedding
         for layer, key in enumerate(jax.random.split(rngs.params(), config.num_layers)):
             tensors = jax.tree.leaves(_init_layer(config, param_dtype, key))
             for index, tensor in zip(stacked, tensors, strict=True):
-                filled = _fill(arrays[index], tensor, layer, transposed=False)
+                filled = _fill(arrays[index], tensor, (layer,), transposed=False)
                 arrays[index] = filled.block_until_ready()
     return jax.tree.unflatten(treedef, arrays)
 
@@ -185,17 +190,53 @@ def _shapes(config: DecoderConfig, param_dtype: DTypeLike, mesh: Mesh | None) ->
     )
 
 
-def _places(params: nnx.State, names: Mapping[str, str]) -> dict[str, _Place]:
-    """Returns tensor name -> place, layer by layer."""
-    places = {}
-    for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(params)):
+def _places(
+    config: DecoderConfig, params: nnx.State, layout: Layout
+) -> dict[str, list[_Place]]:
+    """Returns tensor name -> the places of its rows, layer by layer."""
+    order = list(layout.names)
+    pairs = (config.head_dim, config.rotary_dim or config.head_dim)
+    found: list[tuple[int, int, str, _Place]] = []
+    for leaf_index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(params)):
         path, stacked = _path(keys), _is_stacked(keys)
-        transposed = path.endswith("/kernel")
+        module, _, kind = path.rpartition("/") if "/" in path else (path, "", "scale")
+        is_kernel, is_norm = kind == "kernel", "norm" in module
         shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if transposed else shape
+        shape = shape[::-1] if is_kernel else shape
+        rotates = module in ("layers/attention/q", "layers/attention/k")
+        suffix = ".bias" if kind == "bias" else ".weight"
         for layer in range(leaf.shape[0]) if stacked else (None,):
-            places[names[path].format(layer)] = _Place(index, layer, shape, transposed)
-    return dict(sorted(places.items(), key=lambda item: (item[1].layer or 0, item[1].leaf)))
+            place = _Place(
+                leaf_index,
+                () if layer is None else (layer,),
+                shape,
+                is_kernel,
+                pairs if rotates and layout.interleaved else None,
+                layout.scale_offset if is_norm and kind == "scale" else 0.0,
+            )
+            name = layout.names[module].format(layer) + suffix
+            found.append((layer or 0, order.index(module), name, place))
+    places: dict[str, list[_Place]] = {}
+    for _, _, name, place in sorted(found, key=lambda item: item[:2]):
+        places.setdefault(name, []).append(place)
+    return places
+
+
+def _shape(places: list[_Place]) -> tuple[int, ...]:
+    """Returns the shape of a tensor whose rows have these places."""
+    return (sum(place.shape[0] for place in places), *places[0].shape[1:])
+
+
+def _swap_pairs(
+    rows: np.ndarray, head_dim: int, rotary_dim: int, *, to_file: bool
+) -> np.ndarray:
+    """Reorders each head's outputs between the pairs (2i, 2i + 1) and (i, i + r / 2)."""
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+    half = rotary_dim // 2
+    inner = (2, half) if to_file else (half, 2)
+    turned = heads[:, :rotary_dim].reshape(len(heads), *inner, *rows.shape[1:])
+    turned = turned.swapaxes(1, 2).reshape(len(heads), rotary_dim, *rows.shape[1:])
+    return np.concatenate([turned, heads[:, rotary_dim:]], axis=1).reshape(rows.shape)
 
 
 def _path(keys: Any) -> str:
@@ -231,25 +272,32 @@ def _shard(tensor: np.ndarray, leaf: jax.ShapeDtypeStruct, place: _Place) -> Any
     if leaf.sharding is None:
         return tensor
     spec = leaf.sharding.spec
-    spec = spec if place.layer is None else spec[1:]
+    spec = (*spec, *(None,) * (leaf.ndim - len(spec)))[len(place.index) :]
     placed = NamedSharding(leaf.sharding.mesh, P(*(spec[::-1] if place.transposed else spec)))
     return jax.make_array_from_callback(tensor.shape, placed, lambda index: tensor[index])
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transposed")
-def _fill(stack: jax.Array, tensor: jax.Array, layer: int | None, *, transposed: bool) -> jax.Array:
+def _fill(
+    stack: jax.Array, tensor: jax.Array, index: tuple[int, ...], *, transposed: bool
+) -> jax.Array:
     tensor = (tensor.T if transposed else tensor).astype(stack.dtype)
-    if layer is None:
+    if not index:
         return jax.device_put(reshard_like(tensor, stack), jax.typeof(stack).memory_space)
-    tensor = reshard_like(tensor[None], stack)
+    tensor = reshard_like(tensor.reshape((1,) * len(index) + tensor.shape), stack)
     tensor = jax.device_put(tensor, jax.typeof(stack).memory_space)
     # Not stack.at[layer].set: its bounds check makes XLA copy the whole stack.
-    return jax.lax.dynamic_update_slice_in_dim(stack, tensor, layer, axis=0)
+    starts = (*index, *(0,) * (stack.ndim - len(index)))
+    return jax.lax.dynamic_update_slice(stack, tensor, starts)
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
-def _take(stack: jax.Array, layer: int | None, *, transposed: bool, dtype: DTypeLike) -> jax.Array:
-    tensor = stack if layer is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+def _take(
+    stack: jax.Array, index: tuple[int, ...], *, transposed: bool, dtype: DTypeLike
+) -> jax.Array:
+    tensor = stack
+    for i in index:
+        tensor = jax.lax.dynamic_index_in_dim(tensor, i, keepdims=False)
     # A layer of a stack in host memory is transposed and cast on the device.
     tensor = sharding.replicate(jax.device_put(tensor, jax.memory.Space.Device))
     return (tensor.T if transposed else tensor).astype(dtype)
