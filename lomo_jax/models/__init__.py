@@ -1,4 +1,4 @@
-"""Decoders in Flax nnx, one for all families, and its weights from and to the formats that people exchange.
+"""A decoder in Flax nnx for many families, and its weights from and to files that people exchange.
 
 A name's module is imported when the name is first used: `DecoderConfig` needs no Flax, and a model
 from a GGUF file no safetensors.
@@ -11,15 +11,15 @@ from lomo_jax import _lazy
 if TYPE_CHECKING:
     from lomo_jax.models.config import DecoderConfig as DecoderConfig
     from lomo_jax.models.config import RopeScaling as RopeScaling
-    from lomo_jax.models.export_folder import check_save_path as check_save_path
-    from lomo_jax.models.generation import generate as generate
-    from lomo_jax.models.huggingface import save as save
-    from lomo_jax.models.huggingface import save_config as save_config
     from lomo_jax.models.decoder import RULES as RULES
     from lomo_jax.models.decoder import Decoder as Decoder
     from lomo_jax.models.decoder import abstract as abstract
     from lomo_jax.models.decoder import init as init
     from lomo_jax.models.decoder import shardings as shardings
+    from lomo_jax.models.export_folder import check_save_path as check_save_path
+    from lomo_jax.models.generation import generate as generate
+    from lomo_jax.models.huggingface import save as save
+    from lomo_jax.models.huggingface import save_config as save_config
     from lomo_jax.models.loading import load as load
     from lomo_jax.models.loading import load_config as load_config
     from lomo_jax.models.loading import tokenizer as tokenizer

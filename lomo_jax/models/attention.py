@@ -1,7 +1,7 @@
 """Causal attention of packed rows: whole score matrices, blocks of queries, or cuDNN.
 
-Dimensions: B batch, T sequence (S for keys), H query heads, K key and value heads, G = H / K, h head
-dimension, Q queries of one block.
+Dimensions: B batch, T sequence (S for keys), H query heads, K key and value heads, G = H / K, h
+head dimension, Q queries of one block.
 """
 
 from __future__ import annotations

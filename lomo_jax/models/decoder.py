@@ -64,9 +64,9 @@ class Decoder(nnx.Module):
     Args:
       config: The model's shape.
       param_dtype: The dtype of all parameters.
-      attention: "xla" runs anywhere. It materialises one layer's scores, `[B, H, T, T]`, and in rows of
-        more than 4096 tokens those of 256 queries at a time. "cudnn" is flash attention: an NVIDIA
-        GPU, Ampere or newer, and bfloat16 or float16.
+      attention: "xla" runs anywhere. It materialises one layer's scores, `[B, H, T, T]`, and in
+        rows of more than 4096 tokens those of 256 queries at a time. "cudnn" is flash attention:
+        an NVIDIA GPU, Ampere or newer, and bfloat16 or float16.
       rngs: Random keys for the weights.
 
     Raises:
@@ -126,9 +126,7 @@ class Decoder(nnx.Module):
         # Inside a scan, common-subexpression elimination cannot undo rematerialisation: the
         # barriers of prevent_cse=True would only cost time.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def apply(
-            x_BxTxD: jax.Array, inputs: tuple[Layer, PerLayer]
-        ) -> tuple[jax.Array, None]:
+        def apply(x_BxTxD: jax.Array, inputs: tuple[Layer, PerLayer]) -> tuple[jax.Array, None]:
             layer, own = inputs
             context = self._specialise(shared, own, positions_BxT)
             return to_device(layer)(x_BxTxD, context), None
@@ -141,11 +139,10 @@ class Decoder(nnx.Module):
     def _context(self, positions_BxT: jax.Array, segments_BxT: jax.Array | None) -> Context:
         """Returns what all layers share."""
         config, length = self.config, positions_BxT.shape[1]
-        cos = sin = None
+        cos = sin = angle = None
+        frequency_r, magnitude = rope.frequencies(config, length)
         if rope.layer_frequencies(config, length) is None:
-            frequency_r, magnitude = rope.frequencies(config, length)
-            cos, sin = rope.angles(positions_BxT, frequency_r)
-            cos, sin = multiply(cos, magnitude), multiply(sin, magnitude)
+            angle = rope.angle(positions_BxT, frequency_r)
         window = _shared_window(config, length)
         if self._is_long(length):
             visible = attention_.Visible(segments_BxT, window, None)
@@ -157,13 +154,17 @@ class Decoder(nnx.Module):
             periods = positions_BxT // config.rope_scaling.original_max_length
             growth = config.query_growth * jnp.log1p(periods.astype(jnp.float32))
             query_scale = (1 + growth)[:, :, None, None]
+        if angle is not None:
+            cos = multiply(jnp.cos(angle), magnitude)
+            sin = multiply(jnp.sin(angle), magnitude)
         return Context(cos, sin, visible, query_scale)
 
     def _specialise(self, shared: Context, own: PerLayer, positions_BxT: jax.Array) -> Context:
         """Returns the context of one layer."""
         if own.frequency is not None and own.magnitude is not None:
-            cos, sin = rope.angles(positions_BxT, own.frequency)
-            shared = shared._replace(cos=cos * own.magnitude, sin=sin * own.magnitude)
+            angle = rope.angle(positions_BxT, own.frequency)
+            cos, sin = jnp.cos(angle) * own.magnitude, jnp.sin(angle) * own.magnitude
+            shared = shared._replace(cos=cos, sin=sin)
         if own.window is not None:
             length, visible = positions_BxT.shape[1], shared.visible
             if self._is_long(length):

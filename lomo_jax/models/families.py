@@ -19,8 +19,8 @@ Json = Mapping[str, Any]
 class Layout:
     """How a file stores the parameters of a model.
 
-    A name without its suffix (".weight", ".bias") belongs to each module; `{}` is the layer. Modules
-    with the same name are the rows of one tensor, in the order of `names`.
+    Each module has a name without its suffix (".weight", ".bias"); `{}` is the layer. Modules with
+    the same name are rows of one tensor, in the order of `names`.
     """
 
     names: Mapping[str, str]  # path of a module -> name of its tensors
@@ -231,14 +231,22 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
-        _GEMMA2 | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "vocab_size": 262208,
-                   "max_position_embeddings": 131072},
-        lambda hf: _gemma2(hf)
-        | {"qk_norm": "head", "local_rope_theta": hf["rope_local_base_freq"]}
-        | windows(hf, every(hf, 6)),
+        _GEMMA2
+        | {
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+        },
+        lambda hf: (
+            _gemma2(hf)
+            | {"qk_norm": "head", "local_rope_theta": hf["rope_local_base_freq"]}
+            | windows(hf, every(hf, 6))
+        ),
         _POST_NORMS,
-        write=lambda config: _write_gemma2(config)
-        | {"rope_local_base_freq": config.local_rope_theta},
+        write=lambda config: (
+            _write_gemma2(config) | {"rope_local_base_freq": config.local_rope_theta}
+        ),
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
@@ -248,15 +256,21 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
-        {"num_key_value_heads": 4, "rope_theta": 2e6, "max_position_embeddings": 32768,
-         "tie_word_embeddings": True},
+        {
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
         _smollm3,
     ),
     "olmo": Family(
         "OlmoForCausalLM",
         {},
-        lambda hf: _refuse(hf, "clip_qkv", None)
-        | {"layer_norm": True, "norm_scale": False, "norm_eps": 1e-5},
+        lambda hf: (
+            _refuse(hf, "clip_qkv", None)
+            | {"layer_norm": True, "norm_scale": False, "norm_eps": 1e-5}
+        ),
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
@@ -267,9 +281,11 @@ FAMILIES: Mapping[str, Family] = {
     "olmo3": Family(
         "Olmo3ForCausalLM",
         {"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
-        lambda hf: {"norm_places": "after", "qk_norm": "all"}
-        | {"local_rope_theta": hf["rope_theta"]}
-        | windows(hf, every(hf, 4)),
+        lambda hf: (
+            {"norm_places": "after", "qk_norm": "all"}
+            | {"local_rope_theta": hf["rope_theta"]}
+            | windows(hf, every(hf, 4))
+        ),
         _POST_NORMS,
     ),
     "granite": Family(
@@ -285,13 +301,15 @@ FAMILIES: Mapping[str, Family] = {
     "stablelm": Family(
         "StableLmForCausalLM",
         {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "max_position_embeddings": 4096},
-        lambda hf: _refuse(hf, "qk_layernorm", False)
-        | {
-            "layer_norm": True,
-            "norm_bias": True,
-            "parallel": hf.get("use_parallel_residual", False),
-            "attention_bias": hf.get("use_qkv_bias", False),
-        },
+        lambda hf: (
+            _refuse(hf, "qk_layernorm", False)
+            | {
+                "layer_norm": True,
+                "norm_bias": True,
+                "parallel": hf.get("use_parallel_residual", False),
+                "attention_bias": hf.get("use_qkv_bias", False),
+            }
+        ),
     ),
     "exaone4": Family(
         "Exaone4ForCausalLM",
@@ -301,15 +319,26 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "helium": Family(
         "HeliumForCausalLM",
-        {"rms_norm_eps": 1e-8, "rope_theta": 1e5, "max_position_embeddings": 4096,
-         "num_key_value_heads": 20, "head_dim": 128},
+        {
+            "rms_norm_eps": 1e-8,
+            "rope_theta": 1e5,
+            "max_position_embeddings": 4096,
+            "num_key_value_heads": 20,
+            "head_dim": 128,
+        },
         lambda hf: {"output_bias": False},
         interleaved=True,
     ),
     "ernie4_5": Family(
         "Ernie4_5ForCausalLM",
-        {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "num_key_value_heads": 2, "head_dim": 128,
-         "max_position_embeddings": 131072, "tie_word_embeddings": True},
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": True,
+        },
         lambda hf: dict.fromkeys(
             ("attention_bias", "output_bias", "mlp_bias"), hf.get("use_bias", False)
         ),
@@ -317,19 +346,36 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "cohere": Family(
         "CohereForCausalLM",
-        {"layer_norm_eps": 1e-5, "rope_theta": 5e5, "max_position_embeddings": 8192,
-         "tie_word_embeddings": True},
-        lambda hf: _refuse(hf, "use_qk_norm", False)
-        | {"layer_norm": True, "parallel": True, "logit_multiplier": hf.get("logit_scale", 0.0625)},
+        {
+            "layer_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+        lambda hf: (
+            _refuse(hf, "use_qk_norm", False)
+            | {
+                "layer_norm": True,
+                "parallel": True,
+                "logit_multiplier": hf.get("logit_scale", 0.0625),
+            }
+        ),
         interleaved=True,
     ),
     "cohere2": Family(
         "Cohere2ForCausalLM",
-        {"layer_norm_eps": 1e-5, "rope_theta": 5e5, "max_position_embeddings": 8192,
-         "tie_word_embeddings": True, "sliding_window": 4096},
-        lambda hf: {"layer_norm": True, "parallel": True}
-        | {"logit_multiplier": hf.get("logit_scale", 0.0625)}
-        | _no_rope_on_full_layers(hf),
+        {
+            "layer_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "sliding_window": 4096,
+        },
+        lambda hf: (
+            {"layer_norm": True, "parallel": True}
+            | {"logit_multiplier": hf.get("logit_scale", 0.0625)}
+            | _no_rope_on_full_layers(hf)
+        ),
         interleaved=True,
     ),
     "arcee": Family(
@@ -339,8 +385,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "nemotron": Family(
         "NemotronForCausalLM",
-        {"hidden_act": "relu2", "norm_eps": 1e-5, "partial_rotary_factor": 0.5,
-         "max_position_embeddings": 4096},
+        {
+            "hidden_act": "relu2",
+            "norm_eps": 1e-5,
+            "partial_rotary_factor": 0.5,
+            "max_position_embeddings": 4096,
+        },
         lambda hf: {"gated_mlp": False, "layer_norm": True, "norm_bias": True, "norm_offset": 1.0},
     ),
     "hunyuan_v1_dense": Family(

@@ -1,4 +1,4 @@
-"""Reading GGUF files of llama.cpp: shape, weights and tokenizer of a LLaMA-family model.
+"""Reading GGUF files of llama.cpp: shape, weights and tokenizer.
 
 References:
   https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -7,7 +7,7 @@ References:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -16,7 +16,64 @@ from jax.typing import DTypeLike
 
 from lomo_jax.errors import UserError
 from lomo_jax.models.config import DecoderConfig
-from lomo_jax.models.weights import GGUF_NAMES, Tensor, assemble
+from lomo_jax.models.families import FAMILIES, Layout
+from lomo_jax.models.hf_config import read_config
+from lomo_jax.models.weights import Tensor, assemble
+
+_BLOCK = "blk.{}."
+_NAMES = {
+    "embedding": "token_embd",
+    "layers/attention_norm": f"{_BLOCK}attn_norm",
+    "layers/attention/q": f"{_BLOCK}attn_q",
+    "layers/attention/k": f"{_BLOCK}attn_k",
+    "layers/attention/v": f"{_BLOCK}attn_v",
+    "layers/attention/q_norm": f"{_BLOCK}attn_q_norm",
+    "layers/attention/k_norm": f"{_BLOCK}attn_k_norm",
+    "layers/attention/o": f"{_BLOCK}attn_output",
+    "layers/attention_post_norm": f"{_BLOCK}post_attention_norm",
+    "layers/mlp_norm": f"{_BLOCK}ffn_norm",
+    "layers/mlp/gate": f"{_BLOCK}ffn_gate",
+    "layers/mlp/up": f"{_BLOCK}ffn_up",
+    "layers/mlp/down": f"{_BLOCK}ffn_down",
+    "layers/mlp_post_norm": f"{_BLOCK}post_ffw_norm",
+    "norm": "output_norm",
+    "output": "output",
+}
+
+
+class _Architecture(NamedTuple):
+    """What llama.cpp calls a family, and how it stores it."""
+
+    family: str
+    layout: Layout
+
+
+_PLAIN = Layout(_NAMES)
+_GEMMA = Layout(_NAMES, scale_offset=1.0)  # norms are stored with the 1 that the model adds
+_ARCHITECTURES = {
+    "llama": _Architecture("llama", Layout(_NAMES, interleaved=True)),
+    "qwen2": _Architecture("qwen2", _PLAIN),
+    "qwen3": _Architecture("qwen3", _PLAIN),
+    "gemma": _Architecture("gemma", _GEMMA),
+    "gemma2": _Architecture("gemma2", _GEMMA),
+    "gemma3": _Architecture("gemma3_text", _GEMMA),
+}
+# Key of config.json -> key of the file, without the architecture.
+_KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rope_theta": "rope.freq_base",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 _LLAMA3_PATTERN = (  # splits text before byte-level BPE in Llama 3's tokenizer
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -32,9 +89,9 @@ def load_config(path: Path) -> DecoderConfig:
 def load(path: Path, param_dtype: DTypeLike, **placement: Any) -> tuple[DecoderConfig, nnx.State]:
     """Reads a GGUF file, dequantising one tensor at a time; see `lomo_jax.models.load`."""
     metadata, tensors = _open(path)
-    config = _config(metadata, tensors)
-    read = [_tensor(tensor, config) for tensor in tensors]
-    return config, assemble(config, param_dtype, read, GGUF_NAMES, str(path), **placement)
+    config, layout = _config(metadata, tensors), _architecture(metadata).layout
+    read = map(_tensor, tensors)
+    return config, assemble(config, param_dtype, read, layout, str(path), **placement)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -97,11 +154,22 @@ def _open(path: Path) -> tuple[_Metadata, list[gguf.ReaderTensor]]:
     return _Metadata(reader, path), reader.tensors
 
 
+def _architecture(metadata: _Metadata) -> _Architecture:
+    name = metadata["general.architecture"]
+    if name not in _ARCHITECTURES:
+        supported = ", ".join(map(repr, _ARCHITECTURES))
+        raise metadata.unsupported("general.architecture", name, supported)
+    return _ARCHITECTURES[name]
+
+
 def _config(metadata: _Metadata, tensors: list[gguf.ReaderTensor]) -> DecoderConfig:
-    tensor_names = {tensor.name for tensor in tensors}
-    if (architecture := metadata["general.architecture"]) != "llama":
-        raise metadata.unsupported("general.architecture", architecture, "'llama'")
-    for key, supported in {"llama.expert_count": 0, "llama.rope.scaling.type": "none"}.items():
+    """Reads the shape of a model as config.json would tell it."""
+    family, tensor_names = _architecture(metadata).family, {tensor.name for tensor in tensors}
+    prefix = metadata["general.architecture"]
+    kind = metadata.get(f"{prefix}.rope.scaling.type", "none")
+    refused = {f"{prefix}.expert_count": 0}
+    refused |= {} if kind == "linear" else {f"{prefix}.rope.scaling.type": "none"}
+    for key, supported in refused.items():
         if (value := metadata.get(key, supported)) != supported:
             raise metadata.unsupported(key, value, repr(supported))
     if "rope_freqs.weight" in tensor_names:
@@ -109,43 +177,39 @@ def _config(metadata: _Metadata, tensors: list[gguf.ReaderTensor]) -> DecoderCon
             f"{metadata.path}: scaled rotary frequencies (the tensor rope_freqs.weight) are "
             "supported in Hugging Face directories only; use the model's original weights"
         )
-    width = metadata["llama.embedding_length"]
-    num_heads = metadata["llama.attention.head_count"]
+    hf = {
+        key: metadata[f"{prefix}.{name}"]
+        for key, name in _KEYS.items()
+        if key in _REQUIRED or metadata.get(f"{prefix}.{name}") is not None
+    }
+    hf = {key: _decimal(x) if isinstance(x, float) else x for key, x in hf.items()}
+    hf |= {
+        "architectures": [FAMILIES[family].architecture],
+        "vocab_size": metadata.get(f"{prefix}.vocab_size")
+        or len(metadata["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": f"{_NAMES['output']}.weight" not in tensor_names,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+    }
+    if kind == "linear":
+        factor = _decimal(metadata[f"{prefix}.rope.scaling.factor"])
+        hf["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    if family in ("gemma2", "gemma3_text"):
+        # Not in the file: llama.cpp knows it by the number of layers.
+        is_27b = hf["num_hidden_layers"] == {"gemma2": 46, "gemma3_text": 62}[family]
+        per_head = hf["hidden_size"] // hf["num_attention_heads"]
+        hf["query_pre_attn_scalar"] = per_head if is_27b else hf["head_dim"]
     try:
-        config = DecoderConfig(
-            vocab_size=metadata.get("llama.vocab_size") or len(metadata["tokenizer.ggml.tokens"]),
-            width=width,
-            mlp_width=metadata["llama.feed_forward_length"],
-            num_layers=metadata["llama.block_count"],
-            num_heads=num_heads,
-            num_kv_heads=metadata.get("llama.attention.head_count_kv", num_heads),
-            head_dim=metadata.get("llama.attention.key_length") or width // num_heads,
-            rope_theta=_decimal(metadata.get("llama.rope.freq_base", 10000.0)),
-            norm_eps=_decimal(metadata["llama.attention.layer_norm_rms_epsilon"]),
-            max_length=metadata["llama.context_length"],
-            tie_embeddings=GGUF_NAMES["output/kernel"] not in tensor_names,
-            bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
-            eos_id=metadata.get("tokenizer.ggml.eos_token_id"),
-        )
+        return read_config(hf)
     except UserError as error:
         raise UserError(f"{metadata.path}: {error}") from None
-    except (ArithmeticError, TypeError) as error:
-        raise UserError(
-            f"{metadata.path}: a value of the metadata has the wrong type or size: {error}"
-        ) from None
-    return config
 
 
-def _tensor(tensor: gguf.ReaderTensor, config: DecoderConfig) -> Tensor:
+def _tensor(tensor: gguf.ReaderTensor) -> Tensor:
     shape = tuple(int(size) for size in reversed(tensor.shape))
 
     def read() -> np.ndarray:
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-        if tensor.name.endswith((".attn_q.weight", ".attn_k.weight")):
-            # llama.cpp rotates the pairs (2i, 2i + 1), Hugging Face the pairs (i, i + h / 2).
-            pairs = weight.reshape(-1, config.head_dim // 2, 2, shape[1])
-            weight = pairs.swapaxes(1, 2).reshape(shape)
-        return weight
+        return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
 
     return Tensor(tensor.name, shape, read)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
+import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,21 +25,50 @@ from lomo_jax._json import read_json, write_json
 from lomo_jax.errors import UserError
 from lomo_jax.models import export_folder
 from lomo_jax.models.config import DecoderConfig
-from lomo_jax.models.weights import HF_NAMES, Tensor, assemble, disassemble
+from lomo_jax.models.decoder import Decoder
+from lomo_jax.models.families import FAMILIES
+from lomo_jax.models.hf_config import read_config, write_config
+from lomo_jax.models.weights import Tensor, assemble, disassemble
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DTYPES = ("F32", "BF16", "F16")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Buffers that old versions of transformers saved; none is trained or read.
+_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "masked_bias")
+# What an export copies from the folder that its model came from.
+_CARRIED = (
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "*tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
 
 
 def load_config(directory: Path) -> DecoderConfig:
     """Reads config.json; see `lomo_jax.models.load_config`."""
+    _refuse_other_formats(directory)
     hf_config = read_json(directory / _CONFIG)
     try:
-        return DecoderConfig.from_hf(hf_config)
+        config = read_config(hf_config)
     except UserError as error:
         raise UserError(f"{directory / _CONFIG}: {error}") from None
+    if config.tie_embeddings and _has_own_head(directory):
+        warnings.warn(
+            f"{directory}: config.json ties the output head to the embedding, but the stored head "
+            "differs; they are untied",
+            stacklevel=3,
+        )
+        config = dataclasses.replace(config, tie_embeddings=False)
+    return config
 
 
 def load(
@@ -44,16 +76,20 @@ def load(
 ) -> tuple[DecoderConfig, nnx.State]:
     """Reads a Hugging Face directory; see `lomo_jax.models.load`."""
     config = load_config(directory)
-    tensors = [
-        tensor
-        for file in _weight_files(directory)
-        for tensor in _tensors(file)
-        # transformers 4.30 and older also saved the rotary frequencies, and some exports of tied
-        # models repeat the embedding as a head.
-        if not tensor.name.endswith("rotary_emb.inv_freq")
-        and not (config.tie_embeddings and tensor.name == HF_NAMES["output/kernel"])
-    ]
-    return config, assemble(config, param_dtype, tensors, HF_NAMES, str(directory), **placement)
+    layout = FAMILIES[config.family].layout
+    tensors = {tensor.name: tensor for tensor in _read_tensors(directory)}
+    if config.tie_embeddings and (head := tensors.pop(_HEAD, None)) is not None:
+        # A copy of the embedding, which some exports store in its place.
+        tensors.setdefault(_EMBEDDING, head._replace(name=_EMBEDDING))
+    inside = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+    if outside := [name for name in tensors if not name.startswith(inside)]:
+        warnings.warn(
+            f"{directory}: {', '.join(outside[:3])}{' ...' if len(outside) > 3 else ''} "
+            "belong to no part of the decoder and are left out",
+            stacklevel=3,
+        )
+    known = [tensor for name, tensor in tensors.items() if name not in outside]
+    return config, assemble(config, param_dtype, known, layout, str(directory), **placement)
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -95,9 +131,10 @@ def load_tokenizer(directory: Path) -> Any:
 
 def save(
     path: str | os.PathLike[str],
-    config: DecoderConfig,
+    graphdef: nnx.GraphDef[Decoder],
     params: nnx.State,
     *,
+    like: str | os.PathLike[str] | None = None,
     dtype: DTypeLike | None = None,
     tokenizer: Any = None,
     card: str | None = None,
@@ -111,25 +148,30 @@ def save(
 
     Args:
       path: The directory. An earlier export there is replaced if its files are unchanged.
-      config: The model's shape.
-      params: The parameters, as from `nnx.split` of a `Llama`.
+      graphdef: The structure of a `Decoder`.
+      params: Its parameters.
+      like: The Hugging Face directory that the model came from. Every field of its config.json but
+        the dtype, its generation_config.json, tokenizer and licence go into the export. Without it
+        config.json is written anew, with what a `DecoderConfig` holds.
       dtype: The dtype of the saved weights: float32, bfloat16 or float16. Default: the parameters'.
-      tokenizer: A transformers tokenizer to save with the model.
+      tokenizer: A transformers tokenizer to save with the model. Default: that of `like`.
       card: The text of README.md, the model card.
       max_shard_bytes: Larger models are split into several files with an index.
 
     Raises:
-      UserError: `path` holds something else than an earlier export, or a file of the export was
-        changed.
+      UserError: `path` holds something else than an earlier export, a file of the export was
+        changed, or `like` is another model.
       OSError: `path` cannot be written, for example because the disk is full.
     """
+    config = nnx.merge(graphdef, params).config
     dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype if dtype is None else dtype)
+    layout = FAMILIES[config.family].layout
     with export_folder.replace(path) as folder:
         if jax.process_index() == 0:
-            save_config(folder, config, dtype, tokenizer)
+            save_config(folder, config, dtype, tokenizer, like)
             if card is not None:
                 (folder / "README.md").write_text(card, encoding="utf-8")
-        tensors = {tensor.name: tensor for tensor in disassemble(params, HF_NAMES, dtype)}
+        tensors = {t.name: t for t in disassemble(config, params, layout, dtype)}
         try:
             _write_weights(folder, tensors, dtype.itemsize, max_shard_bytes)
         except safetensors.SafetensorError as error:
@@ -137,7 +179,11 @@ def save(
 
 
 def save_config(
-    directory: Path, config: DecoderConfig, dtype: DTypeLike, tokenizer: Any = None
+    directory: Path,
+    config: DecoderConfig,
+    dtype: DTypeLike,
+    tokenizer: Any = None,
+    like: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a Hugging Face directory without weights.
 
@@ -145,14 +191,42 @@ def save_config(
       directory: An existing directory.
       config: The model's shape.
       dtype: The dtype of the weights.
-      tokenizer: A transformers tokenizer.
+      tokenizer: A transformers tokenizer; see `save`.
+      like: The Hugging Face directory that the model came from; see `save`.
     """
-    hf_config = config.to_hf(dtype)
-    special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
+    if like is None:
+        hf_config = write_config(config, dtype)
+        special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
+        write_json(directory / _GENERATION_CONFIG, special)
+    else:
+        like = Path(like)
+        hf_config = _changed(read_json(like / _CONFIG), config, dtype, like)
+        for file in (like / _GENERATION_CONFIG, *_files_to_carry(like)):
+            if file.is_file():
+                target = directory / file.relative_to(like)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
     write_json(directory / _CONFIG, hf_config)
-    write_json(directory / _GENERATION_CONFIG, special)
-    if tokenizer is not None:
+    if tokenizer is not None and not any((directory / f).is_file() for f in _TOKENIZER_FILES):
         tokenizer.save_pretrained(directory)
+
+
+def _changed(
+    hf_config: dict[str, Any], config: DecoderConfig, dtype: DTypeLike, like: Path
+) -> dict[str, Any]:
+    """Returns an original config.json with what training changed: the dtype, a head of its own."""
+    original = dataclasses.replace(read_config(hf_config), tie_embeddings=config.tie_embeddings)
+    if original != config:
+        raise UserError(f"{like} is not the model that was trained; give its original folder")
+    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["torch_dtype"]
+    hf_config |= dict.fromkeys(dtype_keys, jnp.dtype(dtype).name)
+    if read_config(hf_config).tie_embeddings != config.tie_embeddings:
+        hf_config["tie_word_embeddings"] = config.tie_embeddings
+    return hf_config
+
+
+def _files_to_carry(like: Path) -> list[Path]:
+    return sorted({file for pattern in _CARRIED for file in like.glob(pattern)})
 
 
 @contextlib.contextmanager
@@ -171,6 +245,44 @@ def _without_questions() -> Iterator[None]:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = timeout
 
 
+def _refuse_other_formats(directory: Path) -> None:
+    """Raises UserError for a folder that holds a model in a format that others write."""
+    if (directory / "adapter_config.json").is_file() and not (directory / _CONFIG).is_file():
+        raise UserError(
+            f"{directory} holds an adapter, not a model; merge it into its base model: python -c "
+            '"from peft import AutoPeftModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').merge_and_unload().save_pretrained('OUT')\""
+        )
+    if (directory / "params.json").is_file() and not (directory / _CONFIG).is_file():
+        raise UserError(
+            f"{directory} holds weights in Meta's format (params.json); use the Hugging Face "
+            "version of the model, or convert it with convert_llama_weights_to_hf.py of "
+            "transformers"
+        )
+
+
+def _has_own_head(directory: Path) -> bool:
+    """Returns whether the weights have an output head that is not a copy of the embedding."""
+    if not any(directory.glob("*.safetensors")):
+        return False
+    tensors = {tensor.name: tensor for tensor in _read_tensors(directory)}
+    if _HEAD not in tensors or _EMBEDDING not in tensors:
+        return False
+    head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+    return head.shape != embedding.shape or not np.array_equal(head.read(), embedding.read())
+
+
+def _read_tensors(directory: Path) -> Iterator[Tensor]:
+    """Yields the tensors of a directory, without buffers, by their names in a causal model."""
+    found = [tensor for file in _weight_files(directory) for tensor in _tensors(file)]
+    names = {tensor.name for tensor in found}
+    # A model that was saved without its head has no prefix.
+    is_bare = "embed_tokens.weight" in names and _EMBEDDING not in names
+    for tensor in found:
+        bare = is_bare and tensor.name != _HEAD
+        yield tensor._replace(name=f"model.{tensor.name}") if bare else tensor
+
+
 def _weight_files(directory: Path) -> list[Path]:
     """Returns the weight files that transformers would read."""
     if (directory / _WEIGHTS).is_file():
@@ -186,6 +298,12 @@ def _weight_files(directory: Path) -> list[Path]:
         return files
     if files := sorted(directory.glob("*.safetensors")):
         return files
+    if any(directory.glob("*.bin")):
+        raise UserError(
+            f"{directory} has its weights in .bin files, which can run code and are never read; "
+            'convert them: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').save_pretrained('{directory}')\""
+        )
     raise UserError(
         f"{directory} has no .safetensors file; download or convert the model's weights"
     )
@@ -203,6 +321,8 @@ def _tensors(file: Path) -> Iterator[Tensor]:
         with safetensors.safe_open(file, "numpy") as opened:
             for name in opened.offset_keys():
                 header = opened.get_slice(name)
+                if name.endswith(_BUFFERS) or header.get_dtype() == "BOOL":
+                    continue
                 if header.get_dtype() not in _DTYPES:
                     raise UserError(
                         f"{file}: the tensor {name} is stored as {header.get_dtype()}; "

@@ -54,11 +54,9 @@ class Norm(nnx.Module):
     def __init__(self, width: int, config: DecoderConfig, *, param_dtype: DTypeLike) -> None:
         self.eps, self.offset = config.norm_eps, config.norm_offset
         self.subtracts_mean = config.layer_norm
-        self.scale = self.bias = None
-        if config.norm_scale:
-            self.scale = nnx.Param(jnp.full(width, 1.0 - self.offset, param_dtype))
-        if config.norm_bias:
-            self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+        ones, zeros = jnp.full(width, 1.0 - self.offset, param_dtype), jnp.zeros(width, param_dtype)
+        self.scale = nnx.Param(ones) if config.norm_scale else None
+        self.bias = nnx.Param(zeros) if config.norm_bias else None
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         x32_BxTxD = x_BxTxD.astype(jnp.float32)
@@ -90,10 +88,11 @@ class Attention(nnx.Module):
         self.k = linear_(config.width, k_width, use_bias=config.attention_bias)
         self.v = linear_(config.width, k_width, use_bias=config.attention_bias)
         self.o = linear_(q_width, config.width, use_bias=config.output_bias)
-        self.q_norm = self.k_norm = None
-        if self.qk_norm != "none":
-            widths = (q_width, k_width) if self.qk_norm == "all" else (self.head_dim,) * 2
-            self.q_norm, self.k_norm = (Norm(w, config, param_dtype=param_dtype) for w in widths)
+        if self.qk_norm != "all":
+            q_width = k_width = self.head_dim
+        norm = functools.partial(Norm, config=config, param_dtype=param_dtype)
+        self.q_norm = norm(q_width) if self.qk_norm != "none" else None
+        self.k_norm = norm(k_width) if self.qk_norm != "none" else None
 
     def __call__(self, x_BxTxD: jax.Array, context: Context) -> jax.Array:
         batch, length, _ = x_BxTxD.shape

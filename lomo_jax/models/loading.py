@@ -14,16 +14,18 @@ from jax.typing import DTypeLike
 
 from lomo_jax.errors import UserError
 from lomo_jax.models.config import DecoderConfig
+from lomo_jax.models.decoder import Decoder, abstract
 
 
 def load(
     path: str | os.PathLike[str],
     param_dtype: DTypeLike = jnp.float32,
     *,
+    attention: str = "xla",
     on_host: bool = False,
     mesh: Mesh | None = None,
-) -> tuple[DecoderConfig, nnx.State]:
-    """Reads a LLaMA-family model.
+) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
+    """Reads a model of any family of `lomo_jax.models.FAMILIES`.
 
     Files are memory-mapped and copied tensor by tensor into the stacked parameters, so memory holds
     the parameters and one tensor.
@@ -32,24 +34,26 @@ def load(
       path: A Hugging Face directory (config.json and one or more .safetensors files) or a GGUF
         file, whose quantised weights are dequantised.
       param_dtype: The parameters' dtype; weights of another dtype are cast.
+      attention: "xla" or "cudnn"; see `Decoder`.
       on_host: Whether to place the parameters in host memory. The device then holds at most one
         tensor.
       mesh: A mesh from `lomo_jax.sharding.make_mesh` to shard the parameters over, by
         `lomo_jax.models.RULES`. Default: the default device.
 
     Returns:
-      `(config, params)`, the parameters as from `nnx.split` of a `Llama`. `abstract(config)` gives
-      the graphdef.
+      `(graphdef, params)` as from `nnx.split` of a `Decoder`: `nnx.merge(graphdef, params)(tokens)`
+      gives logits.
 
     Raises:
       UserError: A file is missing or damaged, the files do not belong together, or the model is
         not supported.
     """
-    return _format(path).load(Path(path), param_dtype, on_host=on_host, mesh=mesh)
+    config, params = _format(path).load(Path(path), param_dtype, on_host=on_host, mesh=mesh)
+    return abstract(config, param_dtype, attention)[0], params
 
 
 def load_config(path: str | os.PathLike[str]) -> DecoderConfig:
-    """Reads the shape of a LLaMA-family model, without its weights.
+    """Reads the shape of a model, without its weights.
 
     Args:
       path: A GGUF file, or a Hugging Face directory, which needs only a config.json.

@@ -50,8 +50,10 @@ def frequencies(config: DecoderConfig, length: int) -> tuple[np.ndarray, float]:
 
 def _yarn_ramp(scaling: RopeScaling, theta: float, dim: int) -> np.ndarray:
     def index(turns: float) -> float:  # of the frequency with this many turns
-        return dim * math.log(scaling.original_max_length / (turns * 2 * math.pi)) / (
-            2 * math.log(theta)
+        return (
+            dim
+            * math.log(scaling.original_max_length / (turns * 2 * math.pi))
+            / (2 * math.log(theta))
         )
 
     low, high = index(scaling.fast_turns), index(scaling.slow_turns)
@@ -61,9 +63,7 @@ def _yarn_ramp(scaling: RopeScaling, theta: float, dim: int) -> np.ndarray:
     return np.clip((np.arange(dim // 2) - low) / (high - low or 0.001), 0, 1)
 
 
-def layer_frequencies(
-    config: DecoderConfig, length: int
-) -> tuple[np.ndarray, np.ndarray] | None:
+def layer_frequencies(config: DecoderConfig, length: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns the rotary frequencies of each layer, or None if those of all layers are equal.
 
     A layer that does not rotate has frequency 0.
@@ -86,20 +86,15 @@ def layer_frequencies(
         else (frequency, magnitude)
         for layer in range(config.num_layers)
     ]
-    if not config.rope_layers and all(row is local for row in rows):
-        rows = [local] * config.num_layers
     frequency_Lxr, magnitude_L = (np.stack(part) for part in zip(*rows, strict=True))
     if (frequency_Lxr == frequency).all() and (magnitude_L == magnitude).all():
         return None
     return frequency_Lxr.astype(np.float32), magnitude_L.astype(np.float32)
 
 
-def angles(
-    positions_BxT: jax.Array, frequency_r: jax.Array | np.ndarray
-) -> tuple[jax.Array, jax.Array]:
-    """Returns cosine and sine of the angles at each position, float32 `[B, T, 1, r / 2]`."""
-    angle = positions_BxT.astype(jnp.float32)[:, :, None, None] * frequency_r
-    return jnp.cos(angle), jnp.sin(angle)
+def angle(positions_BxT: jax.Array, frequency_r: jax.Array | np.ndarray) -> jax.Array:
+    """Returns the angles of rotation at each position, float32 `[B, T, 1, r / 2]` radians."""
+    return positions_BxT.astype(jnp.float32)[:, :, None, None] * frequency_r
 
 
 def rotate(x_BxTxNxh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

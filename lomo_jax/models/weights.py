@@ -23,6 +23,7 @@ from lomo_jax.models.decoder import abstract, init, shardings
 from lomo_jax.models.families import Layout
 from lomo_jax.models.layers import Layer
 
+
 class Tensor(NamedTuple):
     """A tensor of a checkpoint, read on demand."""
 
@@ -110,9 +111,7 @@ def disassemble(
         rows = [
             place.to_file(
                 np.asarray(
-                    _take(
-                        leaves[place.leaf], place.index, transposed=place.transposed, dtype=dtype
-                    )
+                    _take(leaves[place.leaf], place.index, transposed=place.transposed, dtype=dtype)
                 )
             )
             for place in places
@@ -190,9 +189,7 @@ def _shapes(config: DecoderConfig, param_dtype: DTypeLike, mesh: Mesh | None) ->
     )
 
 
-def _places(
-    config: DecoderConfig, params: nnx.State, layout: Layout
-) -> dict[str, list[_Place]]:
+def _places(config: DecoderConfig, params: nnx.State, layout: Layout) -> dict[str, list[_Place]]:
     """Returns tensor name -> the places of its rows, layer by layer."""
     order = list(layout.names)
     pairs = (config.head_dim, config.rotary_dim or config.head_dim)
@@ -227,9 +224,7 @@ def _shape(places: list[_Place]) -> tuple[int, ...]:
     return (sum(place.shape[0] for place in places), *places[0].shape[1:])
 
 
-def _swap_pairs(
-    rows: np.ndarray, head_dim: int, rotary_dim: int, *, to_file: bool
-) -> np.ndarray:
+def _swap_pairs(rows: np.ndarray, head_dim: int, rotary_dim: int, *, to_file: bool) -> np.ndarray:
     """Reorders each head's outputs between the pairs (2i, 2i + 1) and (i, i + r / 2)."""
     heads = rows.reshape(-1, head_dim, *rows.shape[1:])
     half = rotary_dim // 2

@@ -170,7 +170,9 @@ def format_metrics(metrics: dict[str, float]) -> str:
 class Stopwatch:
     """Measures tokens per second since the last reading, and the model FLOP utilisation (MFU)."""
 
-    def __init__(self, config: DecoderConfig, batch_size: int, length: int, devices: int = 1) -> None:
+    def __init__(
+        self, config: DecoderConfig, batch_size: int, length: int, devices: int = 1
+    ) -> None:
         """Starts.
 
         Args:
