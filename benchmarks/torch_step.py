@@ -10,7 +10,9 @@ import transformers
 from rows import LEARNING_RATES, Row, Size, batches
 
 from lomo_jax import models
-from lomo_jax.models.weights import HF_NAMES, disassemble, init_layer_by_layer
+from lomo_jax.models.families import FAMILIES
+from lomo_jax.models.hf_config import write_config
+from lomo_jax.models.weights import disassemble, init_layer_by_layer
 
 _MAX_COPIED = 2 * 10**9  # parameters; more take minutes to draw on a CPU, so torch draws them
 
@@ -27,7 +29,7 @@ class Run:
         with torch.device(self.device):
             self.model = transformers.LlamaForCausalLM(
                 transformers.LlamaConfig(
-                    **config.to_hf(size.dtype), attn_implementation="sdpa", use_cache=False
+                    **write_config(config, size.dtype), attn_implementation="sdpa", use_cache=False
                 )
             )
         torch.set_default_dtype(torch.float32)
@@ -44,7 +46,7 @@ class Run:
     def _copy_weights(self, config: models.DecoderConfig, dtype: str) -> None:
         params = init_layer_by_layer(config, 0, dtype)
         own = dict(self.model.named_parameters())
-        for tensor in disassemble(params, HF_NAMES, dtype):
+        for tensor in disassemble(config, params, FAMILIES[config.family].layout, dtype):
             with torch.no_grad():
                 own[tensor.name].copy_(torch.from_numpy(tensor.read().astype(np.float32)))
 

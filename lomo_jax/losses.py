@@ -30,6 +30,7 @@ def next_token_loss(
     weights_BxT: jax.Array,
     *,
     chunk: int = 2048,
+    cap: float | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Computes the mean cross-entropy of ``softmax(x @ head)`` against the targets.
 
@@ -47,6 +48,7 @@ def next_token_loss(
       targets_BxT: int32, the token to predict at each position; any number where the weight is 0.
       weights_BxT: float32, the weight of each position.
       chunk: the largest number of columns of the head that are multiplied at once.
+      cap: the logits become ``cap * tanh(logits / cap)``, as in Gemma 2.
 
     Returns:
       The weighted mean of the loss, float32 [] (0 if all weights are 0), and `Metrics`.
@@ -63,10 +65,17 @@ def next_token_loss(
     x_NxD, targets_N, weights_N = sharding.shard_batch(
         (x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), targets_BxT.reshape(-1), weights_BxT.reshape(-1))
     )
-    loss_N, correct_N = _token_losses(chunk, x_NxD, head_DxV, targets_N)
+    loss_N, correct_N = _token_losses(_Logits(chunk, cap), x_NxD, head_DxV, targets_N)
     weight = weights_N.sum()
     share_N = weights_N / jnp.where(weight > 0, weight, 1)
     return (share_N * loss_N).sum(), Metrics((share_N * correct_N).sum(), weight)
+
+
+class _Logits(NamedTuple):
+    """How logits are computed."""
+
+    chunk: int  # the largest number of columns of the head at once
+    cap: float | None  # see `next_token_loss`
 
 
 _TOKENS, _HEAD = P(sharding.BATCH), P("fsdp", "tensor")
@@ -78,27 +87,27 @@ _TOKENS, _HEAD = P(sharding.BATCH), P("fsdp", "tensor")
 # twice the memory. A custom_vjp, because the derivative of the scan adds a whole head of mostly
 # zeros for each chunk.
 def _primal(
-    chunk: int, x_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array
+    how: _Logits, x_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns each token's loss, and 1.0 where its target is the likeliest token, else 0.0."""
-    return _forward(chunk, x_NxD, head_DxV, targets_N)[0]
+    return _forward(how, x_NxD, head_DxV, targets_N)[0]
 
 
 _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def _forward(
-    chunk: int, x_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array
+    how: _Logits, x_NxD: jax.Array, head_DxV: jax.Array, targets_N: jax.Array
 ) -> tuple[tuple[jax.Array, jax.Array], _Residuals]:
     specs = (P(*_TOKENS, None), _HEAD, _TOKENS)
-    run = _on_each_device(_part_forward, chunk, specs, (_TOKENS, _TOKENS, _TOKENS))
+    run = _on_each_device(_part_forward, how, specs, (_TOKENS, _TOKENS, _TOKENS))
     loss_N, correct_N, logsumexp_N = run(x_NxD, head_DxV, targets_N)
     return (loss_N, correct_N), (x_NxD, head_DxV, targets_N, logsumexp_N)
 
 
-def _part_forward(chunk, parallel, x_NxD, head_RxV, targets_N):
+def _part_forward(how, parallel, x_NxD, head_RxV, targets_N):
     def body(_, i):
-        _, _, column_C, logits_NxC = _chunk(chunk, parallel, x_NxD, head_RxV, i)
+        _, _, column_C, logits_NxC = _chunk(how, parallel, x_NxD, head_RxV, i)
         is_target_NxC = column_C == targets_N[:, None]
         best_N = logits_NxC.argmax(1)
         return None, (
@@ -108,7 +117,7 @@ def _part_forward(chunk, parallel, x_NxD, head_RxV, targets_N):
             column_C[best_N],
         )
 
-    chunks = jnp.arange(_num_chunks(chunk, head_RxV), dtype=jnp.int32)
+    chunks = jnp.arange(_num_chunks(how.chunk, head_RxV), dtype=jnp.int32)
     _, found = jax.lax.scan(body, None, chunks)
     if parallel:
         found = jax.lax.all_gather(found, "tensor", tiled=True)
@@ -120,17 +129,17 @@ def _part_forward(chunk, parallel, x_NxD, head_RxV, targets_N):
 
 
 def _backward(
-    chunk: int, residuals: _Residuals, cotangents: tuple[jax.Array, jax.Array]
+    how: _Logits, residuals: _Residuals, cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None]:
     ct_N, _ = cotangents
     specs = (P(*_TOKENS, None), _HEAD, _TOKENS, _TOKENS, _TOKENS, _HEAD)
-    run = _on_each_device(_part_backward, chunk, specs, (P(*_TOKENS, None), _HEAD))
+    run = _on_each_device(_part_backward, how, specs, (P(*_TOKENS, None), _HEAD))
     # Zeros are created here: inside shard_map, `evaluate_late` would not find them.
     dx_NxD, dhead_DxV = run(*residuals, ct_N, jnp.zeros_like(residuals[1]))
     return dx_NxD, dhead_DxV, None
 
 
-def _part_backward(chunk, parallel, x_NxD, head_RxV, targets_N, logsumexp_N, ct_N, dhead_RxV):
+def _part_backward(how, parallel, x_NxD, head_RxV, targets_N, logsumexp_N, ct_N, dhead_RxV):
     # The mean over thousands of tokens makes ct tiny: dividing by it avoids underflow in float16.
     scale = jnp.abs(ct_N).max()
     scale = jnp.where(scale > 0, scale, 1)
@@ -138,10 +147,15 @@ def _part_backward(chunk, parallel, x_NxD, head_RxV, targets_N, logsumexp_N, ct_
 
     def body(i, carry):
         dx_NxD, dhead_RxV = carry
-        start, head_DxC, column_C, logits_NxC = _chunk(chunk, parallel, x_NxD, head_RxV, i)
+        start, head_DxC, column_C, logits_NxC = _chunk(how, parallel, x_NxD, head_RxV, i)
         is_target_NxC = (column_C == targets_N[:, None]).astype(jnp.float32)
         p_NxC = jnp.exp(logits_NxC - logsumexp_N[:, None])
-        g_NxC = ((p_NxC - is_target_NxC) * (ct_N / scale)[:, None]).astype(dtype)
+        g_NxC = (p_NxC - is_target_NxC) * (ct_N / scale)[:, None]
+        if how.cap is not None:
+            # Columns that are not new have logit -inf and no gradient.
+            share_NxC = jnp.where(jnp.isfinite(logits_NxC), logits_NxC, 0) / how.cap
+            g_NxC *= 1 - jnp.square(share_NxC)
+        g_NxC = g_NxC.astype(dtype)
         dx_NxD += _dot(g_NxC, head_DxC.T)
         # Added, not written: the columns shared with the previous chunk have g = 0 here.
         dhead_RxC = jax.lax.dynamic_slice_in_dim(dhead_RxV, start, len(column_C), axis=1)
@@ -149,7 +163,7 @@ def _part_backward(chunk, parallel, x_NxD, head_RxV, targets_N, logsumexp_N, ct_
         return dx_NxD, jax.lax.dynamic_update_slice_in_dim(dhead_RxV, dhead_RxC, start, axis=1)
 
     dx_NxD = jnp.zeros(x_NxD.shape, jnp.float32)
-    chunks = _num_chunks(chunk, head_RxV)
+    chunks = _num_chunks(how.chunk, head_RxV)
     dx_NxD, dhead_RxV = jax.lax.fori_loop(0, chunks, body, (dx_NxD, dhead_RxV))
     dx_NxD = (scale * dx_NxD).astype(x_NxD.dtype)
     return jax.lax.psum(dx_NxD, "tensor") if parallel else dx_NxD, dhead_RxV
@@ -160,10 +174,10 @@ _token_losses.defvjp(_forward, _backward)
 
 
 def _on_each_device(
-    function: Callable[..., Any], chunk: int, in_specs: Any, out_specs: Any
+    function: Callable[..., Any], how: _Logits, in_specs: Any, out_specs: Any
 ) -> Callable[..., tuple[jax.Array, ...]]:
     parallel = sharding.is_explicit()
-    function = functools.partial(function, chunk, parallel)
+    function = functools.partial(function, how, parallel)
     if not parallel:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -174,7 +188,7 @@ def _num_chunks(chunk: int, head_RxV: jax.Array) -> int:
 
 
 def _chunk(
-    chunk: int, parallel: bool, x_NxD: jax.Array, head_RxV: jax.Array, i: jax.Array
+    how: _Logits, parallel: bool, x_NxD: jax.Array, head_RxV: jax.Array, i: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the start of chunk i, its columns of the head, their token ids, and its logits.
 
@@ -182,7 +196,7 @@ def _chunk(
     columns that it shares with the previous chunk get logit -inf and the id V, which is no target.
     """
     vocab = total = head_RxV.shape[1]
-    size = -(-vocab // _num_chunks(chunk, head_RxV))
+    size = -(-vocab // _num_chunks(how.chunk, head_RxV))
     start = jnp.minimum(i * size, vocab - size)
     head_DxC = jax.lax.dynamic_slice_in_dim(head_RxV, start, size, axis=1)
     column_C = start + jnp.arange(size, dtype=jnp.int32)
@@ -192,6 +206,8 @@ def _chunk(
         column_C += jax.lax.axis_index("tensor") * vocab
         total *= jax.lax.axis_size("tensor")
     logits_NxC = _dot(x_NxD.astype(head_RxV.dtype), head_DxC)
+    if how.cap is not None:
+        logits_NxC = how.cap * jnp.tanh(logits_NxC / how.cap)
     return (
         start,
         head_DxC,

@@ -85,7 +85,7 @@ def test_a_run_writes_metrics_and_export(tiny, tmp_path):
     assert result.stderr == ""
     records = _records(tmp_path / "run")
     assert [record["step"] for record in records] == [0, 1, 2, 2]
-    config, _ = models.load(tmp_path / "run" / "export")
+    config = models.load_config(tmp_path / "run" / "export")
     assert config.width == 16
     assert json.loads((tmp_path / "run/config.json").read_text())["learning_rate"] == 1e-2
 
@@ -247,8 +247,7 @@ def test_quickstart_export_is_the_same_model_in_transformers(quickstart):
             return model(torch.tensor(tokens)).logits.float().numpy()
 
     def ours(dtype: str) -> np.ndarray:
-        config, params = models.load(export, dtype)
-        graphdef, _ = models.abstract(config, dtype)
+        graphdef, params = models.load(export, dtype)
         return np.asarray(nnx.merge(graphdef, params)(jnp.asarray(tokens)))
 
     def distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -82,11 +82,11 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
     config = models.load_config(model)
     dtype = jnp.dtype(read_json(workdir / run_files.CONFIG)["param_dtype"])
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    shapes = models.abstract(config, dtype)[1]
+    graphdef, shapes = models.abstract(config, dtype)
     shapes = sharding.with_shardings(shapes, models.shardings(config, shapes, mesh))
     params, metadata = read_params(workdir, step, shapes)
     card = model_card(metadata)
-    models.save(out, config, params, tokenizer=models.tokenizer(model), card=card)
+    models.save(out, graphdef, params, like=model, tokenizer=models.tokenizer(model), card=card)
     return metadata.progress.step
 
 

@@ -246,7 +246,13 @@ def _write_run_files(
     if is_new:
         folder = workdir / run_files.MODEL
         folder.mkdir(exist_ok=True)
-        models.save_config(folder, run.model.config, settings["param_dtype"], run.tokenizer)
+        models.save_config(
+            folder,
+            run.model.config,
+            settings["param_dtype"],
+            run.tokenizer,
+            like=model_lib.original_folder(**settings["model"]),
+        )
 
 
 def _source_name(path: str | None, init: str) -> str:
@@ -447,4 +453,11 @@ def _report_stop(display: Display, step: int, saved: int | None, workdir: str) -
 @os_errors_are_the_users()
 def _export(run: Run, folder: Path) -> None:
     card = model_card(run.metadata)
-    models.save(folder, run.model.config, run.params, tokenizer=run.tokenizer, card=card)
+    models.save(
+        folder,
+        run.model.graphdef,
+        run.params,
+        like=folder.parent / run_files.MODEL,
+        tokenizer=run.tokenizer,
+        card=card,
+    )

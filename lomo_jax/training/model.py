@@ -35,7 +35,13 @@ class Model(NamedTuple):
         """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight."""
         model = nnx.merge(self.graphdef, params)
         x_BxTxD = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
-        return next_token_loss(x_BxTxD, model.head(), batch["targets"], batch["weights"])
+        return next_token_loss(
+            x_BxTxD,
+            model.head(),
+            batch["targets"],
+            batch["weights"],
+            cap=self.config.logit_cap,
+        )
 
 
 def abstract(
@@ -174,6 +180,14 @@ def _hf_path(path: str) -> str:
     """Returns the folder of config.json and tokenizer; for a checkpoint, that is in its run."""
     run = _find_run(path)
     return resolve(path) if run is None else str(run[0] / run_files.MODEL)
+
+
+def original_folder(path: str | None, init: str, **_: Any) -> str | None:
+    """Returns the Hugging Face directory that a run's weights come from; None if there is none."""
+    if init == "random" or path is None:
+        return None
+    folder = _hf_path(path)
+    return folder if os.path.isdir(folder) else None
 
 
 def _find_run(path: str) -> tuple[Path, int | None] | None:

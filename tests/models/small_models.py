@@ -27,6 +27,12 @@ CONFIG = models.DecoderConfig(
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 
 
+@functools.cache
+def graphdef_of(config):
+    """Returns the structure of a model."""
+    return models.abstract(config)[0]
+
+
 def random_params(config, seed=0, dtype=jnp.float32):
     """Returns random parameters without compiling `models.init`."""
     rng = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
-from small_models import CONFIG, TIED, random_params, word_tokenizer
+from small_models import CONFIG, TIED, graphdef_of, random_params, word_tokenizer
 
 from lomo_jax import models
 from lomo_jax.errors import UserError
@@ -19,7 +19,13 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "export"
-    models.save(path, CONFIG, random_params(CONFIG), tokenizer=word_tokenizer(), card="# A card")
+    models.save(
+        path,
+        graphdef_of(CONFIG),
+        random_params(CONFIG),
+        tokenizer=word_tokenizer(),
+        card="# A card",
+    )
     return path
 
 
@@ -59,12 +65,12 @@ def test_an_export_lists_its_files(export):
 
 
 def test_a_save_replaces_every_file_of_the_earlier_export(export, other_params):
-    models.save(export, CONFIG, other_params, max_shard_bytes=8192)
+    models.save(export, graphdef_of(CONFIG), other_params, max_shard_bytes=8192)
     names = set(contents(export))
     assert names.isdisjoint({"README.md", "tokenizer.json", WEIGHTS})
     assert "model.safetensors.index.json" in names
     assert set(json.loads((export / MANIFEST).read_text())["files"]) == names - {MANIFEST}
-    models.save(export, CONFIG, other_params)
+    models.save(export, graphdef_of(CONFIG), other_params)
     assert set(contents(export)) == {"config.json", "generation_config.json", WEIGHTS, MANIFEST}
     assert list(export.parent.iterdir()) == [export]
 
@@ -74,14 +80,14 @@ def test_a_new_or_empty_folder_is_filled(tmp_path, other_params, is_empty):
     path = tmp_path / "a" / "b"
     if is_empty:
         path.mkdir(parents=True)
-    models.save(path, CONFIG, other_params)
+    models.save(path, graphdef_of(CONFIG), other_params)
     assert models.load_config(path) == CONFIG
 
 
 def test_a_link_to_a_folder_is_followed(export, other_params):
     link = export.parent / "link"
     link.symlink_to(export)
-    models.save(link, TIED, random_params(TIED))
+    models.save(link, graphdef_of(TIED), random_params(TIED))
     assert link.is_symlink()
     assert models.load_config(export) == TIED
 
@@ -97,7 +103,7 @@ def test_another_model_is_not_replaced(tmp_path, other_params):
     message = rf"model exists and is not an export of lomo_jax \(it has no {MANIFEST}\); choose"
     for attempt in (
         lambda: models.check_save_path(path),
-        lambda: models.save(path, CONFIG, other_params),
+        lambda: models.save(path, graphdef_of(CONFIG), other_params),
     ):
         with pytest.raises(UserError, match=message):
             attempt()
@@ -108,7 +114,7 @@ def test_another_model_is_not_replaced(tmp_path, other_params):
 def test_a_file_is_not_replaced(tmp_path, other_params):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file exists and is not an export of lomo_jax"):
-        models.save(tmp_path / "file", CONFIG, other_params)
+        models.save(tmp_path / "file", graphdef_of(CONFIG), other_params)
 
 
 @pytest.mark.parametrize("name", ["README.md", WEIGHTS, "config.json", "tokenizer.json"])
@@ -118,13 +124,13 @@ def test_a_changed_file_of_an_export_is_not_replaced(export, other_params, name)
     (export / name).write_bytes(content)
     before = contents(export)
     with pytest.raises(UserError, match=rf"export/{name} was changed after its export and would"):
-        models.save(export, CONFIG, other_params)
+        models.save(export, graphdef_of(CONFIG), other_params)
     assert contents(export) == before
 
 
 def test_an_export_with_a_deleted_file_can_be_replaced(export, other_params):
     (export / "README.md").unlink()
-    models.save(export, CONFIG, other_params)
+    models.save(export, graphdef_of(CONFIG), other_params)
     assert models.load_config(export) == CONFIG
 
 
@@ -144,7 +150,7 @@ def test_user_files_in_an_export_stay(export, other_params):
     (export / "empty").mkdir()
     inodes = [(export / name).stat().st_ino for name in FOREIGN]
     for _ in range(2):
-        models.save(export, CONFIG, other_params)
+        models.save(export, graphdef_of(CONFIG), other_params)
         assert [(export / name).read_text() for name in FOREIGN] == [
             f"years of work: {name}" for name in FOREIGN
         ]
@@ -165,19 +171,19 @@ def test_a_user_file_in_a_subfolder_of_the_export_stays(tmp_path, other_params):
             (folder / "tool_use.jinja").write_text("ours")
 
     path = tmp_path / "export"
-    models.save(path, CONFIG, other_params, tokenizer=Tokenizer())
+    models.save(path, graphdef_of(CONFIG), other_params, tokenizer=Tokenizer())
     (path / "additional_chat_templates" / "mine.jinja").write_text("mine")
-    models.save(path, CONFIG, other_params)
+    models.save(path, graphdef_of(CONFIG), other_params)
     assert [file.name for file in (path / "additional_chat_templates").iterdir()] == ["mine.jinja"]
 
 
 def test_a_user_file_is_not_replaced_by_a_new_file_of_the_export(tmp_path, other_params):
     path = tmp_path / "export"
-    models.save(path, CONFIG, other_params)
+    models.save(path, graphdef_of(CONFIG), other_params)
     (path / "tokenizer.json").write_text("mine")
     before = contents(path)
     with pytest.raises(UserError, match=r"export/tokenizer\.json is not part of the earlier expor"):
-        models.save(path, CONFIG, other_params, tokenizer=word_tokenizer())
+        models.save(path, graphdef_of(CONFIG), other_params, tokenizer=word_tokenizer())
     assert contents(path) == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -189,7 +195,7 @@ def test_a_damaged_manifest_is_reported(export, other_params, manifest):
     (export / MANIFEST).write_text(manifest)
     before = contents(export)
     with pytest.raises(UserError, match=MANIFEST) as caught:
-        models.save(export, CONFIG, other_params)
+        models.save(export, graphdef_of(CONFIG), other_params)
     assert "\n" not in str(caught.value)
     assert contents(export) == before
 
@@ -198,7 +204,7 @@ def test_a_failed_save_leaves_the_earlier_export(export, other_params):
     (export / "thesis.tex").write_text("mine")
     before = contents(export)
     with pytest.raises(OSError, match="disk full"):
-        models.save(export, CONFIG, other_params, tokenizer=BrokenTokenizer())
+        models.save(export, graphdef_of(CONFIG), other_params, tokenizer=BrokenTokenizer())
     assert contents(export) == before
     assert list(export.parent.iterdir()) == [export]
 
@@ -213,7 +219,7 @@ def test_a_killed_save_loses_nothing(made, export, other_params, killed):
     if killed != "before the swap":
         export.rename(aside / "old")
     if killed == "after the swap":
-        models.save(export, CONFIG, other_params, card="# The new one")
+        models.save(export, graphdef_of(CONFIG), other_params, card="# The new one")
         # This save removed the folder of the killed one.
         expected = contents(export)
         shutil.copytree(made, aside / "old")
@@ -222,6 +228,6 @@ def test_a_killed_save_loses_nothing(made, export, other_params, killed):
     else:
         shutil.copytree(made, aside / "new")
     with pytest.raises(OSError, match="disk full"):
-        models.save(export, CONFIG, other_params, tokenizer=BrokenTokenizer())
+        models.save(export, graphdef_of(CONFIG), other_params, tokenizer=BrokenTokenizer())
     assert contents(export) == expected
     assert list(export.parent.iterdir()) == [export]

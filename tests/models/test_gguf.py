@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_models import CONFIG as SHAPE
-from small_models import random_params
+from small_models import graphdef_of, random_params
 
 from lomo_jax import models
 from lomo_jax.errors import UserError
@@ -88,7 +88,8 @@ def params():
 def test_weights_in_the_layout_of_llama_cpp_load_unchanged(tmp_path, config):
     params = random_params(config, 0)
     write(tmp_path / "model.gguf", config, params)
-    loaded_config, loaded = models.load(tmp_path / "model.gguf")
+    graphdef, loaded = models.load(tmp_path / "model.gguf")
+    loaded_config = nnx.merge(graphdef, loaded).config
     assert loaded_config == config
     chex.assert_trees_all_equal(loaded, params)
 
@@ -164,7 +165,7 @@ def test_a_tokenizer_from_gguf_decodes_its_encoding(tmp_path, pre):
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1)
     # A special token in the input is one token. An export keeps the tokenizer.
     assert tokenizer("at<|end|>")["input_ids"][-1] == 0
-    models.save(tmp_path / "export", TIED, random_params(TIED, 0), tokenizer=tokenizer)
+    models.save(tmp_path / "export", graphdef_of(TIED), random_params(TIED, 0), tokenizer=tokenizer)
     assert models.tokenizer(tmp_path / "export")(TEXT)["input_ids"] == ids
 
 
@@ -215,8 +216,7 @@ def smollm2():
 
 @pytest.mark.slow
 def test_a_real_model_knows_english(smollm2):
-    config, params = models.load(smollm2, jnp.bfloat16)
-    graphdef, _ = models.abstract(config)
+    graphdef, params = models.load(smollm2, jnp.bfloat16)
     tokenizer = models.tokenizer(smollm2)
     assert tokenizer.decode(tokenizer(PROSE)["input_ids"]) == PROSE
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import CONFIG, TIED
+from small_models import CONFIG, TIED, graphdef_of
 
 from lomo_jax import models
 
@@ -27,11 +27,11 @@ def test_init_layer_by_layer_equals_init(config, dtype):
 
 def test_a_checkpoint_is_loaded_into_host_memory_and_saved_from_there(tmp_path):
     params = models.init(CONFIG, 0)[1]
-    models.save(tmp_path / "first", CONFIG, params)
+    models.save(tmp_path / "first", graphdef_of(CONFIG), params)
     _, on_host = models.load(tmp_path / "first", jnp.float32, on_host=True)
     assert spaces(on_host) == {HOST}
     chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (on_host, params)))
-    models.save(tmp_path / "second", CONFIG, on_host)
+    models.save(tmp_path / "second", graphdef_of(CONFIG), on_host)
     first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
 
@@ -42,9 +42,9 @@ def test_stacks_in_host_memory_are_filled_in_place(monkeypatch):
     pointers: dict[tuple[int, ...], set[int]] = {}
     fill = weights._fill
 
-    def watched(stack, tensor, layer, *, transposed):
-        filled = fill(stack, tensor, layer, transposed=transposed)
-        if layer is not None:
+    def watched(stack, tensor, index, *, transposed):
+        filled = fill(stack, tensor, index, transposed=transposed)
+        if index:
             assert stack.is_deleted()
             pointers.setdefault((id(stack.dtype), *stack.shape), set()).add(
                 filled.unsafe_buffer_pointer()
@@ -58,6 +58,6 @@ def test_stacks_in_host_memory_are_filled_in_place(monkeypatch):
 
 
 def test_the_shape_is_read_without_the_weights(tmp_path):
-    models.save(tmp_path / "export", CONFIG, models.init(CONFIG, 0)[1])
+    models.save(tmp_path / "export", graphdef_of(CONFIG), models.init(CONFIG, 0)[1])
     (tmp_path / "export" / "model.safetensors").unlink()
     assert models.load_config(tmp_path / "export") == CONFIG

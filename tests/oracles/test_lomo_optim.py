@@ -61,8 +61,7 @@ def losses_of_torch(checkpoint, batches, make_optimizer, learning_rates, monkeyp
 
 
 def losses_of_jax(checkpoint, batches, tx, **options):
-    config, params = models.load(checkpoint, jnp.float32)
-    graphdef, _ = models.abstract(config)
+    graphdef, params = models.load(checkpoint, jnp.float32)
 
     def loss_fn(params, tokens):
         model = nnx.merge(graphdef, params)

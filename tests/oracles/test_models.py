@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from lomo_jax import models
+from lomo_jax.models.hf_config import write_config
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -34,7 +35,7 @@ CONFIGS = {
     "free_head_dim": dataclasses.replace(CONFIG, head_dim=20),
     "tied": dataclasses.replace(CONFIG, tie_embeddings=True),
     "llama3_rope": dataclasses.replace(
-        CONFIG, rope_theta=100.0, rope_scaling=models.RopeScaling(8.0, 1.0, 4.0, 32)
+        CONFIG, rope_theta=100.0, rope_scaling=models.RopeScaling("llama3", 8.0, 32)
     ),
 }
 RNG = np.random.default_rng(0)
@@ -44,7 +45,9 @@ TOKENS_BxT = RNG.integers(0, CONFIG.vocab_size, (2, 100))
 def random_torch_model(config):
     """Returns a transformers model with weights so large that every part affects the logits."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf("float32")))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**write_config(config, "float32"))
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.15)
@@ -72,7 +75,8 @@ def logits_of_ours(config, params):
 def test_logits_agree_after_loading_their_weights(tmp_path, name):
     theirs = random_torch_model(CONFIGS[name])
     theirs.save_pretrained(tmp_path)
-    config, params = models.load(tmp_path)
+    graphdef, params = models.load(tmp_path)
+    config = nnx.merge(graphdef, params).config
     assert config == CONFIGS[name]
     expected = logits_of_torch(theirs)
     assert expected.std() > 0.5
@@ -83,7 +87,7 @@ def test_logits_agree_after_loading_their_weights(tmp_path, name):
 def test_logits_agree_after_loading_our_export(tmp_path, name):
     config = CONFIGS[name]
     params = random_params(config)
-    models.save(tmp_path / "export", config, params, max_shard_bytes=30_000)
+    models.save(tmp_path / "export", models.abstract(config)[0], params, max_shard_bytes=30_000)
     theirs, info = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "export", output_loading_info=True
     )
@@ -96,7 +100,7 @@ def test_logits_agree_after_loading_our_export(tmp_path, name):
 
 def test_logits_agree_for_a_bfloat16_export(tmp_path):
     params = random_params(CONFIG, jnp.bfloat16)
-    models.save(tmp_path / "export", CONFIG, params)
+    models.save(tmp_path / "export", models.abstract(CONFIG)[0], params)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "export").eval()
     assert theirs.dtype == torch.bfloat16
     ours = logits_of_ours(CONFIG, params)

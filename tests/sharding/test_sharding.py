@@ -77,7 +77,7 @@ def test_heads_that_cannot_be_sharded_are_an_error():
 def test_weights_are_initialised_loaded_and_saved_in_shards(mesh, tmp_path, on_host):
     _, expected = models.init(CONFIG, 3)
     drawn = models.init_layer_by_layer(CONFIG, 3, jnp.float32, on_host=on_host, mesh=mesh)
-    models.save(tmp_path / "whole", CONFIG, expected)
+    models.save(tmp_path / "whole", models.abstract(CONFIG)[0], expected)
     _, read = models.load(tmp_path / "whole", on_host=on_host, mesh=mesh)
     # The rounding of random numbers depends on how XLA fuses their computation.
     for params, tolerance in ((drawn, 1e-6), (read, 0)):
@@ -93,7 +93,7 @@ def test_weights_are_initialised_loaded_and_saved_in_shards(mesh, tmp_path, on_h
     kernel = read["layers"]["mlp"]["down"]["kernel"][...]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 10, 32)}
     with jax.set_mesh(mesh):
-        models.save(tmp_path / "parts", CONFIG, read)
+        models.save(tmp_path / "parts", models.abstract(CONFIG)[0], read)
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -102,7 +102,7 @@ def test_no_device_gets_a_whole_stack(mesh, tmp_path, monkeypatch):
     """While weights are loaded, only shards of stacks and one tensor are alive."""
     from lomo_jax.models import weights
 
-    models.save(tmp_path / "export", CONFIG, models.init(CONFIG, 3)[1])
+    models.save(tmp_path / "export", models.abstract(CONFIG)[0], models.init(CONFIG, 3)[1])
     before = {id(x) for x in jax.live_arrays()}
     largest, fill = [0], weights._fill
 

@@ -82,7 +82,7 @@ _OPTIONAL = {
     "clip_norm": 1.0,
     "eval_batches": 3,
     "wandb": "x",
-    "model.architecture.rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192),
+    "model.architecture.rope_scaling": RopeScaling("llama3", 8.0, 8192),
     "model.architecture.bos_id": 1,
     "model.architecture.eos_id": (1, 2),
 }
@@ -147,7 +147,9 @@ def test_the_config_json_of_a_run_is_a_config(tmp_path):
     config = _valid(
         model=ModelConfig(
             path="model",
-            architecture=DecoderConfig(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), eos_id=(1, 2)),
+            architecture=DecoderConfig(
+                rope_scaling=RopeScaling("llama3", 8.0, 8192), eos_id=(1, 2)
+            ),
         ),
         optimizer="adamw",
         optimizer_kwargs={"b1": 0.5},

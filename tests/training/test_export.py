@@ -66,8 +66,8 @@ def test_exporting_the_best_checkpoint(made, tmp_path, capsys):
 
 
 def test_large_exports_have_several_files(made, tmp_path):
-    config, params = models.load(made / "export")
-    models.save(tmp_path / "out", config, params, card="# A card", max_shard_bytes=50_000)
+    graphdef, params = models.load(made / "export")
+    models.save(tmp_path / "out", graphdef, params, card="# A card", max_shard_bytes=50_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert (tmp_path / "out" / "README.md").read_text() == "# A card"

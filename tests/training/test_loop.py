@@ -204,8 +204,7 @@ def test_without_a_terminal_stdout_gets_plain_lines(finished):
 def export(tmp_path) -> dict[str, bytes]:
     """The files of an earlier export in the workdir, by name."""
     config = models.DecoderConfig(32, 8, 8, 1, 1, 1, 8)
-    _, params = models.init(config, 0)
-    models.save(tmp_path / "export", config, params)
+    models.save(tmp_path / "export", *models.init(config, 0))
     return {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
 
 

@@ -48,7 +48,7 @@ def test_without_a_checkpoint_the_config_gives_the_architecture():
 
 def test_abstract_reads_the_architecture_of_a_checkpoint_but_no_weights(tmp_path):
     shape = models.DecoderConfig(40, 8, 8, 2, 1, 1, 8)
-    models.save(tmp_path / "export", shape, models.init(shape, 0)[1])
+    models.save(tmp_path / "export", *models.init(shape, 0))
     (tmp_path / "export" / "model.safetensors").unlink()
     source = ModelConfig(str(tmp_path / "export"), architecture=_TINY)
     assert model_lib.abstract(source, "float32", 512).config == shape

@@ -117,7 +117,7 @@ _ANOTHER = {
             **{"vocab_size": 258, "width": 64, "mlp_width": 32, "num_layers": 3, "num_heads": 2},
             **{"num_kv_heads": 4, "head_dim": 16, "max_length": 128, "rope_theta": 5e5},
             **{"norm_eps": 1e-5, "tie_embeddings": True, "bos_id": 1, "eos_id": 2},
-            "rope_scaling": models.RopeScaling(8.0, 1.0, 4.0, 64),
+            "rope_scaling": models.RopeScaling("llama3", 8.0, 64),
         }.items()
     },
 }
@@ -249,7 +249,7 @@ def test_contents_of_run_info_log_and_model_card(made):
     log = (made / "log.txt").read_text()
     for words in (f"{size:,} parameters", "step 6", "held out", "exported"):
         assert words in log
-    config, _ = models.load(made / "export")
+    config = models.load_config(made / "export")
     assert config.width == 32
     card = (made / "export" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")

@@ -10,7 +10,7 @@ from flax import nnx
 from small_models import TIED as TIED_SMALL
 
 from lomo_jax import models
-from lomo_jax.models import llama
+from lomo_jax.models import layers, rope
 
 CONFIG = models.DecoderConfig(
     vocab_size=61,
@@ -24,9 +24,7 @@ CONFIG = models.DecoderConfig(
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 ROPE_SCALED = dataclasses.replace(
     CONFIG,
-    rope_scaling=models.RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=16
-    ),
+    rope_scaling=models.RopeScaling("llama3", factor=8.0, original_max_length=16),
 )
 
 
@@ -186,28 +184,28 @@ def test_init_matches_abstract_and_depends_on_the_seed():
 
 
 def test_rotary_frequencies():
-    frequencies = llama._frequencies(dataclasses.replace(CONFIG, head_dim=8, rope_theta=10_000.0))
+    config = dataclasses.replace(CONFIG, head_dim=8, rope_theta=10_000.0)
+    frequencies, _ = rope.frequencies(config, 16)
     np.testing.assert_allclose(frequencies, [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
     assert frequencies.dtype == np.float32
 
 
 def test_scaled_rotary_frequencies():
     """Divides frequencies below 1 turn in 400 tokens by the factor; leaves those above 4 turns."""
-    scaling = models.RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=400
-    )
+    scaling = models.RopeScaling("llama3", factor=8.0, original_max_length=400)
     config = dataclasses.replace(CONFIG, head_dim=8, rope_theta=160_000.0, rope_scaling=scaling)
     # Unscaled 1, 0.05, 0.0025 and 0.000125 radians per token: 64, 3.18, 0.16 and 0.008 turns.
     share = (400 * 0.05 / (2 * np.pi) - 1) / 3
     between = share * 0.05 + (1 - share) * 0.05 / 8
     np.testing.assert_allclose(
-        llama._frequencies(config), [1.0, between, 0.0025 / 8, 0.000125 / 8], rtol=1e-6
+        rope.frequencies(config, 16)[0], [1.0, between, 0.0025 / 8, 0.000125 / 8], rtol=1e-6
     )
 
 
 def test_rms_norm_near_its_epsilon():
     """The epsilon is added to the mean square, and matters when both are of similar size."""
-    norm = llama.RMSNorm(4, eps=1e-4, param_dtype=jnp.float32)
+    config = dataclasses.replace(CONFIG, norm_eps=1e-4)
+    norm = layers.Norm(4, config, param_dtype=jnp.float32)
     norm.scale.set_value(jnp.array([1.0, 2.0, 3.0, 4.0]))
     x_BxTxD = np.array([[[0.01, -0.01, 0.02, 0.0]]], np.float32)
     mean_square = (1 + 1 + 4) * 1e-4 / 4
