@@ -1,6 +1,6 @@
 """The table of families: how each names its tensors, and how its config.json differs from LLaMA's.
 
-To add a family, add an entry and a row to `tests/oracles/families.py`; see docs/guides/families.md.
+To add a family, add an entry and a row to `tests/models/tiny_families.py`; see docs/guides/families.md.
 """
 
 from __future__ import annotations

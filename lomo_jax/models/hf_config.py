@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lomo_jax.errors import UserError, did_you_mean
-from lomo_jax.models.config import DecoderConfig, RopeScaling
+from lomo_jax.models.config import ROPE_SCALINGS, DecoderConfig, RopeScaling
 from lomo_jax.models.families import FAMILIES, Family
 
 Json = Mapping[str, Any]
@@ -150,7 +150,7 @@ def _read_rope(hf: Json, head_dim: int, fields: Json) -> dict[str, Any]:
     transformers 4 has rope_theta and rope_scaling, transformers 5 one rope_parameters, which may
     hold one dict for each kind of layer.
     """
-    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     local = rope.pop("sliding_attention", None)
     rope |= rope.pop("full_attention", None) or {}
     theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
@@ -159,7 +159,7 @@ def _read_rope(hf: Json, head_dim: int, fields: Json) -> dict[str, Any]:
     if share != 1:
         dim = int(head_dim * share)
         found["rotary_dim"] = dim
-    if (scaling := _read_scaling(rope, hf, theta)) is not None:
+    if (scaling := _read_scaling(rope, hf)) is not None:
         found["rope_scaling"] = scaling
     if growth := rope.get("llama_4_scaling_beta"):
         found["query_growth"] = float(growth)
@@ -178,26 +178,30 @@ def _kind(rope: Json) -> str:
     return "longrope" if kind == "su" else kind  # its first name
 
 
-def _read_scaling(rope: Json, hf: Json, theta: float) -> RopeScaling | None:
-    kind, longest = _kind(rope), hf.get("max_position_embeddings", 2048)
+def _read_scaling(rope: Json, hf: Json) -> RopeScaling | None:
+    kind = _kind(rope)
+    if kind == "default":
+        return None
+    if kind not in ROPE_SCALINGS:
+        return RopeScaling(kind)  # which refuses it
+    longest = hf.get("max_position_embeddings", 2048)
     original = (
         hf.get("original_max_position_embeddings")
         or rope.get("original_max_position_embeddings")
         or longest
     )
-    fields: dict[str, Any]
+    factor = rope.get("factor")
+    if factor is None and kind in ("yarn", "longrope"):
+        factor = longest / original
+    if factor is None:
+        raise KeyError("factor")
+    fields: dict[str, Any] = {}
     match kind:
-        case "default":
-            return None
-        case "linear":
-            fields = {}
-        case "dynamic":
-            if rope.get("alpha"):
-                raise UserError(
-                    f"rope scaling 'dynamic' with alpha={rope['alpha']} is not supported; "
-                    "supported: factor alone"
-                )
-            fields = {}
+        case "dynamic" if rope.get("alpha"):
+            raise UserError(
+                f"rope scaling 'dynamic' with alpha={rope['alpha']} is not supported; supported: "
+                "factor alone"
+            )
         case "llama3":
             fields = {
                 "low_freq_factor": rope["low_freq_factor"],
@@ -210,41 +214,32 @@ def _read_scaling(rope: Json, hf: Json, theta: float) -> RopeScaling | None:
                 "fast_turns": float(rope.get("beta_fast") or 32),
                 "slow_turns": float(rope.get("beta_slow") or 1),
                 "truncate": rope.get("truncate", True),
-                "magnitude": _yarn_magnitude(rope, longest / original),
+                "magnitude": _yarn_magnitude(rope, factor),
             }
         case "longrope":
             fields = {
                 "original_max_length": original,
                 "short_factors": tuple(map(float, rope["short_factor"])),
                 "long_factors": tuple(map(float, rope["long_factor"])),
-                "magnitude": _longrope_magnitude(rope, original, longest / original),
+                "magnitude": _longrope_magnitude(rope, original, factor),
             }
-        case _:
-            fields = {}  # RopeScaling refuses it
-    factor = rope.get("factor")
-    if factor is None and kind in ("yarn", "longrope"):
-        factor = longest / original
-    if factor is None and fields is not None and kind in ("linear", "dynamic", "llama3"):
-        raise KeyError("factor")
-    return RopeScaling(kind, 1.0 if factor is None else factor, **fields)
+    return RopeScaling(kind, factor, **fields)
 
 
-def _yarn_magnitude(rope: Json, stretch: float) -> float:
+def _yarn_magnitude(rope: Json, factor: float) -> float:
     def magnitude(factor: float, share: float = 1.0) -> float:
         return 1.0 if factor <= 1 else 0.1 * share * math.log(factor) + 1.0
 
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
-    factor = rope.get("factor") or stretch
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return magnitude(factor, rope["mscale"]) / magnitude(factor, rope["mscale_all_dim"])
     return magnitude(factor)
 
 
-def _longrope_magnitude(rope: Json, original: int, stretch: float) -> float:
+def _longrope_magnitude(rope: Json, original: int, factor: float) -> float:
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
-    factor = rope.get("factor") or stretch
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 

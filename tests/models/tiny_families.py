@@ -5,7 +5,7 @@ Sizes are all different, and windows and scalings short, so that every switch ch
 """
 
 SIZES = {
-    "vocab_size": 97,
+    "vocab_size": 98,
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 4,
