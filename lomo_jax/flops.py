@@ -14,6 +14,7 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     """
     heads = config.num_heads * config.head_dim
     kv_heads = config.num_kv_heads * config.head_dim
-    layer = config.width * (2 * heads + 2 * kv_heads + 3 * config.mlp_width)
+    mlp = (3 if config.gated_mlp else 2) * config.mlp_width * (config.experts_per_token or 1)
+    layer = config.width * (2 * heads + 2 * kv_heads + mlp + config.num_experts)
     attention = heads * sequence_length  # products with K and V, over half the sequence on average
     return 6.0 * (config.num_layers * (layer + attention) + config.width * config.vocab_size)

@@ -88,6 +88,11 @@ class DecoderConfig:
     output_bias: bool = False  # bias of o
     mlp_bias: bool = False  # biases of gate, up and down
 
+    num_experts: int = 0  # E, MLPs of width mlp_width to choose from; 0: one MLP for all tokens
+    experts_per_token: int = 0
+    normalize_experts: bool = True  # the router's probabilities of the chosen experts sum to 1
+    router_loss: float = 0.0  # weight of the loss that balances the experts
+
     norm_places: str = "before"  # one of NORM_PLACES
     parallel: bool = False  # attention and MLP read the same input; needs norm_places="before"
     layer_norm: bool = False  # subtract the mean: LayerNorm instead of RMSNorm
@@ -154,6 +159,13 @@ class DecoderConfig:
                     f"{name} has {len(getattr(self, name))} entries, but num_layers="
                     f"{self.num_layers}; give one for each layer"
                 )
+        if not 0 <= self.experts_per_token <= self.num_experts or (
+            bool(self.num_experts) != bool(self.experts_per_token)
+        ):
+            raise UserError(
+                f"experts_per_token={self.experts_per_token} must be between 1 and num_experts="
+                f"{self.num_experts}, or both 0"
+            )
         if self.parallel and self.norm_places != "before":
             raise UserError(f"parallel needs norm_places='before', not {self.norm_places!r}")
 

@@ -31,12 +31,16 @@ from lomo_jax.models import attention as attention_
 from lomo_jax.models import rope
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.embedding import EMBEDDING, look_up
+from lomo_jax.models.experts import Load, balance
 from lomo_jax.models.layers import NORMAL, Context, Layer, Norm, linear, multiply
 
 # How `sharding.shardings` shards the parameters. A block's first matrices are split along their
 # outputs (whole heads, columns of the MLP), its last matrix along its inputs (Megatron).
 RULES: sharding.Rules = (
     (r"embedding", EMBEDDING),
+    (r"layers/.*/router/kernel", P(None, "fsdp", None)),
+    (r"layers/.*/experts/(gate|up)/kernel", P(None, None, "fsdp", "tensor")),
+    (r"layers/.*/experts/down/kernel", P(None, None, ("tensor", "fsdp"), None)),
     (r"layers/.*/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/.*/(o|down)/kernel", P(None, ("tensor", "fsdp"), None)),
     (r"layers/.*/(q|k|v|gate|up)/bias", P(None, "tensor")),
@@ -115,6 +119,18 @@ class Decoder(nnx.Module):
         Returns:
           `[B, T, D]` in the parameters' dtype.
         """
+        return self.hidden_and_balance(tokens_BxT, positions_BxT, segments_BxT)[0]
+
+    def hidden_and_balance(
+        self,
+        tokens_BxT: jax.Array,
+        positions_BxT: jax.Array | None = None,
+        segments_BxT: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns what `hidden` does, and the loss that balances a mixture of experts.
+
+        The loss is that of transformers; padding, segment 0, does not count. None without experts.
+        """
         tokens_BxT, positions_BxT, segments_BxT = sharding.shard_batch(
             (tokens_BxT, positions_BxT, segments_BxT)
         )
@@ -122,19 +138,26 @@ class Decoder(nnx.Module):
         if positions_BxT is None:
             positions_BxT = jnp.arange(length)[None]
         shared = self._context(positions_BxT, segments_BxT)
+        if config.num_experts:
+            is_token = jnp.ones_like(tokens_BxT) if segments_BxT is None else segments_BxT
+            shared = shared._replace(is_token=sharding.shard_batch(is_token != 0))
 
         # Inside a scan, common-subexpression elimination cannot undo rematerialisation: the
         # barriers of prevent_cse=True would only cost time.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def apply(x_BxTxD: jax.Array, inputs: tuple[Layer, PerLayer]) -> tuple[jax.Array, None]:
+        def apply(
+            x_BxTxD: jax.Array, inputs: tuple[Layer, PerLayer]
+        ) -> tuple[jax.Array, Load | None]:
             layer, own = inputs
             context = self._specialise(shared, own, positions_BxT)
-            return to_device(layer)(x_BxTxD, context), None
+            return to_device(layer)(x_BxTxD, context)
 
         x_BxTxD = look_up(to_device(self.embedding[...]), tokens_BxT)
         x_BxTxD = multiply(x_BxTxD, config.embedding_multiplier)
-        x_BxTxD, _ = jax.lax.scan(apply, x_BxTxD, (self.layers, _per_layer(config, length)))
-        return multiply(self.norm(x_BxTxD), config.logit_multiplier)
+        inputs = self.layers, _per_layer(config, length)
+        x_BxTxD, load = jax.lax.scan(apply, x_BxTxD, inputs)
+        x_BxTxD = multiply(self.norm(x_BxTxD), config.logit_multiplier)
+        return x_BxTxD, None if load is None else balance(load)
 
     def _context(self, positions_BxT: jax.Array, segments_BxT: jax.Array | None) -> Context:
         """Returns what all layers share."""

@@ -1,6 +1,7 @@
-"""The table of families: how each names its tensors, and how its config.json differs from LLaMA's.
+"""The table of families: how each names its tensors, and how its config.json is read.
 
-To add a family, add an entry and a row to `tests/models/tiny_families.py`; see docs/guides/families.md.
+To add a family, add an entry here and a row to `tests/models/tiny_families.py`; see
+docs/guides/families.md.
 """
 
 from __future__ import annotations
@@ -42,9 +43,14 @@ _LLAMA_NAMES = {
     "layers/mlp/gate": f"{_LAYER}mlp.gate_proj",
     "layers/mlp/up": f"{_LAYER}mlp.up_proj",
     "layers/mlp/down": f"{_LAYER}mlp.down_proj",
+    "layers/mlp/router": f"{_LAYER}mlp.gate",
+    "layers/mlp/experts/gate": f"{_LAYER}mlp.experts.{{}}.gate_proj",
+    "layers/mlp/experts/up": f"{_LAYER}mlp.experts.{{}}.up_proj",
+    "layers/mlp/experts/down": f"{_LAYER}mlp.experts.{{}}.down_proj",
     "norm": "model.norm",
     "output": "lm_head",
 }
+_MIXTRAL = f"{_LAYER}block_sparse_moe."
 _POST_NORMS = {
     "layers/attention_post_norm": f"{_LAYER}post_attention_layernorm",
     "layers/mlp_norm": f"{_LAYER}pre_feedforward_layernorm",
@@ -166,6 +172,26 @@ def _write_windows(config: Any) -> dict[str, Any]:
     return {
         "sliding_window": config.window,
         "layer_types": [kinds[config.is_sliding(i)] for i in range(config.num_layers)],
+    }
+
+
+def _experts(hf: Json) -> dict[str, Any]:
+    # Like transformers, which adds the loss only if it is told to return the router's logits.
+    loss = hf.get("router_aux_loss_coef", 0.001) if hf.get("output_router_logits") else 0.0
+    return {
+        "num_experts": hf.get("num_local_experts") or hf["num_experts"],
+        "experts_per_token": hf["num_experts_per_tok"],
+        "router_loss": loss,
+    }
+
+
+def _qwen3_moe(hf: Json) -> dict[str, Any]:
+    _refuse(hf, "mlp_only_layers", [])
+    _refuse(hf, "decoder_sparse_step", 1)
+    return _experts(hf) | {
+        "qk_norm": "head",
+        "mlp_width": hf["moe_intermediate_size"],
+        "normalize_experts": hf.get("norm_topk_prob", False),
     }
 
 
@@ -392,6 +418,40 @@ FAMILIES: Mapping[str, Family] = {
             "max_position_embeddings": 4096,
         },
         lambda hf: {"gated_mlp": False, "layer_norm": True, "norm_bias": True, "norm_offset": 1.0},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131072,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        lambda hf: _experts(hf) | windows(hf),
+        {
+            "layers/mlp/router": f"{_MIXTRAL}gate",
+            "layers/mlp/experts/gate": f"{_MIXTRAL}experts.{{}}.w1",
+            "layers/mlp/experts/up": f"{_MIXTRAL}experts.{{}}.w3",
+            "layers/mlp/experts/down": f"{_MIXTRAL}experts.{{}}.w2",
+        },
+        write=lambda config: {
+            "num_local_experts": config.num_experts,
+            "num_experts_per_tok": config.experts_per_token,
+        },
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "head_dim": 128,
+        },
+        lambda hf: _qwen3_moe(hf) | _qwen_windows(hf),
     ),
     "hunyuan_v1_dense": Family(
         "HunYuanDenseV1ForCausalLM",

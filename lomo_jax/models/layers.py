@@ -24,6 +24,7 @@ from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import to_device
 from lomo_jax.models.attention import Scores, Visible, attend
 from lomo_jax.models.config import DecoderConfig
+from lomo_jax.models.experts import Experts, Load
 from lomo_jax.models.rope import rotate
 
 NORMAL = nnx.initializers.normal(0.02)
@@ -43,6 +44,7 @@ class Context(NamedTuple):
     sin: jax.Array | None  # like cos
     visible: Visible
     query_scale: jax.Array | None = None  # [B, T, 1, 1] float32
+    is_token: jax.Array | None = None  # bool [B, T], for mixtures of experts: not padding
 
 
 class Norm(nnx.Module):
@@ -157,18 +159,29 @@ class Layer(nnx.Module):
         self.attention_post_norm = norm() if after else None
         self.parallel = config.parallel
         self.mlp_norm = norm() if before and not config.parallel else None
-        self.mlp = MLP(config, param_dtype=param_dtype, rngs=rngs)
+        if config.num_experts:
+            activate = _ACTIVATIONS[config.activation]
+            self.mlp = Experts(config, activate=activate, param_dtype=param_dtype, rngs=rngs)
+        else:
+            self.mlp = MLP(config, param_dtype=param_dtype, rngs=rngs)
         self.mlp_post_norm = norm() if after else None
 
-    def __call__(self, x_BxTxD: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, context: Context) -> tuple[jax.Array, Load | None]:
+        """Returns the layer's output, and how a mixture of experts used them."""
         if self.parallel:
             normal_BxTxD = _apply(self.attention_norm, x_BxTxD)
-            y_BxTxD = self.attention(normal_BxTxD, context) + self.mlp(normal_BxTxD)
-            return x_BxTxD + self._scale(y_BxTxD)
+            attended_BxTxD = self.attention(normal_BxTxD, context)
+            y_BxTxD, load = self._mlp(normal_BxTxD, context)
+            return x_BxTxD + self._scale(attended_BxTxD + y_BxTxD), load
         y_BxTxD = self.attention(_apply(self.attention_norm, x_BxTxD), context)
         x_BxTxD += self._scale(_apply(self.attention_post_norm, y_BxTxD))
-        y_BxTxD = self.mlp(_apply(self.mlp_norm, x_BxTxD))
-        return x_BxTxD + self._scale(_apply(self.mlp_post_norm, y_BxTxD))
+        y_BxTxD, load = self._mlp(_apply(self.mlp_norm, x_BxTxD), context)
+        return x_BxTxD + self._scale(_apply(self.mlp_post_norm, y_BxTxD)), load
+
+    def _mlp(self, x_BxTxD: jax.Array, context: Context) -> tuple[jax.Array, Load | None]:
+        if isinstance(self.mlp, Experts):
+            return self.mlp(x_BxTxD, context.is_token)
+        return self.mlp(x_BxTxD), None
 
     def _scale(self, y_BxTxD: jax.Array) -> jax.Array:
         return multiply(y_BxTxD, self.residual_multiplier)

@@ -36,7 +36,7 @@ class _Place(NamedTuple):
     """The part of the parameters that some rows of a tensor hold."""
 
     leaf: int  # index into the flattened parameters
-    index: tuple[int, ...]  # on the leaf's leading axes: none, or the layer
+    index: tuple[int, ...]  # on the leaf's leading axes: none, the layer, or layer and expert
     shape: tuple[int, ...]  # in the file
     transposed: bool  # files store kernels as [outputs, inputs]
     pairs: tuple[int, int] | None  # (head_dim, rotary_dim) if the file interleaves rotary pairs
@@ -198,21 +198,22 @@ def _places(config: DecoderConfig, params: nnx.State, layout: Layout) -> dict[st
         path, stacked = _path(keys), _is_stacked(keys)
         module, _, kind = path.rpartition("/") if "/" in path else (path, "", "scale")
         is_kernel, is_norm = kind == "kernel", "norm" in module
-        shape = leaf.shape[1:] if stacked else leaf.shape
+        leading = (2 if "/experts/" in path else 1) if stacked else 0
+        shape = leaf.shape[leading:]
         shape = shape[::-1] if is_kernel else shape
         rotates = module in ("layers/attention/q", "layers/attention/k")
         suffix = ".bias" if kind == "bias" else ".weight"
-        for layer in range(leaf.shape[0]) if stacked else (None,):
+        for index in np.ndindex(leaf.shape[:leading]):
             place = _Place(
                 leaf_index,
-                () if layer is None else (layer,),
+                index,
                 shape,
                 is_kernel,
                 pairs if rotates and layout.interleaved else None,
                 layout.scale_offset if is_norm and kind == "scale" else 0.0,
             )
-            name = layout.names[module].format(layer) + suffix
-            found.append((layer or 0, order.index(module), name, place))
+            name = layout.names[module].format(*index) + suffix
+            found.append((index[0] if index else 0, order.index(module), name, place))
     places: dict[str, list[_Place]] = {}
     for _, _, name, place in sorted(found, key=lambda item: item[:2]):
         places.setdefault(name, []).append(place)

@@ -34,14 +34,19 @@ class Model(NamedTuple):
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
         """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight."""
         model = nnx.merge(self.graphdef, params)
-        x_BxTxD = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
-        return next_token_loss(
+        x_BxTxD, balance = model.hidden_and_balance(
+            batch["tokens"], batch["positions"], batch["segments"]
+        )
+        loss, metrics = next_token_loss(
             x_BxTxD,
             model.head(),
             batch["targets"],
             batch["weights"],
             cap=self.config.logit_cap,
         )
+        if balance is not None and self.config.router_loss:
+            loss += self.config.router_loss * balance
+        return loss, metrics
 
 
 def abstract(

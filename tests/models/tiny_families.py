@@ -172,5 +172,18 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     ),
     "arcee": ("arcee", {}),
     "nemotron": ("nemotron", NO_HEAD_DIM),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+        },
+    ),
     "hunyuan": ("hunyuan_v1_dense", {}),
 }

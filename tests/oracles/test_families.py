@@ -162,3 +162,17 @@ def test_eight_devices_equal_one(saved, name):
 
 def test_every_family_is_tested():
     assert {model_type for model_type, _ in CONFIGS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_loss_that_balances_experts(saved, name):
+    folder, _ = saved(name)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    mask_BxT = np.ones(TOKENS_BxT.shape, np.int32)
+    mask_BxT[1, 20:] = 0  # padding
+    with torch.no_grad():
+        tokens, mask = torch.tensor(TOKENS_BxT), torch.tensor(mask_BxT)
+        expected = theirs(tokens, attention_mask=mask, output_router_logits=True).aux_loss
+    model = nnx.merge(*ours(folder))
+    _, found = model.hidden_and_balance(jnp.asarray(TOKENS_BxT), None, jnp.asarray(mask_BxT))
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
