@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lomo_jax.models.huggingface import save_config as save_config
     from lomo_jax.models.loading import load as load
     from lomo_jax.models.loading import load_config as load_config
+    from lomo_jax.models.loading import local_path as local_path
     from lomo_jax.models.loading import tokenizer as tokenizer
     from lomo_jax.models.weights import init_layer_by_layer as init_layer_by_layer
 
@@ -33,7 +34,7 @@ __getattr__, __dir__ = _lazy.attach(
         "generation": ["generate"],
         "huggingface": ["save", "save_config"],
         "decoder": ["RULES", "Decoder", "abstract", "init", "shardings"],
-        "loading": ["load", "load_config", "tokenizer"],
+        "loading": ["load", "load_config", "local_path", "tokenizer"],
         "weights": ["init_layer_by_layer"],
     },
 )

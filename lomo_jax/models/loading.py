@@ -1,4 +1,4 @@
-"""Reading a model from a Hugging Face directory or a GGUF file."""
+"""Reading a model from a Hugging Face directory, the hub or a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from lomo_jax.errors import UserError
+from lomo_jax.models import hub
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.decoder import Decoder, abstract
 
@@ -31,8 +32,9 @@ def load(
     the parameters and one tensor.
 
     Args:
-      path: A Hugging Face directory (config.json and one or more .safetensors files) or a GGUF
-        file, whose quantised weights are dequantised.
+      path: A Hugging Face directory (config.json and one or more .safetensors files), the id of a
+        model on the hub ("owner/name", "owner/name@revision"), or a GGUF file, whose quantised
+        weights are dequantised.
       param_dtype: The parameters' dtype; weights of another dtype are cast.
       attention: "xla" or "cudnn"; see `Decoder`.
       on_host: Whether to place the parameters in host memory. The device then holds at most one
@@ -48,7 +50,8 @@ def load(
       UserError: A file is missing or damaged, the files do not belong together, or the model is
         not supported.
     """
-    config, params = _format(path).load(Path(path), param_dtype, on_host=on_host, mesh=mesh)
+    path = local_path(path, weights=True)
+    config, params = _format(path).load(path, param_dtype, on_host=on_host, mesh=mesh)
     return abstract(config, param_dtype, attention)[0], params
 
 
@@ -64,7 +67,8 @@ def load_config(path: str | os.PathLike[str]) -> DecoderConfig:
     Raises:
       UserError: The file is missing or damaged, or the model is not supported.
     """
-    return _format(path).load_config(Path(path))
+    path = local_path(path, weights=False)
+    return _format(path).load_config(path)
 
 
 def tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -79,12 +83,27 @@ def tokenizer(path: str | os.PathLike[str]) -> Any:
     Raises:
       UserError: The tokenizer is missing, damaged or not supported.
     """
-    return _format(path).load_tokenizer(Path(path))
+    path = local_path(path, weights=False)
+    return _format(path).load_tokenizer(path)
 
 
-def _format(path: str | os.PathLike[str]) -> ModuleType:
+def local_path(path: str | os.PathLike[str], *, weights: bool) -> Path:
+    """Returns a path on disk; a model of the hub is downloaded into the cache first.
+
+    Args:
+      path: A path, or the id of a model on the hub: "owner/name" or "owner/name@revision".
+      weights: Whether to download the weights too.
+
+    Raises:
+      UserError: The model is not on the hub or cannot be downloaded.
+    """
+    if not hub.is_id(path):
+        return Path(path)
+    return hub.fetch(str(path), weights=weights)
+
+
+def _format(path: Path) -> ModuleType:
     """Returns the module that reads a model in this format."""
-    path = Path(path)
     if path.is_dir():
         from lomo_jax.models import huggingface
 
@@ -94,4 +113,6 @@ def _format(path: str | os.PathLike[str]) -> ModuleType:
 
         return gguf
     problem = "is no model" if path.exists() else "does not exist"
-    raise UserError(f"{path} {problem}; give a model directory or a .gguf file")
+    raise UserError(
+        f"{path} {problem}; give a model directory, a .gguf file or the id of a model on the hub"
+    )

@@ -38,8 +38,9 @@ RESUMES = ("auto", "must", "never")
 class ModelConfig:
     """The model to start from."""
 
-    # Weights and tokenizer: a Hugging Face directory, a .gguf file, the workdir of an earlier run
-    # (its last checkpoint), or one checkpoint of such a run.
+    # Weights and tokenizer: a Hugging Face directory, the id of a model on the hub (owner/name or
+    # owner/name@revision), a .gguf file, the workdir of an earlier run (its last checkpoint), or
+    # one checkpoint of such a run.
     path: str | None = None
     init: str = "checkpoint"  # or "random": new weights, and `path` only gives the tokenizer
     # Used with random weights, and for plans without a path.

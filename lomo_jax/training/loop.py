@@ -165,6 +165,7 @@ def _load_model(
 ) -> tuple[Model, PreTrainedTokenizerBase]:
     """Returns the model without its weights, and the tokenizer."""
     display.status("reading the model")
+    model_lib.download(source)
     model = model_lib.abstract(
         source,
         config.param_dtype,

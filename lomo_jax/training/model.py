@@ -102,6 +102,12 @@ def abstract(
     return Model(shape, graphdef, shapes)
 
 
+def download(source: ModelConfig) -> None:
+    """Downloads a model of the hub, which plans do without; nothing for a path on disk."""
+    if source.init == "checkpoint" and source.path is not None:
+        models.local_path(source.path, weights=True)
+
+
 def load_params(
     source: ModelConfig,
     model: Model,
@@ -191,8 +197,8 @@ def original_folder(path: str | None, init: str, **_: Any) -> str | None:
     """Returns the Hugging Face directory that a run's weights come from; None if there is none."""
     if init == "random" or path is None:
         return None
-    folder = _hf_path(path)
-    return folder if os.path.isdir(folder) else None
+    folder = models.local_path(_hf_path(path), weights=False)
+    return str(folder) if folder.is_dir() else None
 
 
 def _find_run(path: str) -> tuple[Path, int | None] | None:
