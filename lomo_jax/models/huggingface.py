@@ -58,7 +58,7 @@ def load_config(directory: Path) -> DecoderConfig:
     _refuse_other_formats(directory)
     hf_config = read_json(directory / _CONFIG)
     try:
-        config = read_config(hf_config)
+        config = dataclasses.replace(read_config(hf_config), source=str(directory))
     except UserError as error:
         raise UserError(f"{directory / _CONFIG}: {error}") from None
     if config.tie_embeddings and _has_own_head(directory):
@@ -150,9 +150,9 @@ def save(
       path: The directory. An earlier export there is replaced if its files are unchanged.
       graphdef: The structure of a `Decoder`.
       params: Its parameters.
-      like: The Hugging Face directory that the model came from. Every field of its config.json but
-        the dtype, its generation_config.json, tokenizer and licence go into the export. Without it
-        config.json is written anew, with what a `DecoderConfig` holds.
+      like: The Hugging Face directory whose config.json (every field but the dtype),
+        generation_config.json, tokenizer and licence go into the export. Default: the one that the
+        model was loaded from. A model from elsewhere gets the config.json of its `DecoderConfig`.
       dtype: The dtype of the saved weights: float32, bfloat16 or float16. Default: the parameters'.
       tokenizer: A transformers tokenizer to save with the model. Default: that of `like`.
       card: The text of README.md, the model card.
@@ -192,8 +192,12 @@ def save_config(
       config: The model's shape.
       dtype: The dtype of the weights.
       tokenizer: A transformers tokenizer; see `save`.
-      like: The Hugging Face directory that the model came from; see `save`.
+      like: A Hugging Face directory; see `save`.
+
+    Raises:
+      UserError: `like` is missing or another model.
     """
+    like = config.source if like is None else like
     if like is None:
         hf_config = write_config(config, dtype)
         special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
@@ -217,7 +221,7 @@ def _changed(
     """Returns an original config.json with what training changed: the dtype, a head of its own."""
     original = dataclasses.replace(read_config(hf_config), tie_embeddings=config.tie_embeddings)
     if original != config:
-        raise UserError(f"{like} is not the model that was trained; give its original folder")
+        raise UserError(f"{like} is another model than the one to save; give the original folder")
     dtype_keys = [key for key in ("dtype", "torch_dtype") if key in hf_config] or ["torch_dtype"]
     hf_config |= dict.fromkeys(dtype_keys, jnp.dtype(dtype).name)
     if read_config(hf_config).tie_embeddings != config.tie_embeddings:

@@ -247,13 +247,7 @@ def _write_run_files(
     if is_new:
         folder = workdir / run_files.MODEL
         folder.mkdir(exist_ok=True)
-        models.save_config(
-            folder,
-            run.model.config,
-            settings["param_dtype"],
-            run.tokenizer,
-            like=model_lib.original_folder(**settings["model"]),
-        )
+        models.save_config(folder, run.model.config, settings["param_dtype"], run.tokenizer)
 
 
 def _source_name(path: str | None, init: str) -> str:

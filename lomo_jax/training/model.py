@@ -193,14 +193,6 @@ def _hf_path(path: str) -> str:
     return resolve(path) if run is None else str(run[0] / run_files.MODEL)
 
 
-def original_folder(path: str | None, init: str, **_: Any) -> str | None:
-    """Returns the Hugging Face directory that a run's weights come from; None if there is none."""
-    if init == "random" or path is None:
-        return None
-    folder = models.local_path(_hf_path(path), weights=False)
-    return str(folder) if folder.is_dir() else None
-
-
 def _find_run(path: str) -> tuple[Path, int | None] | None:
     """Returns (workdir, step) if a path is the workdir of a run (step None) or a checkpoint."""
     place = Path(path).expanduser()

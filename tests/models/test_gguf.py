@@ -98,8 +98,8 @@ def test_weights_in_the_layout_of_llama_cpp_load_unchanged(tmp_path, config):
     ("changes", "message"),
     [
         (
-            {"architecture": "gemma"},
-            "general.architecture='gemma' is not supported; supported: 'llama'",
+            {"architecture": "mamba"},
+            "general.architecture='mamba' is not supported; supported: 'llama', 'qwen2'",
         ),
         ({"skip": ["blk.1.ffn_up.weight"]}, r"lacks the tensor blk\.1\.ffn_up\.weight; download"),
         ({"extra": {"blk.0.attn_q.bias": np.ones(24)}}, r"has the tensor blk\.0\.attn_q\.bias"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from small_models import CONFIG, TIED, graphdef_of, random_params
+from small_models import CONFIG, TIED, graphdef_of, random_params, word_tokenizer
 
 from lomo_jax import models
 from lomo_jax.errors import UserError
@@ -205,3 +205,99 @@ def test_loading_needs_memory_for_one_copy_of_the_model(tmp_path):
     ).stdout
     # The largest tensor is 1 % of the model. A second copy would give 2, one in float32 3.
     assert 0.95 < int(output) / model_bytes < 1.3
+
+
+def saved_by_transformers(folder, **changes):
+    """Writes config.json, generation_config.json and weights as transformers does, for `TIED`."""
+    params = random_params(TIED)
+    models.save(folder, graphdef_of(TIED), params)
+    hf_config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    return params
+
+
+def test_a_stored_head_that_differs_unties_the_model(tmp_path):
+    saved_by_transformers(tmp_path / "model")
+    head = np.random.default_rng(5).normal(size=(31, 16)).astype(np.float32)
+    rewrite(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": head}))
+    with pytest.warns(UserWarning, match="the stored head differs; they are untied"):
+        graphdef, params = models.load(tmp_path / "model")
+    model = nnx.merge(graphdef, params)
+    np.testing.assert_array_equal(model.head(), head.T)
+    models.save(tmp_path / "out", graphdef, params)
+    assert not json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
+    chex.assert_trees_all_equal(models.load(tmp_path / "out")[1], params)
+
+
+def test_a_head_alone_is_the_embedding_of_a_tied_model(tmp_path):
+    params = saved_by_transformers(tmp_path / "model")
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    rewrite(tmp_path / "model", rename)
+    chex.assert_trees_all_equal(models.load(tmp_path / "model")[1], params)
+
+
+def test_old_names_and_harmless_extras(tmp_path):
+    old = {"architectures": ["LLaMAForCausalLM"], "hidden_act": "swish"}
+    params = saved_by_transformers(tmp_path / "model", **old)
+
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.cos_cached"] = np.ones(2, np.float32)
+        tensors["model.layers.0.self_attn.bias"] = np.ones((2, 2), bool)
+        tensors["score.weight"] = np.ones((2, 16), np.float32)
+
+    rewrite(tmp_path / "model", add)
+    with pytest.warns(UserWarning, match=r"score\.weight belong to no part of the decoder"):
+        _, loaded = models.load(tmp_path / "model")
+    chex.assert_trees_all_equal(loaded, params)
+
+
+def test_a_model_without_a_head_has_no_prefix(tmp_path):
+    params = saved_by_transformers(tmp_path / "model")
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    rewrite(tmp_path / "model", strip)
+    chex.assert_trees_all_equal(models.load(tmp_path / "model")[1], params)
+
+
+def test_an_export_carries_what_stands_beside_the_weights(tmp_path):
+    folder = tmp_path / "model"
+    own = {"pad_token_id": 3, "our_field": {"deep": [1, 2]}, "transformers_version": "4.1"}
+    saved_by_transformers(folder, **own)
+    generation = {"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": True, "pad_token_id": 3}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "LICENSE.txt").write_text("Do as you like.")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    word_tokenizer().save_pretrained(folder)
+    models.save(tmp_path / "out", *models.load(folder), dtype=jnp.bfloat16)
+    for name in ("generation_config.json", "LICENSE.txt", "chat_template.jinja", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    before, after = (
+        json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "out")
+    )
+    assert after == before | {"torch_dtype": "bfloat16"}
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.json", "pytorch_model.bin"], r"\.bin files, which can run code.*python -c"),
+        (["params.json", "consolidated.00.pth"], r"Meta's format \(params\.json\)"),
+        (["adapter_config.json", "adapter_model.safetensors"], "holds an adapter, not a model"),
+    ],
+)
+def test_other_formats_are_one_line(export, tmp_path, files, message):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for name in files:
+        content = (export / name).read_bytes() if (export / name).exists() else b"{}"
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        models.load(folder)
+    assert "\n" not in str(caught.value)

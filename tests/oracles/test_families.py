@@ -103,7 +103,7 @@ def test_packed_documents_equal_each_alone(saved, name):
 def test_an_export_is_the_model_that_it_was(saved, name, tmp_path):
     folder, expected = saved(name)
     graphdef, params = ours(folder)
-    models.save(tmp_path / "out", graphdef, params, like=folder)
+    models.save(tmp_path / "out", graphdef, params)
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True, attn_implementation="eager"
     )
