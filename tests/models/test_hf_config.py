@@ -2,6 +2,7 @@ import dataclasses
 
 import jax
 import pytest
+from released_configs import REFUSED, RELEASED
 
 from lomo_jax import models
 from lomo_jax.errors import UserError
@@ -122,3 +123,35 @@ def test_the_defaults_are_llama_7b():
 def test_the_constructor_checks_a_config():
     with pytest.raises(UserError, match="must be a multiple of num_kv_heads=5"):
         models.DecoderConfig(num_kv_heads=5)
+
+
+@pytest.mark.parametrize(("name", "parameters", "hf"), RELEASED, ids=[r[0] for r in RELEASED])
+def test_released_models_have_their_number_of_parameters(name, parameters, hf):
+    _, params = models.abstract(read_config(hf))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+
+
+@pytest.mark.parametrize(("name", "message", "hf"), REFUSED, ids=[r[0] for r in REFUSED])
+def test_released_models_that_are_refused(name, message, hf):
+    with pytest.raises(UserError, match=message) as caught:
+        read_config(hf)
+    assert "\n" not in str(caught.value)
+
+
+def test_switches_of_released_models():
+    by_name = {name: read_config(hf) for name, _, hf in RELEASED}
+    gemma3 = by_name["Gemma-3-1B"]
+    assert [i for i in range(26) if not gemma3.is_sliding(i)] == [5, 11, 17, 23]
+    assert (gemma3.local_rope_theta, gemma3.rope_theta, gemma3.window) == (1e4, 1e6, 512)
+    assert by_name["Gemma-2-9B"].is_sliding(0)
+    assert not by_name["Gemma-2-9B"].is_sliding(1)
+    assert by_name["Mistral-7B-v0.1"].window == 4096
+    assert by_name["Mistral-7B-v0.3"].window is None
+    assert by_name["Qwen2.5-7B"].window is None
+    assert by_name["SmolLM3-3B"].rope_layers[:4] == (True, True, True, False)
+    assert by_name["Command-R7B"].rope_layers[:4] == (True, True, True, False)
+    assert by_name["Phi-4-mini"].rotary_dim == 96
+    assert by_name["Phi-3-mini-128k"].rope_scaling.kind == "longrope"
+    # Abdin et al., arXiv 2404.14219: the factor is 128k / 4k.
+    assert by_name["Phi-3-mini-128k"].rope_scaling.magnitude == pytest.approx(1.19, abs=0.005)
+    assert by_name["Mixtral-8x7B"].router_loss == 0
