@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from lomo_jax import sharding
+from lomo_jax.fused.arrays import partition_spec
 
 _BLOCK = 256  # queries whose scores exist at a time in a long row
 _LONG = 4096  # tokens; shorter rows materialise all scores of a layer
@@ -92,9 +93,8 @@ def attend(
     if sharding.is_explicit():
         # Every device has whole heads of whole sequences, but cuDNN's op has no sharding rule.
         heads, rows = P(sharding.BATCH, None, "tensor", None), P(sharding.BATCH, None)
-        mask = visible.mask
-        shared = mask is not None and mask.shape[0] == 1  # by all rows
-        specs = Visible(rows, P(), P() if shared else P(sharding.BATCH, None, None, None))
+        masks = P() if visible.mask is None else partition_spec(visible.mask)
+        specs = Visible(rows, P(), masks)
         attend = jax.shard_map(
             attend, in_specs=(heads, heads, heads, specs), out_specs=heads, check_vma=False
         )

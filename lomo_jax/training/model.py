@@ -84,7 +84,7 @@ def abstract(
             f"sequence_length: {sequence_length} is longer than the model allows, "
             f"{shape.max_length} tokens; lower it"
         )
-    attention = _attention(attention, param_dtype, shape.head_dim, sequence_length, capability)
+    attention = _attention(attention, param_dtype, shape, sequence_length, capability)
     if param_dtype == "bfloat16" and capability is not None and capability < (8, 0):
         raise ConfigError(
             "param_dtype: 'bfloat16' needs an Ampere GPU or newer; set "
@@ -206,11 +206,12 @@ def _find_run(path: str) -> tuple[Path, int | None] | None:
 def _attention(
     attention: str,
     param_dtype: str,
-    head_dim: int,
+    shape: models.DecoderConfig,
     sequence_length: int,
     capability: tuple[int, int] | None,
 ) -> str:
     """Returns the implementation of attention; "auto" selects cuDNN where it is supported."""
+    head_dim = shape.head_dim
     # Requirements of cuDNN's flash attention. No check for cuDNN itself: without it JAX neither
     # finds an NVIDIA GPU nor compiles for one.
     obstacles = {
@@ -218,6 +219,7 @@ def _attention(
         "the GPU is older than Ampere": capability is not None and capability < (8, 0),
         f"param_dtype={param_dtype}": param_dtype not in ("bfloat16", "float16"),
         f"the model has head_dim={head_dim}": head_dim > 128 or head_dim % 8 != 0,
+        f"the model caps its scores at {shape.attention_cap}": shape.attention_cap is not None,
         f"sequence_length={sequence_length} is odd": sequence_length % 2 != 0,
     }
     why_not = next(itertools.compress(obstacles, obstacles.values()), None)
