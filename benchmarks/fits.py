@@ -40,6 +40,38 @@ MODELS = {
     "LLaMA-30B": read_config("llama30b").model.architecture,
     "LLaMA-65B": read_config("llama65b").model.architecture,
 }
+MODELS |= {
+    "Mistral-7B": dataclasses.replace(LLAMA_3_8B, family="mistral", vocab_size=32768),
+    "Qwen3-8B": dataclasses.replace(
+        LLAMA_3_8B,
+        family="qwen3",
+        vocab_size=151936,
+        mlp_width=12288,
+        num_layers=36,
+        qk_norm="head",
+    ),
+    "Gemma-2-9B": dataclasses.replace(
+        LLAMA_3_8B,
+        family="gemma2",
+        vocab_size=256000,
+        width=3584,
+        num_layers=42,
+        num_heads=16,
+        head_dim=256,
+        tie_embeddings=True,
+        activation="gelu_tanh",
+        norm_places="around",
+        norm_offset=1.0,
+        window=4096,
+        sliding_layers=(True, False) * 21,
+        attention_cap=50.0,
+        logit_cap=30.0,
+        embedding_multiplier=3584**0.5,
+    ),
+    "Mixtral-8x7B": dataclasses.replace(
+        LLAMA_3_8B, family="mixtral", vocab_size=32000, num_experts=8, experts_per_token=2
+    ),
+}
 CARDS = {"12 GB": "rtx3060", "16 GB": "rtx4080", "24 GB": "rtx3090"}
 SETTINGS = {
     "as it is": {},

@@ -82,11 +82,11 @@ class Step:
         first = jax.tree.map(lambda x: x[None], params["layers"][0])
         model = nnx.merge(self.graphdef, nnx.merge_state(params["others"], {"layers": first}))
         layer_graphdef = nnx.graphdef(model.layers)
-        context = model.context(tokens_BxT)
+        context = model.context(jnp.arange(tokens_BxT.shape[1])[None], None)
 
         @jax.checkpoint
         def apply(x_BxTxD, layer):
-            return nnx.merge(layer_graphdef, layer)(x_BxTxD, context)
+            return nnx.merge(layer_graphdef, layer)(x_BxTxD, context)[0]
 
         x_BxTxD = look_up(model.embedding[...], tokens_BxT)
         for layer in params["layers"]:

@@ -7,7 +7,7 @@ head dimension, Q queries of one block.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def attend(
     v_BxTxKxh: jax.Array,
     visible: Visible,
     scores: Scores,
-    implementation: str,
+    implementation: Any,
 ) -> jax.Array:
     """Returns the attention of each query over the keys that it sees, `[B, T, H, h]`."""
     dtype = q_BxTxHxh.dtype
@@ -94,7 +94,7 @@ def attend(
         # Every device has whole heads of whole sequences, but cuDNN's op has no sharding rule.
         heads, rows = P(sharding.BATCH, None, "tensor", None), P(sharding.BATCH, None)
         masks = P() if visible.mask is None else partition_spec(visible.mask)
-        specs = Visible(rows, P(), masks)
+        specs = Visible._make((rows, P(), masks))
         attend = jax.shard_map(
             attend, in_specs=(heads, heads, heads, specs), out_specs=heads, check_vma=False
         )

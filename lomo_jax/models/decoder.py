@@ -137,7 +137,7 @@ class Decoder(nnx.Module):
         length, config = tokens_BxT.shape[1], self.config
         if positions_BxT is None:
             positions_BxT = jnp.arange(length)[None]
-        shared = self._context(positions_BxT, segments_BxT)
+        shared = self.context(positions_BxT, segments_BxT)
         if config.num_experts:
             is_token = jnp.ones_like(tokens_BxT) if segments_BxT is None else segments_BxT
             shared = shared._replace(is_token=sharding.shard_batch(is_token != 0))
@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
         x_BxTxD = multiply(self.norm(x_BxTxD), config.logit_multiplier)
         return x_BxTxD, None if load is None else balance(load)
 
-    def _context(self, positions_BxT: jax.Array, segments_BxT: jax.Array | None) -> Context:
+    def context(self, positions_BxT: jax.Array, segments_BxT: jax.Array | None) -> Context:
         """Returns what all layers share."""
         config, length = self.config, positions_BxT.shape[1]
         cos = sin = angle = None

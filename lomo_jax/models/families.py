@@ -250,7 +250,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
-        _GEMMA2,
+        _GEMMA2 | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         lambda hf: _gemma2(hf) | windows(hf, every(hf, 2)),
         _POST_NORMS,
         write=_write_gemma2,

@@ -180,6 +180,7 @@ class Layer(nnx.Module):
 
     def _mlp(self, x_BxTxD: jax.Array, context: Context) -> tuple[jax.Array, Load | None]:
         if isinstance(self.mlp, Experts):
+            assert context.is_token is not None
             return self.mlp(x_BxTxD, context.is_token)
         return self.mlp(x_BxTxD), None
 
