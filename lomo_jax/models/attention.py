@@ -1,4 +1,4 @@
-"""Causal attention of packed rows: whole score matrices, blocks of queries, or cuDNN.
+"""Causal attention of packed rows: whole score matrices, blocks of queries, cuDNN or Pallas.
 
 Dimensions: B batch, T sequence (S for keys), H query heads, K key and value heads, G = H / K, h
 head dimension, Q queries of one block.
@@ -18,6 +18,7 @@ from lomo_jax import sharding
 from lomo_jax.fused.arrays import partition_spec
 
 _BLOCK = 256  # queries whose scores exist at a time in a long row
+_TILE = 64  # queries of one tile of the Triton kernel; rows are a multiple of it
 _LONG = 4096  # tokens; shorter rows materialise all scores of a layer
 
 
@@ -38,7 +39,7 @@ class Visible(NamedTuple):
 
 def is_long(length: int, implementation: str) -> bool:
     """Returns whether rows of this many tokens are attended block by block, without a mask."""
-    return implementation == "xla" and length > _LONG
+    return implementation != "cudnn" and length > _LONG
 
 
 def segment_mask(segments_BxT: jax.Array) -> jax.Array:
@@ -74,10 +75,14 @@ def attend(
         )
 
     def attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, visible):
-        if is_long(q_BxTxHxh.shape[1], implementation):
+        length = q_BxTxHxh.shape[1]
+        if is_long(length, implementation):
+            plain = scores.cap is None and visible.window is None
+            if implementation == "pallas" and plain and length % _TILE == 0:
+                return _flash(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, visible.segments, scores)
             return _in_blocks(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, visible, scores)
         if scores.cap is not None:
-            mask = jnp.tril(jnp.ones((q_BxTxHxh.shape[1],) * 2, bool))[None, None]
+            mask = jnp.tril(jnp.ones((length, length), bool))[None, None]
             mask = mask if visible.mask is None else mask & visible.mask
             return _capped(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, mask, scores)
         return jax.nn.dot_product_attention(
@@ -87,7 +92,7 @@ def attend(
             mask=visible.mask,
             scale=scores.scale,
             is_causal=True,
-            implementation=implementation,
+            implementation="cudnn" if implementation == "cudnn" else "xla",
         )
 
     if sharding.is_explicit():
@@ -102,7 +107,39 @@ def attend(
     with jax.numpy_dtype_promotion("standard"), jax.named_scope("attention"):
         y_BxTxHxh = attend(q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, visible).astype(dtype)
     # `remat="attention"` saves cuDNN's output without a name; with one it would be saved twice.
-    return checkpoint_name(y_BxTxHxh, "attention") if implementation == "xla" else y_BxTxHxh
+    return y_BxTxHxh if implementation == "cudnn" else checkpoint_name(y_BxTxHxh, "attention")
+
+
+def _flash(
+    q_BxTxHxh: jax.Array,
+    k_BxTxKxh: jax.Array,
+    v_BxTxKxh: jax.Array,
+    segments_BxT: jax.Array | None,
+    scores: Scores,
+    interpret: bool = False,
+) -> jax.Array:
+    """Flash attention in JAX's Triton kernel, which knows segments but neither caps nor windows."""
+    from jax.experimental.pallas.ops.gpu import attention as kernel  # slow to import
+
+    head_dim, groups = q_BxTxHxh.shape[-1], q_BxTxHxh.shape[2] // k_BxTxKxh.shape[2]
+    tiles = kernel.BlockSizes(
+        block_q=_TILE,
+        block_k=_TILE // 2,
+        block_q_dkv=_TILE // 2,
+        block_kv_dkv=_TILE // 2,
+        block_q_dq=_TILE // 2,
+        block_kv_dq=_TILE // 2,
+    )
+    return kernel.mha(
+        q_BxTxHxh,
+        jnp.repeat(k_BxTxKxh, groups, axis=2),
+        jnp.repeat(v_BxTxKxh, groups, axis=2),
+        segments_BxT,
+        sm_scale=head_dim**-0.5 if scores.scale is None else scores.scale,
+        causal=True,
+        block_sizes=tiles,
+        interpret=interpret,
+    )
 
 
 def _capped(

@@ -70,7 +70,8 @@ class Decoder(nnx.Module):
       param_dtype: The dtype of all parameters.
       attention: "xla" runs anywhere. It materialises one layer's scores, `[B, H, T, T]`, and in
         rows of more than 4096 tokens those of 256 queries at a time. "cudnn" is flash attention:
-        an NVIDIA GPU, Ampere or newer, and bfloat16 or float16.
+        an NVIDIA GPU, Ampere or newer, and bfloat16 or float16. "pallas" is flash attention for
+        long packed rows on the same GPUs, without a mask, `[B, 1, T, T]`.
       rngs: Random keys for the weights.
 
     Raises:

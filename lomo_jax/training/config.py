@@ -30,7 +30,7 @@ from lomo_jax.training.step import make_optimizer, make_schedule
 
 INITS = ("checkpoint", "random")
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTIONS = ("auto", "xla", "cudnn")
+ATTENTIONS = ("auto", "xla", "cudnn", "pallas")
 RESUMES = ("auto", "must", "never")
 
 

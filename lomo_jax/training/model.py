@@ -223,14 +223,16 @@ def _attention(
         f"sequence_length={sequence_length} is odd": sequence_length % 2 != 0,
     }
     why_not = next(itertools.compress(obstacles, obstacles.values()), None)
-    if attention == "cudnn" and why_not is not None:
+    if attention in ("cudnn", "pallas") and why_not is not None:
         raise ConfigError(
-            f"attention: 'cudnn' is not possible, {why_not}; it needs an Ampere GPU or newer, "
-            "bfloat16 or float16, head_dim a multiple of 8 up to 128 and an even sequence_length; "
+            f"attention: {attention!r} is not possible, {why_not}; it needs an Ampere GPU or "
+            "newer, bfloat16 or float16, head_dim a multiple of 8 up to 128 and an even sequence_length; "
             "set auto"
         )
     if attention == "auto":
-        return "xla" if why_not is not None else "cudnn"
+        # cuDNN takes packed rows with a mask, [B, 1, T, T], which long rows have no memory for.
+        flash = "pallas" if sequence_length > 8192 else "cudnn"
+        return "xla" if why_not is not None else flash
     return attention
 
 
