@@ -226,8 +226,8 @@ def _attention(
     if attention in ("cudnn", "pallas") and why_not is not None:
         raise ConfigError(
             f"attention: {attention!r} is not possible, {why_not}; it needs an Ampere GPU or "
-            "newer, bfloat16 or float16, head_dim a multiple of 8 up to 128 and an even sequence_length; "
-            "set auto"
+            "newer, bfloat16 or float16, head_dim a multiple of 8 up to 128 and an even "
+            "sequence_length; set auto"
         )
     if attention == "auto":
         # cuDNN takes packed rows with a mask, [B, 1, T, T], which long rows have no memory for.

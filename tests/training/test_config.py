@@ -83,6 +83,13 @@ _OPTIONAL = {
     "eval_batches": 3,
     "wandb": "x",
     "model.architecture.rope_scaling": RopeScaling("llama3", 8.0, 8192),
+    "model.architecture.rotary_dim": 64,
+    "model.architecture.window": 4096,
+    "model.architecture.local_rope_theta": 10000.0,
+    "model.architecture.attention_scale": 0.1,
+    "model.architecture.attention_cap": 50.0,
+    "model.architecture.logit_cap": 30.0,
+    "model.architecture.source": "folder",
     "model.architecture.bos_id": 1,
     "model.architecture.eos_id": (1, 2),
 }
