@@ -98,9 +98,14 @@ def model_card(checkpoint: CheckpointMetadata) -> str:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    from lomo_jax.models import hub
+
     config, progress = checkpoint.config, checkpoint.progress
     model, data, optimizer = config["model"], config["data"], config["optimizer"]
+    path = model["path"]
+    is_hub_id = model["init"] != "random" and path is not None and hub.is_id(path)
     metadata = ModelCardData(
+        base_model=path.partition("@")[0] if is_hub_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["lomo_jax", optimizer],
