@@ -103,9 +103,9 @@ def model_card(checkpoint: CheckpointMetadata) -> str:
     config, progress = checkpoint.config, checkpoint.progress
     model, data, optimizer = config["model"], config["data"], config["optimizer"]
     path = model["path"]
-    is_hub_id = model["init"] != "random" and path is not None and hub.is_id(path)
+    base = path if path and model["init"] != "random" and hub.is_id(path) else None
     metadata = ModelCardData(
-        base_model=path.partition("@")[0] if is_hub_id else None,
+        base_model=base and base.partition("@")[0],
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["lomo_jax", optimizer],

@@ -11,11 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from released_configs import RELEASED
 from small_models import CONFIG as SHAPE
 from small_models import graphdef_of, random_params
 
 from lomo_jax import models
 from lomo_jax.errors import UserError
+from lomo_jax.models import gguf as gguf_format
+from lomo_jax.models.hf_config import read_config
+from lomo_jax.models.weights import disassemble
 
 CONFIG = dataclasses.replace(SHAPE, num_layers=2, head_dim=6, max_length=96, eos_id=2)
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
@@ -232,3 +236,39 @@ def test_a_real_model_knows_english(smollm2):
     prompt = tokenizer("The capital of France is")["input_ids"]
     continued = models.generate(graphdef, params, np.array([prompt]), 2)
     assert "Paris" in tokenizer.decode(continued[0])
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B", "Gemma-2-2B", "Gemma-3-270M"])
+def test_other_families(tmp_path, name):
+    """The config is that of config.json; norms of Gemma are stored with the 1 that it adds."""
+    released = next(hf for found, _, hf in RELEASED if found == name)
+    small = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    extra = {"rms_norm_eps": 1e-6, "query_pre_attn_scalar": 4, "tie_word_embeddings": False}
+    expected = read_config({**released, **small, **heads, **extra, "layer_types": None})
+    architecture = expected.family.removesuffix("_text")
+    params = random_params(expected)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    writer.add_vocab_size(40)
+    writer.add_embedding_length(16)
+    writer.add_feed_forward_length(24)
+    writer.add_block_count(6)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(4)
+    writer.add_rope_freq_base(expected.rope_theta)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_context_length(expected.max_length)
+    if expected.window is not None:
+        writer.add_sliding_window(expected.window)
+    layout = gguf_format._ARCHITECTURES[architecture].layout
+    for tensor in disassemble(expected, params, layout, jnp.float32):
+        writer.add_tensor(tensor.name, np.ascontiguousarray(tensor.read()))
+        if tensor.name == "output_norm.weight":
+            own = nnx.merge(graphdef_of(expected), params).norm.scale[...]
+            added = float("gemma" in architecture)
+            np.testing.assert_allclose(tensor.read(), own + added, rtol=1e-6)
+    finish(writer)
+    graphdef, loaded = models.load(tmp_path / "model.gguf")
+    assert nnx.merge(graphdef, loaded).config == expected
+    chex.assert_trees_all_close(loaded, params, atol=1e-6)
