@@ -94,6 +94,11 @@ class Display:
                     f"{type(error).__name__}: {what}; the traceback is in {self._log.name}"
                 ) from error
 
+    def set_steps(self, steps: int) -> None:
+        """Sets the length of the run, once it is known."""
+        with _ignore_output_errors():
+            self._bar.update(self._task, total=steps)
+
     def log_to(self, path: Path) -> None:
         """Appends every line to a file as well, including the earlier ones."""
         if not self._quiet:

@@ -15,7 +15,7 @@ _TINY = models.LlamaConfig(257, 8, 8, 1, 1, 1, 8)
 
 
 def test_without_a_path_each_byte_is_a_token():
-    tokenizer = model_lib.load_tokenizer(None, vocab_size=257)
+    tokenizer = model_lib.load_tokenizer(None, _TINY)
     text = "To be,\r\n  or\tnot — “to be”? 🤔<s>"
     tokens = tokenizer(text)["input_ids"]
     assert len(tokens) == len(text.encode())

