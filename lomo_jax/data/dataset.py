@@ -1,5 +1,6 @@
 """A dataset for training: tokenised, split into training and held-out, and packed into batches."""
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -125,6 +126,12 @@ def text_dataset(
             f"the training split has {targets} tokens to predict, less than one sequence of "
             f"{sequence_length}: add text or lower sequence_length"
         )
+    has_held_out = any(part.num_targets for part in dataset.held_out)
+    if options.get("eval_fraction", 1) and not has_held_out:
+        raise UserError(
+            f"too little text to hold out eval_fraction={options.get('eval_fraction', 0.05)}: add "
+            "text or raise eval_fraction"
+        )
     _log_summary(dataset)
     rows = range(batch_size) if rows is None else rows
     parts = [grain.MapDataset.source(part) for part in dataset.train]
@@ -197,8 +204,8 @@ def read_rows(
       **options: Other arguments of `tokens.tokenize`.
 
     Raises:
-      UserError: An argument is out of range, a path does not exist, a record is wrong, or there is
-        nothing to hold out.
+      UserError: An argument is out of range, a path does not exist, a record is wrong, or no
+        example has an answer in its first T + 1 tokens.
     """
     if not path:
         raise UserError("path is empty: give a file, a folder or a glob")
@@ -217,7 +224,14 @@ def read_rows(
     if validation_path is None:
         hashes = [part.hashes[docs] for part, docs in zip(sources, chosen, strict=True)]
         held_out = _hold_out(np.concatenate(hashes), eval_fraction, eval_documents)
-    limit = _Limit(sequence_length, too_long == "cut")
+    fit = functools.partial(_fit, sequence_length=sequence_length, is_cut=too_long == "cut")
+    whole = [fit(part, _spans(part, s)) for part, s in zip(sources, chosen, strict=True)]
+    summary = _summary(sources, chosen, whole, sequence_length, count)
+    if not summary.examples:
+        raise UserError(
+            f"{', '.join(summary.files_read[:3])}: no example has an answer within "
+            f"sequence_length={sequence_length} tokens; raise it"
+        )
     is_alone = sum(map(len, chosen)) == 1
     training, evaluation = [], []
     for part, sections in zip(sources, chosen, strict=True):
@@ -226,19 +240,13 @@ def read_rows(
             spans = _cut_end(_spans(part, sections), eval_fraction)
         else:
             spans = _spans(part, sections[~split]), _spans(part, sections[split])
-        training.append(limit.apply(part, spans[0]))
-        evaluation.append(limit.apply(part, spans[1]))
-    summary = _summary(sources, chosen, training, evaluation, limit, count)
-    held_out_sources, identity = sources, sources
+        training.append(fit(part, spans[0]).spans)
+        evaluation.append(fit(part, spans[1]).spans)
+    validation = sources
     if validation_path is not None:
-        validation = tokenize(_as_list(validation_path), tokenizer, **options)
-        [sections], _ = _choose([validation], keep=repeated == "keep")
-        held_out_sources, identity = [validation], [*sources, validation]
-        evaluation = [
-            _Limit(sequence_length, too_long == "cut").apply(
-                validation, _spans(validation, sections)
-            )
-        ]
+        validation = [tokenize(_as_list(validation_path), tokenizer, **options)]
+        [sections], _ = _choose(validation, keep=repeated == "keep")
+        evaluation = [fit(validation[0], _spans(validation[0], sections)).spans]
         chosen = [*chosen, sections]
 
     def pack(sources: list[Tokens], spans: list[np.ndarray]) -> list[PackedRows]:
@@ -247,25 +255,14 @@ def read_rows(
             for part, span in zip(sources, spans, strict=True)
         ]
 
-    if not sum(map(len, (*training, *evaluation))):
-        raise UserError(
-            f"{', '.join(summary.files_read[:3])}: no example has an answer within "
-            f"sequence_length={sequence_length} tokens; raise it"
-        )
-    rows = Rows(
+    identity = sources if validation is sources else [*sources, *validation]
+    return Rows(
         pack(sources, training),
-        pack(held_out_sources, evaluation),
+        pack(validation, evaluation),
         weights,
         _fingerprint(identity, chosen),
         summary,
     )
-    has_eval = eval_fraction or eval_documents or validation_path is not None
-    if has_eval and not any(part.num_targets for part in rows.held_out):
-        raise UserError(
-            f"too little text to hold out eval_fraction={eval_fraction}: add text or raise "
-            "eval_fraction"
-        )
-    return rows
 
 
 def _as_list(path: Any) -> list[str]:
@@ -325,27 +322,24 @@ def _cut_end(spans: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray
     return np.array([[start, cut]]), np.array([[cut, end]])
 
 
-class _Limit:
-    """Cuts examples at the length of a row or leaves them out, and counts them."""
-
-    def __init__(self, sequence_length: int, is_cut: bool):
-        self.sequence_length, self.is_cut = sequence_length, is_cut
-        self.cut = self.left_out = 0
-
-    def apply(self, part: Tokens, spans: np.ndarray) -> np.ndarray:
-        """Returns the spans to train on; documents of text stay as they are."""
-        if part.kind == "text":
-            return spans
-        end = spans[:, 0] + self.sequence_length + 1
-        is_long = spans[:, 1] > end
-        cut = np.stack([spans[:, 0], np.minimum(spans[:, 1], end)], axis=1)
-        used = (count_loss(part, cut) > 0) & (self.is_cut | ~is_long)
-        self.cut += int((is_long & used).sum())
-        self.left_out += int((~used).sum())
-        return cut[used]
+class _Fitting(NamedTuple):
+    spans: np.ndarray  # int64 [examples, 2]
+    cut: int
+    left_out: int
 
 
-def count_loss(part: Tokens, spans: np.ndarray) -> np.ndarray:
+def _fit(part: Tokens, spans: np.ndarray, *, sequence_length: int, is_cut: bool) -> _Fitting:
+    """Cuts examples at the length of a row or leaves them out; texts stay as they are."""
+    if part.kind == "text":
+        return _Fitting(spans, 0, 0)
+    end = spans[:, 0] + sequence_length + 1
+    is_long = spans[:, 1] > end
+    cut = np.stack([spans[:, 0], np.minimum(spans[:, 1], end)], axis=1)
+    used = (_count_loss(part, cut) > 0) & (is_cut | ~is_long)
+    return _Fitting(cut[used], int((is_long & used).sum()), int((~used).sum()))
+
+
+def _count_loss(part: Tokens, spans: np.ndarray) -> np.ndarray:
     """Returns the number of targets with loss of each span."""
     if part.loss is None:
         return np.maximum(spans[:, 1] - spans[:, 0] - 1, 0)
@@ -356,39 +350,25 @@ def count_loss(part: Tokens, spans: np.ndarray) -> np.ndarray:
 def _summary(
     sources: list[Tokens],
     chosen: list[np.ndarray],
-    training: list[np.ndarray],
-    evaluation: list[np.ndarray],
-    limit: _Limit,
+    used: list[_Fitting],
+    sequence_length: int,
     repeated: int,
 ) -> Summary:
-    used = [np.concatenate(pair) for pair in zip(training, evaluation, strict=True)]
-    documents = [np.unique(part.document[s]) for part, s in zip(sources, chosen, strict=True)]
-    lengths = []
-    for part, numbers in zip(sources, documents, strict=True):
-        ends = part.ends[np.flatnonzero(np.diff(part.document, append=-1))]
-        lengths.append(np.diff(ends, prepend=0)[numbers])
-    shown = itertools.islice(
-        (
-            (part, span)
-            for part, spans in zip(sources, used, strict=True)
-            for span in sorted(spans.tolist())
-        ),
-        _SHOWN,
-    )
+    pairs = [(part, fitting.spans) for part, fitting in zip(sources, used, strict=True)]
+    lengths = [np.diff(_spans(part, s)) for part, s in zip(sources, chosen, strict=True)]
+    shown = ((part, start, end) for part, spans in pairs for start, end in sorted(spans.tolist()))
     return Summary(
         kind=", ".join(dict.fromkeys(part.kind for part in sources)),
         files_read=list(itertools.chain.from_iterable(part.files_read for part in sources)),
         files_left_out=list(itertools.chain.from_iterable(part.files_left_out for part in sources)),
-        examples=sum(map(len, documents)) - limit.left_out,
-        tokens=sum(int((spans[:, 1] - spans[:, 0]).sum()) for spans in used),
-        loss_tokens=sum(
-            int(count_loss(part, spans).sum()) for part, spans in zip(sources, used, strict=True)
-        ),
-        cut=limit.cut,
-        left_out=limit.left_out,
+        examples=sum(len(spans) for _, spans in pairs),
+        tokens=sum(int(np.diff(spans).sum()) for _, spans in pairs),
+        loss_tokens=sum(int(_count_loss(part, spans).sum()) for part, spans in pairs),
+        cut=sum(fitting.cut for fitting in used),
+        left_out=sum(fitting.left_out for fitting in used),
         repeated=repeated,
-        lengths=np.concatenate(lengths),
-        first=[_example(part, start, end, limit.sequence_length) for part, (start, end) in shown],
+        lengths=np.concatenate(lengths)[:, 0],
+        first=[_example(*item, sequence_length) for item in itertools.islice(shown, _SHOWN)],
     )
 
 

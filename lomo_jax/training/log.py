@@ -34,6 +34,11 @@ _CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACT
 del _CONTROL[ord("\n")], _CONTROL[ord("\t")]
 
 
+def printable(text: str) -> str:
+    """Returns a text without characters that would move a terminal's cursor."""
+    return text.translate(_CONTROL)
+
+
 class Display:
     """The progress of a run on stdout and in log.txt; use as a context.
 
@@ -108,7 +113,7 @@ class Display:
 
     def line(self, label: str, text: str) -> None:
         """Prints a line that stays, above the bar."""
-        text = text.rstrip().translate(_CONTROL)
+        text = printable(text.rstrip())
         hanging = text.replace("\n", "\n" + " " * 10)
         with _ignore_output_errors():
             self._console.print(Text.assemble((f"{label:<9} ", "bold"), hanging))

@@ -62,7 +62,7 @@ def abstract(
       UserError: The checkpoint does not exist, is damaged or is not supported.
     """
     if source.init == "checkpoint" and source.path is not None:
-        shape = models.load_config(_hf_path(source.path))
+        shape = models.load_config(hf_path(source.path))
     else:
         shape = source.architecture
     if sequence_length > shape.max_length:
@@ -134,7 +134,7 @@ def load_tokenizer(path: str | None, shape: models.LlamaConfig) -> PreTrainedTok
     """
     if path is None:
         return _byte_tokenizer()
-    tokenizer = models.tokenizer(_hf_path(path))
+    tokenizer = models.tokenizer(hf_path(path))
     if tokenizer.eos_token_id is None and shape.eos_id is not None:
         end = shape.eos_id if isinstance(shape.eos_id, int) else shape.eos_id[0]
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
@@ -166,7 +166,7 @@ def compute_capability() -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
-def _hf_path(path: str) -> str:
+def hf_path(path: str) -> str:
     """Returns the folder of config.json and tokenizer; for a checkpoint, that is in its run."""
     run = _find_run(path)
     return resolve(path) if run is None else str(run[0] / run_files.MODEL)
