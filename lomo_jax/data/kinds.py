@@ -61,20 +61,15 @@ def find_kind(record: Record, text_key: str, has_template: bool) -> str:
       UserError: They are those of no kind.
     """
     columns = record.columns
-    if any(name in columns for name in _CHATS):
+    pair = next((pair for pair in _PAIRS if set(pair) <= columns.keys()), None)
+    if any(name in columns for name in _CHATS) or (pair and isinstance(columns[pair[0]], list)):
         return "chat"
     if has_template:
         return "template"
     if "instruction" in columns and "output" in columns:
         return "instruction"
-    if any(set(pair) <= columns.keys() for pair in _PAIRS):
-        is_chat = any(
-            isinstance(columns[name], list)
-            for pair in _PAIRS
-            for name in pair[:1]
-            if name in columns
-        )
-        return "chat" if is_chat else "prompt"
+    if pair:
+        return "prompt"
     if text_key in columns:
         return "text"
     raise UserError(
