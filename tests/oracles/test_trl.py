@@ -10,23 +10,21 @@ import gzip
 import importlib.util
 import json
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from lomo_jax.data import read_rows
 
 pytestmark = pytest.mark.oracle
-for _name in ("trl", "datasets"):
-    pytest.importorskip(_name)
-
-import datasets
-import pandas as pd
-import pyarrow as pa
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 SPECIAL = [
     *("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"),
@@ -105,11 +103,11 @@ TOOL_CHAT = [
     {"role": "tool", "content": "3"},
     {"role": "assistant", "content": "It is 3."},
 ]
-PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}}}
+_PARAMETERS = {"type": "object", "properties": {"a": {"type": "number"}}}
 TOOLS = [
     {
         "type": "function",
-        "function": {"name": "add", "description": "Adds.", "parameters": PARAMETERS},
+        "function": {"name": "add", "description": "Adds.", "parameters": _PARAMETERS},
     }
 ]
 
@@ -119,7 +117,7 @@ class Kind(NamedTuple):
     trl: list[dict]  # the same for TRL
     template: str | None = None  # a chat template of TRL, or one's own
     marks: bool = True  # whether the chat template marks what the assistant writes
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def sharegpt(messages: list[dict]) -> list[dict]:
