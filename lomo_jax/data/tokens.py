@@ -134,7 +134,7 @@ def _describe(tokenizer: "PreTrainedTokenizerBase") -> str:
 def _read(folder: Path, names: list[str], left_out: list[str], paths: Sequence[str]) -> Tokens:
     info = json.loads((folder / _INFO).read_text())
     index = np.load(folder / _INDEX)
-    if not len(index["ends"]):
+    if not index["ends"].any():
         raise UserError(f"{', '.join(paths)} has no text, it is empty or blank: add text")
     ids = np.memmap(folder / _IDS, info["dtype"], mode="r")
     has_loss = (folder / _LOSS).is_file()

