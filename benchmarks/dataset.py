@@ -4,8 +4,8 @@
     python benchmarks/dataset.py --config quickstart line text --megabytes 1000
 
 `lines` are a million short records, `line` is 9 MB in one line, `text` is prose without repeats in
-files of 50 MB. The model's tokenizer is that of the config. "peak" is the largest resident memory of
-the process, and "before" what it takes without data: imports and tokenizer.
+files of 50 MB. The tokenizer is that of the config's model. "peak" is the largest resident memory
+of the process, and "before" what it takes without data: imports and tokenizer.
 """
 
 import argparse

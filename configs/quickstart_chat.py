@@ -43,10 +43,10 @@ def get_config() -> Config:
         warmup=0.1,
         batch_size=2,
         sequence_length=256,
-        steps=30,
+        steps=16,
         remat="none",  # 135 million parameters leave room to save the residuals
         param_dtype="float32",  # CPUs multiply it faster than bfloat16
-        eval_every=15,
+        eval_every=16,
         log_every=1,
         prompt=_TEMPLATE.partition("{% generation")[0].replace("{{ doc.question }}", _QUESTION),
         prompt_tokens=48,  # each token recomputes the whole prefix

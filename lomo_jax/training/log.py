@@ -362,7 +362,8 @@ class Recorder:
         self._write({"step": step, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
         self._display.line(
             "held out",
-            f"loss {result.loss:.4f}  accuracy {result.accuracy:.1%}  after {step} steps",
+            f"loss {result.loss:.4f}  perplexity {math.exp(min(result.loss, 700)):.4g}  "
+            f"accuracy {result.accuracy:.1%}  after {step} steps",
         )
         self._shown["eval_loss"] = result.loss
         self._progress.evaluated = step
