@@ -260,7 +260,7 @@ def read_rows(
         pack(sources, training),
         pack(validation, evaluation),
         weights,
-        _fingerprint(identity, chosen),
+        _fingerprint(identity, chosen, weights),
         summary,
     )
 
@@ -382,8 +382,10 @@ def _example(
     return tokens, loss
 
 
-def _fingerprint(sources: list[Tokens], chosen: list[np.ndarray]) -> str:
-    fingerprint = hashlib.blake2b(digest_size=8)
+def _fingerprint(
+    sources: list[Tokens], chosen: list[np.ndarray], weights: list[float] | None
+) -> str:
+    fingerprint = hashlib.blake2b(repr(weights).encode(), digest_size=8)
     for part, sections in zip(sources, chosen, strict=True):
         for column in (part.hashes, part.digests, np.diff(part.document, prepend=-1)):
             fingerprint.update(np.ascontiguousarray(column[sections]).tobytes())

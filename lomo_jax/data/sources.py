@@ -106,16 +106,16 @@ def find(path: str) -> Found:
     root = Path(path)
     if root.is_file():
         return Found([_file(root)], [])
+    split = None
     if not root.is_dir() and glob.has_magic(path):
         matches = map(Path, sorted(glob.glob(str(root), recursive=True)))
-        files = [file for file in matches if file.is_file()]
-        if not files:
-            raise UserError(f"{path} matches no file: give a file, a folder or a glob")
-        return Found([_file(file) for file in files], [])
-    split = None
+        if files := [file for file in matches if file.is_file()]:
+            return Found([_file(file) for file in files], [])
     if not root.is_dir() and ":" in path:
         path, _, split = path.partition(":")
         root = Path(path)
+    if glob.has_magic(path) and not root.is_dir():
+        raise UserError(f"{path} matches no file: give a file, a folder or a glob")
     if root.is_dir():
         if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
             return Found([_saved(root, split)], [])

@@ -374,6 +374,15 @@ def test_the_fingerprint_depends_on_the_loss(tokenizer, tmp_path):
     assert load_splits(path, tokenizer, train_on="all").fingerprint != answers
 
 
+def test_the_fingerprint_depends_on_the_weights(tokenizer, tmp_path):
+    paths = [write_words(tmp_path / f"{n}.jsonl", n, n + 50) for n in (0, 50)]
+    found = {
+        load_splits(dict(zip(paths, weights, strict=True)), tokenizer).fingerprint
+        for weights in ((1.0, 1.0), (1.0, 2.0))
+    }
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("weights", [{"a": 0.0}, {"a": -1.0}, {"a": float("inf")}])
 def test_weights_are_positive(tokenizer, weights):
     with pytest.raises(UserError, match="they must be positive"):
