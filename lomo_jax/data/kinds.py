@@ -121,10 +121,26 @@ def make_kind(
                     "data.template marks no answer: put {% generation %} and {% endgeneration %} "
                     "around it, or set data.train_on=all"
                 )
-            kind = functools.partial(_own, template)
+            kind = functools.partial(_own, template, _required_variables(template))
     if train_on == "answers":
         return kind
     return lambda record: kind(record)._replace(answers=None)
+
+
+def _required_variables(template: str) -> frozenset[str]:
+    """Returns the names that a template uses and does not ask whether they are defined."""
+    import jinja2
+    from jinja2 import meta
+
+    # As transformers renders it, but for its own tag and functions.
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
+    try:
+        names = meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateError as error:
+        raise UserError(f"data.template is not a template: {error}") from error
+    names -= {"raise_exception", "strftime_now", *re.findall(r"(\w+) is (?:not )?defined", source)}
+    return frozenset(names)
 
 
 def read_template(template: str | None) -> str | None:
@@ -173,8 +189,15 @@ def _pair(prompt: str, answer: str) -> Example:
     return Example(text, [(len(prompt), len(text))], json.dumps([prompt, answer]))
 
 
-def _own(template: str, record: Record) -> Example:
+def _own(template: str, variables: frozenset[str], record: Record) -> Example:
+    if missing := sorted(variables - record.columns.keys()):
+        raise UserError(
+            f"{record.where} has no {missing[0]!r} (found: {_names(record.columns)}), which "
+            f"data.template uses: change it, or write {{% if {missing[0]} is defined %}} there"
+        )
     text, answers = _render(template, record, **record.columns)
+    if not text.strip() or any(not text[start:end].strip() for start, end in answers):
+        raise UserError(f"{record.where}: data.template gives an empty text or answer")
     return Example(text, answers, json.dumps(record.columns, sort_keys=True, default=str))
 
 

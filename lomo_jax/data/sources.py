@@ -305,23 +305,23 @@ def _read_table(file: Path) -> Iterator[Record]:
 def _read_arrow(file: Path, builder: str) -> Iterator[Record]:
     import datasets  # slow to import
 
-    try:
-        dataset = datasets.load_dataset(
+    yield from _read_dataset(
+        str(file),
+        lambda: datasets.load_dataset(
             builder, data_files=glob.escape(str(file)), split="train", streaming=True
-        )
-        yield from _read_dataset(str(file), dataset)
-    except UserError:
-        raise
+        ),
+    )
+
+
+def _read_dataset(name: str, load: Callable[[], Any]) -> Iterator[Record]:
+    try:
+        tables = load().with_format("arrow").iter(batch_size=1000)
+        rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
+        for number, row in enumerate(rows, 1):
+            columns = {key: _without_nulls(value) for key, value in row.items()}
+            yield Record(f"{name}, record {number}", columns)
     except Exception as error:  # pyarrow and datasets have many
-        raise UserError(f"{file} cannot be read as {builder}: {_one_line(error)}") from error
-
-
-def _read_dataset(name: str, dataset: Any) -> Iterator[Record]:
-    tables = dataset.with_format("arrow").iter(batch_size=1000)
-    rows = itertools.chain.from_iterable(table.to_pylist() for table in tables)
-    for number, row in enumerate(rows, 1):
-        columns = {key: _without_nulls(value) for key, value in row.items()}
-        yield Record(f"{name}, record {number}", columns)
+        raise UserError(f"{name} cannot be read: {_one_line(error)}") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -348,7 +348,7 @@ def _saved(root: Path, split: str | None) -> Source:
 
     dataset = load()
     name = f"{root}:{split}" if split else str(root)
-    return Source(name, [name, dataset._fingerprint], lambda: _read_dataset(name, dataset))
+    return Source(name, [name, dataset._fingerprint], lambda: _read_dataset(name, lambda: dataset))
 
 
 def _hub(name: str, config: str | None, split: str) -> Source:
@@ -372,7 +372,7 @@ def _hub(name: str, config: str | None, split: str) -> Source:
             f"{_one_line(error)}"
         ) from error
     where = f"{name}{f'@{config}' if config else ''}:{split}"
-    return Source(where, [where, builder.hash], lambda: _read_dataset(where, dataset))
+    return Source(where, [where, builder.hash], lambda: _read_dataset(where, lambda: dataset))
 
 
 def _one_line(error: Exception) -> str:

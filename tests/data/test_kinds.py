@@ -304,6 +304,21 @@ BAD: dict[str, tuple[list[dict], dict[str, Any], str]] = {
         {"template": "{{ messages | length }}" + CHATML},
         ":1: the chat template renders turn 2 otherwise when more turns follow",
     ),
+    "a column that a template has not": (
+        [{"a": "x"}],
+        {"template": "{{ a }}{% generation %}{{ b }}{% endgeneration %}"},
+        r":1 has no 'b' \(found: a\), which data.template uses",
+    ),
+    "an empty answer of a template": (
+        [{"a": "x", "b": ""}],
+        {"template": "{{ a }}{% generation %}{{ b }}{% endgeneration %}"},
+        ":1: data.template gives an empty text or answer",
+    ),
+    "a template of columns that is none": (
+        [{"a": "x"}],
+        {"template": "{{ a }}{% generation %}{% endgeneration %}{% if %}"},
+        "data.template is not a template: Expected an expression",
+    ),
     "a template without answers": ([{"a": "x"}], {"template": "{{ a }}"}, "data.template marks no"),
     "no such template": (
         [GOOD],

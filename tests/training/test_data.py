@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 
-import numpy as np
 import pytest
 import runs
 
@@ -70,20 +69,6 @@ def test_the_export_has_the_template(chats, tmp_path):
     messages = [{"role": "user", "content": "1+1"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == "u:1+1\na:"
-
-
-def test_the_loss_is_that_of_answers_alone(tmp_path):
-    """With the answers the same everywhere, only they are learnt."""
-    path = tmp_path / "a.jsonl"
-    rng = np.random.default_rng(0)
-    prompts = ("".join(rng.choice(list("abcdefgh"), 12)) for _ in range(200))
-    path.write_text(
-        "\n".join(json.dumps({"prompt": p, "completion": "same answer"}) for p in prompts)
-    )
-    changes = {"data": DataConfig(str(path)), "steps": 30, "eval_every": 30}
-    loop.train(runs.make_config("", tmp_path / "run", **changes))
-    losses = runs.column(tmp_path / "run", "eval_loss")
-    assert losses[30] < 0.1 * losses[0]
 
 
 def test_sources_with_weights(tmp_path):
