@@ -1,6 +1,7 @@
 """lomo_jax: full fine-tuning of language models, one layer's gradient at a time.
 
     lomo-jax train --config quickstart                             fine-tune a model
+    lomo-jax data --config quickstart                              show what it trains on
     lomo-jax plan --config llama7b --gpu rtx3090                   plan the memory of a run
     lomo-jax report RUN                                            show a run as a page
     lomo-jax export RUN DIR                                        export a checkpoint
@@ -17,6 +18,7 @@ from lomo_jax.errors import did_you_mean
 # Each module has `main(argv) -> int`, and is imported only when its command is run.
 COMMANDS = {
     "train": "lomo_jax.training.__main__",
+    "data": "lomo_jax.data.__main__",
     "plan": "lomo_jax.plan.__main__",
     "report": "lomo_jax.report.__main__",
     "export": "lomo_jax.training.export",

@@ -23,6 +23,14 @@ gc.freeze()
 gc.set_threshold(10_000)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_datasets(tmp_path_factory):
+    """Tests, and the processes that they start, have a cache of tokenised datasets of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOMO_JAX_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
+
+
 @pytest.fixture
 def standard_promotion():
     """Lets dtypes mix, as `optax.adamw` does."""

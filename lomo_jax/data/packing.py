@@ -1,4 +1,4 @@
-"""Packing of documents into rows of equal length, with random access to the rows.
+"""Packing of documents and examples into rows of equal length, with random access to the rows.
 
 By hand, because Grain's packing works on a stream. With random access a run shuffles all rows and
 resumes at any of them.
@@ -17,7 +17,7 @@ class Batch(TypedDict):
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32: the next token of the same document
-    weights: np.ndarray  # float32: 1 for a target, 0 for padding
+    weights: np.ndarray  # float32: 1 for a target with loss, 0 for another one and for padding
     positions: np.ndarray  # int32: 0, 1, ... in each piece
     segments: np.ndarray  # int32: 1, 2, ... for each piece of the row, 0 for padding
 
@@ -67,13 +67,23 @@ class PackedRows:
     piece and 8 per row; tokens are read when a row is accessed.
     """
 
-    def __init__(self, tokens: np.ndarray, spans: np.ndarray, sequence_length: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        spans: np.ndarray,
+        sequence_length: int,
+        *,
+        loss: np.ndarray | None = None,
+        packing: bool = True,
+    ):
         """Packs documents.
 
         Args:
           tokens: Integer `[total]`, the concatenated documents; may be a memory map.
           spans: int64 `[documents, 2]`, start and end of each document in `tokens`.
           sequence_length: T.
+          loss: Bool `[total]`, whether the loss is on a token; None: on all.
+          packing: Whether pieces share rows.
         """
         starts, num_targets = spans[:, 0], np.maximum(spans[:, 1] - spans[:, 0] - 1, 0)
         num_pieces = -(-num_targets // sequence_length)
@@ -81,16 +91,16 @@ class PackedRows:
         nth = np.arange(len(document)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
         offsets = nth * sequence_length
         lengths = np.minimum(num_targets[document] - offsets, sequence_length).astype(np.int32)
-        row_of_piece = best_fit(lengths, sequence_length)
+        row_of_piece = best_fit(lengths, sequence_length) if packing else np.arange(len(lengths))
         order = np.argsort(row_of_piece, kind="stable")
 
-        self._tokens = tokens
+        self._tokens, self._loss = tokens, loss
         self._starts = (starts[document] + offsets)[order]
         self._lengths = lengths[order]
         num_rows = int(row_of_piece.max(initial=-1)) + 1
         self._first_piece = np.searchsorted(row_of_piece[order], np.arange(num_rows + 1))
         self.sequence_length = sequence_length
-        self.num_targets = int(num_targets.sum())
+        self.num_targets = int(num_targets.sum())  # with and without loss
 
     def __len__(self) -> int:
         return len(self._first_piece) - 1
@@ -111,8 +121,9 @@ class PackedRows:
             start, length = self._starts[piece], int(self._lengths[piece])
             place, end = slice(end, end + length), end + length
             batch["tokens"][place] = self._tokens[start : start + length]
-            batch["targets"][place] = self._tokens[start + 1 : start + length + 1]
-            batch["weights"][place] = 1
+            targets = slice(start + 1, start + length + 1)
+            batch["targets"][place] = self._tokens[targets]
+            batch["weights"][place] = 1 if self._loss is None else self._loss[targets]
             batch["positions"][place] = np.arange(length)
             batch["segments"][place] = segment
         return batch

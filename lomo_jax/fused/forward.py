@@ -311,33 +311,7 @@ def _run_dense(
 
 
 def _run_layers(values: Values, segment: LayerScan, saving: Saving | None) -> LayersPass:
-    scan, program = segment.scan, values.program
-    vary_carry, vary_xs = values.vary(scan.carry_out), values.vary(scan.xs)
-    vary_ys = values.vary(scan.ys)
-    consts, carry = values.read(scan.consts), values.read(scan.carry)
-    # The carry may depend on the batch although its first value, such as zeros, does not.
-    spreads = zip_and(vary_carry, zip_not(values.vary(scan.carry)))
-    layers = LayersPass(
-        segment=segment,
-        body=Microbatched(
-            jex.jaxpr_as_fun(scan.body),
-            [*values.vary(scan.consts), *vary_carry, *vary_xs],
-            [*vary_carry, *vary_ys],
-        ),
-        microbatches=values.microbatches,
-        consts=consts,
-        carry=values.spread(carry, zip_not(spreads)),
-        xs=swap_axes(values.stored(scan.xs), vary_xs),
-        vary_xs=vary_xs,
-        vary_ys=vary_ys,
-        changed=jaxprs.changed_carry(scan),
-        diff_consts=program.differentiates(scan.consts),
-        diff_carry=program.differentiates(scan.carry_out),
-        diff_xs=program.differentiates(scan.xs),
-        diff_ys=program.differentiates(scan.ys),
-        saving=saving or Saving(),
-    )
-    layers = layers._replace(split=_split_layer(layers))
+    layers, scan = _layers_pass(values, segment, saving or Saving()), segment.scan
     body = layers.body
     if layers.split:
         varies_out = [*body.varies_out, *layers.split.varies]
@@ -357,7 +331,7 @@ def _run_layers(values: Values, segment: LayerScan, saving: Saving | None) -> La
         else:
             x = iter(x)
             xs = [next(x) if flag else layers.read(k, i) for k, flag in enumerate(by_scan)]
-            results = body.run([*consts, *carry, *arrays.to_device(xs)])
+            results = body.run([*layers.consts, *carry, *arrays.to_device(xs)])
         carry_out, results = results[: len(carry)], results[len(carry) :]
         ys, residuals = results[: len(scan.ys)], results[len(scan.ys) :]
         saved = (select(carry, layers.changed), residuals) if saves else ([], [])
@@ -373,8 +347,38 @@ def _run_layers(values: Values, segment: LayerScan, saving: Saving | None) -> La
         scan.unroll,
     )
     values.by_var.update(zip(scan.carry_out, carry_out, strict=True))
-    values.by_var.update(zip(scan.ys, swap_axes(ys, vary_ys), strict=True))
+    values.by_var.update(zip(scan.ys, swap_axes(ys, layers.vary_ys), strict=True))
     return layers._replace(saved=saved)
+
+
+def _layers_pass(values: Values, segment: LayerScan, saving: Saving) -> LayersPass:
+    """Returns the pass over the layers of a scan, with what they read."""
+    scan, program = segment.scan, values.program
+    vary_carry, vary_xs = values.vary(scan.carry_out), values.vary(scan.xs)
+    vary_ys = values.vary(scan.ys)
+    # The carry may depend on the batch although its first value, such as zeros, does not.
+    spreads = zip_and(vary_carry, zip_not(values.vary(scan.carry)))
+    layers = LayersPass(
+        segment=segment,
+        body=Microbatched(
+            jex.jaxpr_as_fun(scan.body),
+            [*values.vary(scan.consts), *vary_carry, *vary_xs],
+            [*vary_carry, *vary_ys],
+        ),
+        microbatches=values.microbatches,
+        consts=values.read(scan.consts),
+        carry=values.spread(values.read(scan.carry), zip_not(spreads)),
+        xs=swap_axes(values.stored(scan.xs), vary_xs),
+        vary_xs=vary_xs,
+        vary_ys=vary_ys,
+        changed=jaxprs.changed_carry(scan),
+        diff_consts=program.differentiates(scan.consts),
+        diff_carry=program.differentiates(scan.carry_out),
+        diff_xs=program.differentiates(scan.xs),
+        diff_ys=program.differentiates(scan.ys),
+        saving=saving,
+    )
+    return layers._replace(split=_split_layer(layers))
 
 
 def swap_axes(items: Sequence[Any], flags: Flags) -> list[Any]:

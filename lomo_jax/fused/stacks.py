@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-import numpy as np
 
 from lomo_jax.fused import jaxprs, layer_axis
 from lomo_jax.fused.arrays import Place
@@ -360,7 +359,7 @@ def _pull_into(scan: Scan, context: _Context) -> list[Operation] | None:
 
 def _split(items: Sequence[Any], like: Iterable[Collection[Any]]) -> list[Sequence[Any]]:
     """Splits a sequence into parts as long as those of `like`."""
-    ends = np.cumsum([0, *map(len, like)])
+    ends = [0, *itertools.accumulate(map(len, like))]
     return [items[a:b] for a, b in itertools.pairwise(ends)]
 
 

@@ -471,10 +471,10 @@ def silence_orbax() -> Iterator[None]:
                 yield
             finally:
                 gc.collect()  # failed coroutines warn when they are collected
+        sys.unraisablehook = hook  # not after an error: reads of other arrays may still end
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        sys.unraisablehook = hook
 
 
 def settle(seconds: float = 5.0) -> None:

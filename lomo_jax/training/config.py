@@ -23,6 +23,7 @@ import optax
 from absl import flags
 
 from lomo_jax._json import read_json
+from lomo_jax.data import kinds
 from lomo_jax.errors import ConfigError, did_you_mean
 from lomo_jax.fused import REMAT_POLICIES, ROUNDINGS, Offload
 from lomo_jax.models.config import DecoderConfig
@@ -32,6 +33,9 @@ INITS = ("checkpoint", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "xla", "cudnn", "pallas")
 RESUMES = ("auto", "must", "never")
+TOO_LONG = ("cut", "leave_out")
+REPEATED = ("leave_out", "keep")
+SPECIAL_TOKENS = ("parse", "text")
 
 
 @dataclasses.dataclass
@@ -51,9 +55,28 @@ class ModelConfig:
 class DataConfig:
     """The dataset for training and evaluation."""
 
-    path: str | None = None  # file, folder, glob, or package://NAME/FOLDER in an installed package
-    text_key: str = "text"  # key of the document in a line of a .jsonl file
-    eval_fraction: float = 0.05  # fraction of the documents to hold out
+    # A file, folder, glob, package://NAME/FOLDER in an installed package, or OWNER/NAME@CONFIG on
+    # the Hugging Face Hub; :SPLIT selects a split of a folder or of the hub, by default :train.
+    # Several of one kind: ('a.jsonl', 'b.jsonl'); several sources, by weight: {'a': 0.7, 'b': 0.3}.
+    path: dict[str, float] | tuple[str, ...] | str | None = None
+    validation_path: tuple[str, ...] | str | None = None  # the held-out data, if not a part of path
+    eval_fraction: float = 0.05  # fraction of the examples to hold out
+    eval_documents: int | None = None  # number of examples to hold out, instead of the fraction
+    format: str | None = None  # text, instruction, prompt or chat; None: the columns tell
+    text_key: str = "text"  # column of a text
+    # A file of Jinja, or Jinja source: for chats in place of the tokenizer's chat template, for
+    # other records a template of their columns.
+    template: str | None = None
+    train_on: str = "answers"  # or "all": the loss is on prompts too; on a text it always is on all
+    packing: bool = True  # examples share rows; False: a row has one example
+    too_long: str = "cut"  # an example longer than sequence_length is cut at its end; "leave_out"
+    repeated: str = "leave_out"  # examples that are the same as an earlier one; or "keep"
+    special_tokens: str = "parse"  # those that a text spells out; or "text": they are ordinary text
+
+    def __post_init__(self) -> None:
+        for name in ("path", "validation_path"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, tuple(value))
 
 
 @dataclasses.dataclass
@@ -91,6 +114,7 @@ class Config:
     batch_size: int = 8  # sequences per step
     sequence_length: int = 512  # tokens
     steps: int = 1000
+    epochs: float | None = None  # passes over the training split, which then set `steps`
     param_dtype: str = "bfloat16"  # of the weights, in training and in the export
     seed: int = 0
 
@@ -203,7 +227,8 @@ def _parse_value(name: str, text: str, kind: Any) -> Any:
     kinds = _alternatives(kind)
     if text == "None" and types.NoneType in kinds:
         return None
-    parsers = {str: str, int: int, float: float, bool: _parse_bool, dict: _parse_dict}
+    parsers = {str: str, int: int, float: float, bool: _parse_bool}
+    parsers |= {dict: _parse_dict, tuple: _parse_tuple}
     for alternative in kinds:
         with contextlib.suppress(KeyError, ValueError, SyntaxError):
             return parsers[alternative](text)
@@ -219,6 +244,13 @@ def _parse_dict(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError
     return value
+
+
+def _parse_tuple(text: str) -> tuple[Any, ...]:
+    value = ast.literal_eval(text) if text[:1] in ("(", "[") else None  # "1,2" may be a file
+    if not isinstance(value, tuple | list):
+        raise ValueError
+    return tuple(value)
 
 
 def set_fields(config: Config, values: dict[str, Any]) -> Config:
@@ -449,7 +481,7 @@ def describe(kind: Any) -> str:
         float: "a number",
         bool: "true or false",
         dict: "a dictionary",
-        tuple: "a list of numbers",
+        tuple: "a list",
         types.NoneType: "None",
     }
     kinds = _alternatives(kind)
@@ -457,9 +489,10 @@ def describe(kind: Any) -> str:
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """Returns the types of a union, without their parameters' types for a dictionary."""
+    """Returns the types of a union, without the types in a dictionary or a list."""
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return tuple(dict if typing.get_origin(k) is dict else k for k in kinds)
+    origins = ((k, typing.get_origin(k)) for k in kinds)
+    return tuple(origin if origin in (dict, tuple) else k for k, origin in origins)
 
 
 def _require_paths(config: Config) -> None:
@@ -502,6 +535,13 @@ _NOT_NEGATIVE = "0 or more"
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("model.init", INITS.__contains__, "one of " + ", ".join(INITS)),
     ("param_dtype", DTYPES.__contains__, "one of " + ", ".join(DTYPES)),
+    ("data.format", kinds.FORMATS.__contains__, "one of " + ", ".join(kinds.FORMATS)),
+    ("data.train_on", kinds.TRAIN_ON.__contains__, "one of " + ", ".join(kinds.TRAIN_ON)),
+    ("data.too_long", TOO_LONG.__contains__, "one of " + ", ".join(TOO_LONG)),
+    ("data.repeated", REPEATED.__contains__, "one of " + ", ".join(REPEATED)),
+    ("data.special_tokens", SPECIAL_TOKENS.__contains__, "one of " + ", ".join(SPECIAL_TOKENS)),
+    ("data.eval_documents", _positive, _POSITIVE),
+    ("epochs", _positive, _POSITIVE),
     ("data.eval_fraction", lambda x: 0 < x < 1, "a fraction between 0 and 1, both excluded"),
     ("learning_rate", _positive, _POSITIVE),
     (

@@ -114,8 +114,9 @@ class Stop:
     """Turns signals into a request to stop after the current step; use as a context.
 
     SIGTERM, SIGINT and SIGUSR1 request a stop; SLURM sends SIGUSR1 before a time limit. A second
-    SIGINT does what it did before, like raising KeyboardInterrupt: the user does not want to wait
-    for the step. SIGHUP is ignored: the run continues when its terminal is lost.
+    SIGINT calls the handler that was there before, which raises KeyboardInterrupt by default: the
+    user does not want to wait for the step. SIGHUP is ignored: the run continues when its terminal
+    is lost.
 
     With several processes any of them may get the signal. All must stop after the same step, which
     JAX's coordination service chooses; it also handles SIGTERM.
@@ -151,10 +152,10 @@ class Stop:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.requested
 
-    def _handle(self, number: int, _frame: object) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if self._is_requested and number == signal.SIGINT:
-            signal.signal(number, self._previous[number])
-            signal.raise_signal(number)
+            before = self._previous[number]  # a shell script starts background jobs without one
+            (before if callable(before) else signal.default_int_handler)(number, frame)
         self._is_requested = True
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)

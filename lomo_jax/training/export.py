@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,18 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
     return metadata.progress.step
 
 
+def _paths(path: Any) -> str:
+    return ", ".join(f"`{part}`" for part in ([path] if isinstance(path, str) else path))
+
+
+def _held_out(data: dict[str, Any]) -> str:
+    if data["validation_path"] is not None:
+        return f"validated on {_paths(data['validation_path'])}"
+    if data["eval_documents"] is not None:
+        return f"{data['eval_documents']:,} of the documents held out"
+    return f"{data['eval_fraction']:.1%} of the documents held out"
+
+
 def model_card(checkpoint: CheckpointMetadata) -> str:
     """Returns the text of an export's README.md, with the metadata of the Hugging Face hub.
 
@@ -114,7 +126,7 @@ def model_card(checkpoint: CheckpointMetadata) -> str:
     source = "Random weights" if model["init"] == "random" else f"`{model['path']}`"
     rows = {
         "initial weights": source,
-        "dataset": f"`{data['path']}`, {data['eval_fraction']:.1%} of the documents held out",
+        "dataset": f"{_paths(data['path'])}, {_held_out(data)}",
         "steps": f"{progress.step:,} of {config['steps']:,}, {tokens:,} tokens",
         "batch": f"{config['batch_size']} x {config['sequence_length']} tokens",
         "learning rate": f"{config['learning_rate']:g}, {config['schedule']}",

@@ -34,6 +34,11 @@ _CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "\N{REPLACEMENT CHARACT
 del _CONTROL[ord("\n")], _CONTROL[ord("\t")]
 
 
+def printable(text: str) -> str:
+    """Returns a text without characters that would move a terminal's cursor."""
+    return text.translate(_CONTROL)
+
+
 class Display:
     """The progress of a run on stdout and in log.txt; use as a context.
 
@@ -94,6 +99,11 @@ class Display:
                     f"{type(error).__name__}: {what}; the traceback is in {self._log.name}"
                 ) from error
 
+    def set_steps(self, steps: int) -> None:
+        """Sets the length of the run, once it is known."""
+        with _ignore_output_errors():
+            self._bar.update(self._task, total=steps)
+
     def log_to(self, path: Path) -> None:
         """Appends every line to a file as well, including the earlier ones."""
         if not self._quiet:
@@ -103,7 +113,7 @@ class Display:
 
     def line(self, label: str, text: str) -> None:
         """Prints a line that stays, above the bar."""
-        text = text.rstrip().translate(_CONTROL)
+        text = printable(text.rstrip())
         hanging = text.replace("\n", "\n" + " " * 10)
         with _ignore_output_errors():
             self._console.print(Text.assemble((f"{label:<9} ", "bold"), hanging))
@@ -354,7 +364,8 @@ class Recorder:
         self._write({"step": step, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
         self._display.line(
             "held out",
-            f"loss {result.loss:.4f}  accuracy {result.accuracy:.1%}  after {step} steps",
+            f"loss {result.loss:.4f}  perplexity {math.exp(min(result.loss, 700)):.4g}  "
+            f"accuracy {result.accuracy:.1%}  after {step} steps",
         )
         self._shown["eval_loss"] = result.loss
         self._progress.evaluated = step

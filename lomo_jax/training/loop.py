@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +46,7 @@ if TYPE_CHECKING:  # slow to import
 class Run(NamedTuple):
     """A run between two steps."""
 
+    config: Config  # with the number of steps, which may follow from the dataset
     model: Model
     tokenizer: PreTrainedTokenizerBase
     dataset: data.TextSplits
@@ -100,6 +103,7 @@ def train(config: Config) -> None:
             ) as checkpoints,
         ):
             run = _set_up(config, mesh, workdir, checkpoints, display, memory)
+            config = run.config
             with _open_recorder(config, run, mesh.size, workdir, display) as recorder:
                 run, is_stopped = _make_steps(config, run, checkpoints, recorder, display, stop)
             checkpoints.wait()
@@ -132,8 +136,14 @@ def _set_up(
         params = _load_params(config, model, mesh)
     batch = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
     rows, send = devices.local_rows(batch), devices.batch_sender(batch)
-    dataset, held_out = _load_dataset(config, tokenizer, rows, display)
+    dataset, held_out = _load_dataset(config, tokenizer, model.config.vocab_size, rows, display)
+    if config.epochs is not None:
+        steps = math.ceil(config.epochs * dataset.rows_per_epoch / config.batch_size)
+        config = dataclasses.replace(config, steps=steps)
+        settings = to_dict(config)
+        display.set_steps(steps)
     if checkpoint is not None:
+        resume.check_steps(checkpoint, settings)
         resume.check_same_dataset(checkpoint, settings, dataset.fingerprint)
     compiled = _compile(config, model, batch, display)
     memory.plan = plan_step(compiled, model)
@@ -151,7 +161,10 @@ def _set_up(
         )
         dataset.train.set_state(progress.data)
     metadata = CheckpointMetadata(progress, settings, dataset.fingerprint, {})
-    run = Run(model, tokenizer, dataset, held_out, send, compiled.update, params, state, metadata)
+    run = Run(
+        *(config, model, tokenizer, dataset, held_out, send),
+        *(compiled.update, params, state, metadata),
+    )
     if jax.process_index() == 0:
         _write_run_files(workdir, run, mesh, memory.plan, is_new=checkpoint is None)
     with os_errors_are_the_users():
@@ -175,8 +188,10 @@ def _load_model(
         mesh=mesh,
         on_host=config.offload.params,
     )
-    tokenizer = model_lib.load_tokenizer(source.path, model.config.vocab_size)
-    model_lib.check_prompt(config.prompt, config.prompt_tokens, tokenizer, model.config.max_length)
+    tokenizer = model_lib.load_tokenizer(source.path, model.config)
+    if tokenizer.eos_token_id is None:
+        display.warn("neither tokenizer nor model name an end-of-text token: texts have no end")
+    model_lib.check_prompt(config.prompt, config.prompt_tokens, tokenizer, model.config)
     name = _source_name(config.model.path, config.model.init)
     display.line("model", f"{name}, {_size(model.shapes):,} parameters, {config.param_dtype}")
     if mesh.size > 1:
@@ -194,23 +209,27 @@ def _load_params(config: Config, model: Model, mesh: Mesh) -> nnx.State:
 
 @os_errors_are_the_users()
 def _load_dataset(
-    config: Config, tokenizer: PreTrainedTokenizerBase, rows: list[int], display: Display
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    rows: list[int],
+    display: Display,
 ) -> tuple[data.TextSplits, list[data.Batch]]:
     """Returns the dataset and its held-out batches."""
     display.status("reading the dataset")
-    assert config.data.path is not None, "validate() requires it"
     dataset = data.text_dataset(
-        model_lib.resolve(config.data.path),
-        tokenizer,
+        tokenizer=tokenizer,
         sequence_length=config.sequence_length,
         batch_size=config.batch_size,
         seed=config.seed,
-        eval_fraction=config.data.eval_fraction,
-        text_key=config.data.text_key,
+        vocab_size=vocab_size,
         rows=rows,
+        **vars(config.data),
     )
     held_out = list(itertools.islice(dataset.held_out, config.eval_batches))
-    display.line("dataset", f"{config.data.path}, {len(held_out)} held-out batches")
+    if config.data.template is not None and dataset.summary.kind == "chat":
+        tokenizer.chat_template = data.read_template(config.data.template)  # exported as well
+    display.line("dataset", f"{dataset.summary.describe()}; {len(held_out)} held-out batches")
     return dataset, held_out
 
 

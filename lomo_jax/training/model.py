@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,15 +12,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from lomo_jax import models, run_files, sharding
-from lomo_jax.data import package_path
+from lomo_jax.data import resolve
 from lomo_jax.errors import ConfigError
 from lomo_jax.losses import Metrics, next_token_loss
 from lomo_jax.training.config import ModelConfig
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
-
-_PACKAGE = "package://"
 
 
 class Model(NamedTuple):
@@ -76,7 +73,7 @@ def abstract(
       UserError: The checkpoint does not exist, is damaged or is not supported.
     """
     if source.init == "checkpoint" and source.path is not None:
-        shape = models.load_config(_hf_path(source.path))
+        shape = models.load_config(hf_path(source.path))
     else:
         shape = source.architecture
     if sequence_length > shape.max_length:
@@ -140,35 +137,41 @@ def load_params(
     return checkpoint.read_params(*run, model.shapes)[0]
 
 
-def load_tokenizer(path: str | None, vocab_size: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | None, shape: models.DecoderConfig) -> PreTrainedTokenizerBase:
     """Reads the tokenizer of a model; without a path, each byte is a token.
+
+    Its vocabulary may be larger than the model's: only tokens that a text has are compared.
 
     Args:
       path: See `ModelConfig.path`.
-      vocab_size: The size of the model's vocabulary.
+      shape: The model, whose end of text is used if the tokenizer has none.
 
     Raises:
-      ConfigError: The vocabulary of the tokenizer is larger than the model's.
       UserError: The files do not exist or are damaged.
     """
-    tokenizer = _byte_tokenizer() if path is None else models.tokenizer(_hf_path(path))
-    if len(tokenizer) > vocab_size:
-        raise ConfigError(
-            f"model: the tokenizer has {len(tokenizer)} tokens, but the model only {vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
+    if path is None:
+        return _byte_tokenizer()
+    tokenizer = models.tokenizer(hf_path(path))
+    if tokenizer.eos_token_id is None and shape.eos_id is not None:
+        end = shape.eos_id if isinstance(shape.eos_id, int) else shape.eos_id[0]
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer
 
 
 def check_prompt(
-    prompt: str, prompt_tokens: int, tokenizer: PreTrainedTokenizerBase, max_length: int
+    prompt: str, prompt_tokens: int, tokenizer: PreTrainedTokenizerBase, shape: models.DecoderConfig
 ) -> None:
-    """Raises ConfigError if prompt and sample together are longer than the model allows."""
-    tokens = len(tokenizer(prompt)["input_ids"]) if prompt else 0
-    if tokens and tokens + prompt_tokens > max_length:
+    """Raises ConfigError if the model cannot continue a prompt by `prompt_tokens` tokens."""
+    tokens = tokenizer(prompt)["input_ids"] if prompt else []
+    if max(tokens, default=0) >= shape.vocab_size:
         raise ConfigError(
-            f"prompt: its {tokens} tokens and prompt_tokens={prompt_tokens} are more than the "
-            f"model allows, {max_length}; shorten it"
+            f"prompt: it has the token {max(tokens)}, but the model only {shape.vocab_size} "
+            "tokens, from 0; use the tokenizer that the model was trained with"
+        )
+    if tokens and len(tokens) + prompt_tokens > shape.max_length:
+        raise ConfigError(
+            f"prompt: its {len(tokens)} tokens and prompt_tokens={prompt_tokens} are more than the "
+            f"model allows, {shape.max_length}; shorten it"
         )
 
 
@@ -180,14 +183,7 @@ def compute_capability() -> tuple[int, int] | None:
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
-def resolve(path: str) -> str:
-    """Returns the path on disk; package://NAME/PATH is in the installed package NAME."""
-    if not path.startswith(_PACKAGE):
-        return os.path.expanduser(path)
-    return package_path(*path.removeprefix(_PACKAGE).split("/"))
-
-
-def _hf_path(path: str) -> str:
+def hf_path(path: str) -> str:
     """Returns the folder of config.json and tokenizer; for a checkpoint, that is in its run."""
     run = _find_run(path)
     return resolve(path) if run is None else str(run[0] / run_files.MODEL)

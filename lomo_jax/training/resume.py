@@ -35,10 +35,14 @@ _MOVING = ".earlier"  # files being moved to `earlier-1`
 # fit. The dataset itself is compared by its fingerprint.
 IDENTITY_FIELDS = (
     *("model", "optimizer", "optimizer_kwargs", "param_dtype", "seed"),
-    *("batch_size", "sequence_length", "data.eval_fraction"),
+    *("batch_size", "sequence_length", "data.eval_fraction", "data.eval_documents"),
+    *("data.packing", "data.too_long", "data.repeated"),
 )
 # Changes of these are not logged: they do not affect the result.
-SILENT_FIELDS = ("workdir", "resume", "data.path", "data.text_key", "wandb")
+SILENT_FIELDS = (
+    *("workdir", "resume", "wandb", "data.path", "data.validation_path", "data.format"),
+    *("data.text_key", "data.template", "data.train_on", "data.special_tokens"),
+)
 
 
 @contextlib.contextmanager
@@ -136,11 +140,6 @@ def _last_readable(
             display.warn(f"{error}; trying the previous one")
             continue
         check_same_run(metadata.config, config)
-        if step > config["steps"]:
-            raise ConfigError(
-                f"steps: {config['steps']}, but the checkpoint in {config['workdir']!r} is of step "
-                f"{step}; raise it, or export that step with lomo-jax export"
-            )
         return metadata
     raise CheckpointError(
         f"{config['workdir']!r} has no readable checkpoint among the steps "
@@ -162,6 +161,16 @@ def check_same_run(saved: dict[str, Any], config: dict[str, Any]) -> None:
                 f"{name}: {now!r}, but the checkpoint in {config['workdir']!r} is of a run with "
                 f"{before!r}; set it back, or use another --config.workdir"
             )
+
+
+def check_steps(metadata: CheckpointMetadata, config: dict[str, Any]) -> None:
+    """Raises ConfigError if the checkpoint is of a later step than the last one of the run."""
+    step = metadata.progress.step
+    if step > config["steps"]:
+        raise ConfigError(
+            f"steps: {config['steps']}, but the checkpoint in {config['workdir']!r} is of step "
+            f"{step}; raise it, or export that step with lomo-jax export"
+        )
 
 
 def check_same_dataset(
@@ -247,7 +256,11 @@ def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
     def compare(before: dict[str, Any], now: dict[str, Any], prefix: str) -> Iterator[Any]:
         for key in before.keys() & now.keys():
             name, old, new = prefix + key, before[key], now[key]
-            if isinstance(old, dict) and isinstance(new, dict) and key != "optimizer_kwargs":
+            if (
+                isinstance(old, dict)
+                and isinstance(new, dict)
+                and key not in ("optimizer_kwargs", "path")
+            ):
                 yield from compare(old, new, f"{name}.")
             elif _absolute(name, old) != _absolute(name, new):
                 yield name, (old, new)
@@ -258,7 +271,8 @@ def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
 
 def _absolute(name: str, value: Any) -> Any:
     """Returns a path as an absolute one, and any other value as it is."""
-    return os.path.abspath(os.path.expanduser(value)) if name.endswith("path") and value else value
+    is_path = name.endswith("path") and isinstance(value, str)
+    return os.path.abspath(os.path.expanduser(value)) if is_path else value
 
 
 def _check_new(workdir: Path, model_path: str | None) -> None:

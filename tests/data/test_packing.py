@@ -76,6 +76,24 @@ def test_only_documents_longer_than_a_row_are_split():
     assert len(packed) == 5
 
 
+def test_a_row_for_each_document_without_packing():
+    packed = PackedRows(np.arange(20), np.array([[0, 3], [3, 13], [13, 14]]), 8, packing=False)
+    assert [row["targets"].tolist() for row in map(packed.__getitem__, range(len(packed)))] == [
+        [1, 2, 0, 0, 0, 0, 0, 0],
+        [4, 5, 6, 7, 8, 9, 10, 11],
+        [12, 0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_the_loss_of_targets():
+    loss = np.array([1, 0, 1, 1, 0, 1], np.bool_)
+    packed = PackedRows(np.arange(6), np.array([[0, 3], [3, 6]]), 4, loss=loss)
+    [row] = map(packed.__getitem__, range(len(packed)))
+    assert row["targets"].tolist() == [1, 2, 4, 5]
+    assert row["weights"].tolist() == [0, 1, 0, 1]
+    assert row["segments"].tolist() == [1, 1, 2, 2]
+
+
 def test_dtypes():
     packed, _ = pack([5], 8)
     dtypes = {name: str(array.dtype) for name, array in packed[0].items()}  # pyright: ignore

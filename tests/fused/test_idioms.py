@@ -18,7 +18,6 @@ RULES = {
     # Both take a norm of each layer: a wrong layer axis changes the result. The first is quick.
     "lars": lambda: optax.chain(optax.scale_by_trust_ratio(), optax.sgd(0.05, momentum=0.9)),
     "adalomo": lambda: lomo_jax.adalomo(0.05, weight_decay=0.1),
-    "adamw": lambda: optax.adamw(1e-2, eps=1e-3, weight_decay=0.1),
 }
 
 
@@ -127,14 +126,13 @@ def test_fused_equals_plain(name, assert_close, standard_promotion):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["adamw", "adalomo"])
 @pytest.mark.parametrize("name", IDIOMS | NO_LAYERS)
 def test_fused_equals_reference_and_plain(
-    name, rule, assert_close, assert_steps_agree, standard_promotion
+    name, assert_close, assert_steps_agree, standard_promotion
 ):
     idiom = (IDIOMS | NO_LAYERS)[name]
     loss, params, batch = idiom.make(Sizes())
-    tx, batches, options = RULES[rule](), batches_of(batch), idiom.options
+    tx, batches, options = RULES["adalomo"](), batches_of(batch), idiom.options
     tolerance = tolerance_of(loss, params, batch)
     with warning_of(name):
         (new, _), out = assert_steps_agree(

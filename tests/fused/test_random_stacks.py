@@ -105,7 +105,7 @@ def test_fused_equals_reference(model, options, assert_close):
 
 
 @pytest.mark.slow
-@settings(same, max_examples=40)
+@settings(same, max_examples=30)
 @given(model=models(), options=options())
 def test_fused_equals_reference_on_many(model, options, assert_close):
     check(model, options, assert_close)

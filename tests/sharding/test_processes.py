@@ -210,6 +210,7 @@ log.Recorder.step = step
 """
     running = train(tmp_path, 2, "--config.checkpoint_every=4", code=code)
     first, second = finish(running, seconds=150)
-    assert [p.returncode for p in running] == [1, 1], first + second
+    assert running[0].returncode != 0, first
+    assert running[1].returncode == 1, second
     assert "OSError: no such luck" in second
-    assert "has lost another one" in first
+    assert "has lost another one" in first or "another task died" in first

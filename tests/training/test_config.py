@@ -79,6 +79,11 @@ def test_flags_set_nested_fields(config_file):
 _OPTIONAL = {
     "model.path": "x",
     "data.path": "x",
+    "data.validation_path": "x",
+    "data.eval_documents": 3,
+    "data.format": "chat",
+    "data.template": "x",
+    "epochs": 2.0,
     "clip_norm": 1.0,
     "eval_batches": 3,
     "wandb": "x",
@@ -122,7 +127,8 @@ def test_every_optional_field_can_be_set_to_none(tmp_path, name, form):
                 },
             ),
         ),
-        data=DataConfig(path="x"),
+        data=DataConfig("x", validation_path="x", eval_documents=3, format="chat", template="x"),
+        epochs=2.0,
         clip_norm=1.0,
         eval_batches=3,
         wandb="x",
@@ -327,4 +333,35 @@ def test_a_plan_needs_neither_checkpoint_nor_dataset():
 
 
 def test_to_dict_has_every_field():
-    assert to_dict(_valid())["data"] == {"path": "text", "text_key": "text", "eval_fraction": 0.05}
+    found = to_dict(_valid())
+    assert dict(_leaves(_valid())).keys() == dict(_flat(found)).keys()
+    assert found["data"]["path"] == "text"
+
+
+def _flat(node, prefix=""):
+    for name, value in node.items():
+        if isinstance(value, dict) and name != "optimizer_kwargs":
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a.jsonl", "a.jsonl"),
+        ("1,2", "1,2"),
+        ("['a.jsonl', 'b,c.txt']", ("a.jsonl", "b,c.txt")),
+        ("{'a': 0.7, 'b:test': 1}", {"a": 0.7, "b:test": 1}),
+    ],
+)
+def test_a_path_is_one_several_or_several_with_weights(config_file, tmp_path, text, value):
+    config = parse(["train.py", "--config", config_file(), f"--config.data.path={text}"])
+    assert config.data.path == value
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps(to_dict(config)))
+    assert parse(["train.py", "--config", str(saved)]) == config
+
+
+def test_a_config_may_give_paths_as_a_list():
+    assert DataConfig(["a", "b"]).path == ("a", "b")

@@ -38,9 +38,9 @@ def _batches(config: Config):
     model = model_lib.abstract(config.model, config.param_dtype, config.sequence_length)
     params = model_lib.load_params(config.model, model, seed=config.seed)
     assert config.data.path is not None
-    train, held_out, _ = data.text_dataset(
+    train, held_out, *_ = data.text_dataset(
         config.data.path,
-        model_lib.load_tokenizer(None, model.config.vocab_size),
+        model_lib.load_tokenizer(None, model.config),
         sequence_length=config.sequence_length,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -258,7 +258,7 @@ def test_too_many_skipped_steps_stop_the_run(text, tmp_path):
                     architecture=models.DecoderConfig(200, 8, 8, 1, 1, 1, 8, max_length=64),
                 )
             },
-            "the tokenizer has 257 tokens, but the model only 200",
+            r"text.jsonl:\d+ has the token 2\d\d \(.*\), but the model only 200 tokens, from 0",
         ),
     ],
 )

@@ -90,7 +90,8 @@ _RUN = "--config.workdir={tmp}/run --config.steps=20"
 INPUTS = {
     "no text": (
         *(_nothing, _TEXT + "none.txt"),
-        "{tmp}/none.txt does not exist: give a file, a folder or a glob of UTF-8 text",
+        "{tmp}/none.txt does not exist: give a file, a folder or a glob, or OWNER/NAME of a "
+        "dataset on the Hugging Face Hub",
     ),
     "empty text": (
         *(_write("a.txt", ""), _TEXT + "a.txt"),
@@ -107,7 +108,8 @@ INPUTS = {
     ),
     "JSON without the text": (
         *(_write("a.jsonl", '{"body": "one"}\n'), _TEXT + "a.jsonl"),
-        "{tmp}/a.jsonl:1 has no 'text' (found: body): set text_key",
+        "{tmp}/a.jsonl:1 has no 'text' (found: body), and is no instruction, prompt or chat: set "
+        "data.text_key, or data.template to a template of these columns",
     ),
     "a few words": (
         *(_write("a.txt", "One more time."), _TEXT + "a.txt"),

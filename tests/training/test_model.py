@@ -15,7 +15,7 @@ _TINY = models.DecoderConfig(257, 8, 8, 1, 1, 1, 8)
 
 
 def test_without_a_path_each_byte_is_a_token():
-    tokenizer = model_lib.load_tokenizer(None, vocab_size=257)
+    tokenizer = model_lib.load_tokenizer(None, _TINY)
     text = "To be,\r\n  or\tnot — “to be”? 🤔<s>"
     tokens = tokenizer(text)["input_ids"]
     assert len(tokens) == len(text.encode())
@@ -103,3 +103,19 @@ def test_bfloat16_needs_ampere():
 
 def test_a_cpu_has_no_compute_capability():
     assert model_lib.compute_capability() is None
+
+
+def test_a_tokenizer_without_an_end_of_text_gets_that_of_the_config(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    backend = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    shape = models.DecoderConfig(3, 8, 8, 1, 1, 1, 8, eos_id=(2, 1))
+    models.save(tmp_path / "export", *models.init(shape, 0), tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").eos_token_id is None
+    found = model_lib.load_tokenizer(
+        str(tmp_path / "export"), models.load_config(tmp_path / "export")
+    )
+    assert found.eos_token_id == 2

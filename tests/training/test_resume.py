@@ -109,6 +109,10 @@ _ANOTHER = {
     "batch_size": 8,
     "sequence_length": 16,
     "data.eval_fraction": 0.2,
+    "data.eval_documents": 3,
+    "data.packing": False,
+    "data.too_long": "leave_out",
+    "data.repeated": "keep",
     "model.path": "elsewhere",
     "model.init": "checkpoint",
     **{

@@ -172,7 +172,15 @@ def test_a_signal_during_garbage_collection_is_remembered(text, tmp_path, monkey
     assert runs.last_step(tmp_path) == 0
 
 
-def test_only_a_second_interrupt_raises():
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["shell", "background"])
+def interrupts(request):
+    """SIGINT as in a job of an interactive shell, and as in a background job of a script."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_only_a_second_interrupt_raises(interrupts):
     with Stop() as stop:
         signal.raise_signal(signal.SIGHUP)
         assert not stop.requested

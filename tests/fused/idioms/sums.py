@@ -15,6 +15,16 @@ from .registry import (
 from .several import two_calls, two_ranges
 
 
+def with_penalty(made):
+    """Adds the sum of the squares of all parameters to the loss of an idiom."""
+    plain, params, batch = made
+
+    def loss(p, b):
+        return plain(p, b) + 1e-2 * sum(jnp.sum(w**2) for w in jax.tree.leaves(p))
+
+    return loss, params, batch
+
+
 @idiom()
 def penalty(s):
     def loss(p, b):
@@ -37,29 +47,17 @@ def penalty_of_the_cast_weights(s):
 
 @idiom()
 def penalty_with_two_ranges(s):
-    def loss(p, b):
-        plain, _, _ = two_ranges(s)
-        return plain(p, b) + 1e-2 * sum(jnp.sum(w**2) for w in jax.tree.leaves(p))
-
-    return loss, layers_and_out(s), pair(s)
+    return with_penalty(two_ranges(s))
 
 
 @idiom()
 def penalty_with_two_calls(s):
-    def loss(p, b):
-        plain, _, _ = two_calls(s)
-        return plain(p, b) + 1e-2 * sum(jnp.sum(w**2) for w in jax.tree.leaves(p))
-
-    return loss, layers_and_out(s), pair(s)
+    return with_penalty(two_calls(s))
 
 
 @idiom({"layers": 1})
 def penalty_of_axis_1(s):
-    def loss(p, b):
-        plain, _, _ = axis_1(s)
-        return plain(p, b) + 1e-2 * sum(jnp.sum(w**2) for w in jax.tree.leaves(p))
-
-    return loss, *axis_1(s)[1:]
+    return with_penalty(axis_1(s))
 
 
 @idiom()

