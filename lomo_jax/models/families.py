@@ -142,9 +142,8 @@ def _refuse(hf: Json, key: str, supported: Any) -> dict[str, Any]:
 
 
 def _gemma(hf: Json) -> dict[str, Any]:
-    _refuse(hf, "use_bidirectional_attention", None) if hf.get(
-        "use_bidirectional_attention"
-    ) else None
+    if hf.get("use_bidirectional_attention"):
+        raise UserError("use_bidirectional_attention=True is not supported; supported: False")
     return {"norm_offset": 1.0, "embedding_multiplier": math.sqrt(hf["hidden_size"])}
 
 
