@@ -3,7 +3,7 @@ r"""Tunes LLaMA-7B to follow instructions, with AdaLomo, as its paper does.
     python train.py --config configs/alpaca.py \
       --config.model.path=DIR --config.data.path=alpaca_gpt4_data.json
 
-DIR is a Hugging Face directory of LLaMA-7B, or of another LLaMA-family model. The dataset has
+DIR is a Hugging Face directory of LLaMA-7B, or of another model. The dataset has
 records of `instruction`, `input` and `output`, such as the 52,000 of Alpaca-GPT4: a JSON file, or a
 dataset on the Hugging Face Hub (--config.data.path=OWNER/NAME). The loss is on the output alone.
 `lomo-jax data` with the same flags shows the first examples.

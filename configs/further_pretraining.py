@@ -3,7 +3,7 @@ r"""Continues the pre-training of LLaMA-7B on Python code, with AdaLomo, as its 
     python train.py --config configs/further_pretraining.py \
       --config.model.path=DIR --config.data.path='code/**/*.py'
 
-DIR is a Hugging Face directory of LLaMA-7B, or of another LLaMA-family model. The dataset is a
+DIR is a Hugging Face directory of LLaMA-7B, or of another model. The dataset is a
 folder of text, a glob, JSON lines, Parquet, or a dataset on the Hugging Face Hub such as
 bigcode/starcoderdata (gated; --config.data.text_key=content). With little of it, lower
 data.eval_documents.

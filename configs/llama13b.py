@@ -2,7 +2,7 @@
 
     python train.py --config configs/llama13b.py --config.model.path=DIR --config.data.path=TEXT
 
-DIR is a Hugging Face directory of LLaMA-13B, or of another LLaMA-family model, which then sets
+DIR is a Hugging Face directory of LLaMA-13B, or of another model, which then sets
 the shape. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
 replace `--config.model.path=DIR` by `--config.model.init=random`.
 

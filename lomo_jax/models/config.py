@@ -115,9 +115,6 @@ class DecoderConfig:
     residual_multiplier: float = 1.0  # multiplies what a block adds to the residual stream
     logit_multiplier: float = 1.0  # multiplies the logits
 
-    # The Hugging Face directory that the model came from: an export has what is there and not here.
-    source: str | None = dataclasses.field(default=None, compare=False)
-
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads")
         for name in (*sizes, "head_dim", "max_length"):

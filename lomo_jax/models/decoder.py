@@ -72,6 +72,8 @@ class Decoder(nnx.Module):
         rows of more than 4096 tokens those of 256 queries at a time. "cudnn" is flash attention:
         an NVIDIA GPU, Ampere or newer, and bfloat16 or float16. "pallas" is flash attention for
         long packed rows on the same GPUs, without a mask, `[B, 1, T, T]`.
+      source: The Hugging Face directory that the weights are from, if any: an export has what is
+        there and not in the config.
       rngs: Random keys for the weights.
 
     Raises:
@@ -84,9 +86,10 @@ class Decoder(nnx.Module):
         *,
         param_dtype: DTypeLike = jnp.float32,
         attention: str = "xla",
+        source: str | None = None,
         rngs: nnx.Rngs,
     ) -> None:
-        self.config = config
+        self.config, self.source = config, source
         self.embedding = nnx.Param(
             NORMAL(rngs.params(), (config.vocab_size, config.width), param_dtype)
         )
@@ -244,14 +247,18 @@ def _per_layer(config: DecoderConfig, length: int) -> PerLayer:
 
 
 def abstract(
-    config: DecoderConfig, param_dtype: DTypeLike = jnp.float32, attention: str = "xla"
+    config: DecoderConfig,
+    param_dtype: DTypeLike = jnp.float32,
+    attention: str = "xla",
+    source: str | None = None,
 ) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     """Returns the structure of a model without allocating its parameters.
 
     Args:
       config: The model's shape.
       param_dtype: The dtype of all parameters.
-      attention: "xla" or "cudnn"; see `Decoder`.
+      attention: "xla", "cudnn" or "pallas"; see `Decoder`.
+      source: The Hugging Face directory of the weights; see `Decoder`.
 
     Returns:
       `(graphdef, params)` as from `nnx.split`, with a `jax.ShapeDtypeStruct` for each array.
@@ -259,11 +266,8 @@ def abstract(
     Raises:
       UserError: The config is not valid.
     """
-    return nnx.split(
-        nnx.eval_shape(
-            lambda: Decoder(config, param_dtype=param_dtype, attention=attention, rngs=nnx.Rngs(0))
-        )
-    )
+    options = {"param_dtype": param_dtype, "attention": attention, "source": source}
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, **options, rngs=nnx.Rngs(0))))
 
 
 def shardings(config: DecoderConfig, params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:

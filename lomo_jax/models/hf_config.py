@@ -129,7 +129,7 @@ def family_name(hf: Json) -> str:
         name = hf.get("model_type") if not found and hf.get("model_type") in FAMILIES else None
     if name is None:
         named = ", ".join(map(str, found)) if found else f"model_type {hf.get('model_type')!r}"
-        hint = did_you_mean(named, names) or f"; supported: {', '.join(sorted(names))}"
+        hint = did_you_mean(named, names) or "; python -m lomo_jax.models prints those that are"
         raise UserError(f"architecture {named} is not supported{hint}")
     return name
 

@@ -32,6 +32,7 @@ from lomo_jax.models.weights import Tensor, assemble, disassemble
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CHAT_TEMPLATE = "chat_template.jinja"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DTYPES = ("F32", "BF16", "F16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -58,7 +59,7 @@ def load_config(directory: Path) -> DecoderConfig:
     _refuse_other_formats(directory)
     hf_config = read_json(directory / _CONFIG)
     try:
-        config = dataclasses.replace(read_config(hf_config), source=str(directory))
+        config = read_config(hf_config)
     except UserError as error:
         raise UserError(f"{directory / _CONFIG}: {error}") from None
     if config.tie_embeddings and _has_own_head(directory):
@@ -154,7 +155,8 @@ def save(
         generation_config.json, tokenizer and licence go into the export. Default: the one that the
         model was loaded from. A model from elsewhere gets the config.json of its `DecoderConfig`.
       dtype: The dtype of the saved weights: float32, bfloat16 or float16. Default: the parameters'.
-      tokenizer: A transformers tokenizer to save with the model. Default: that of `like`.
+      tokenizer: A transformers tokenizer to save with the model. Default: that of `like`, which
+        only gets the chat template of this one.
       card: The text of README.md, the model card.
       max_shard_bytes: Larger models are split into several files with an index.
 
@@ -163,7 +165,8 @@ def save(
         changed, or `like` is another model.
       OSError: `path` cannot be written, for example because the disk is full.
     """
-    config = nnx.merge(graphdef, params).config
+    model = nnx.merge(graphdef, params)
+    config, like = model.config, model.source if like is None else like
     dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype if dtype is None else dtype)
     layout = FAMILIES[config.family].layout
     with export_folder.replace(path) as folder:
@@ -192,12 +195,11 @@ def save_config(
       config: The model's shape.
       dtype: The dtype of the weights.
       tokenizer: A transformers tokenizer; see `save`.
-      like: A Hugging Face directory; see `save`.
+      like: A Hugging Face directory, or None; see `save`.
 
     Raises:
       UserError: `like` is missing or another model.
     """
-    like = config.source if like is None else like
     if like is None:
         hf_config = write_config(config, dtype)
         special = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id")}
@@ -211,8 +213,14 @@ def save_config(
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
     write_json(directory / _CONFIG, hf_config)
-    if tokenizer is not None and not any((directory / f).is_file() for f in _TOKENIZER_FILES):
+    if tokenizer is None:
+        return
+    template = tokenizer.chat_template
+    if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
         tokenizer.save_pretrained(directory)
+    elif isinstance(template, str) and template != load_tokenizer(directory).chat_template:
+        # In a file of its own, which takes precedence over tokenizer_config.json.
+        (directory / _CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _changed(

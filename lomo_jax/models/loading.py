@@ -36,7 +36,7 @@ def load(
         model on the hub ("owner/name", "owner/name@revision"), or a GGUF file, whose quantised
         weights are dequantised.
       param_dtype: The parameters' dtype; weights of another dtype are cast.
-      attention: "xla" or "cudnn"; see `Decoder`.
+      attention: "xla", "cudnn" or "pallas"; see `Decoder`.
       on_host: Whether to place the parameters in host memory. The device then holds at most one
         tensor.
       mesh: A mesh from `lomo_jax.sharding.make_mesh` to shard the parameters over, by
@@ -52,7 +52,8 @@ def load(
     """
     path = local_path(path, weights=True)
     config, params = _format(path).load(path, param_dtype, on_host=on_host, mesh=mesh)
-    return abstract(config, param_dtype, attention)[0], params
+    source = str(path) if path.is_dir() else None
+    return abstract(config, param_dtype, attention, source)[0], params
 
 
 def load_config(path: str | os.PathLike[str]) -> DecoderConfig:

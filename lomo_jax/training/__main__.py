@@ -1,4 +1,4 @@
-"""Fine-tunes all parameters of a LLaMA-family model with LOMO, AdaLomo or any optax optimizer.
+"""Fine-tunes all parameters of a language model with LOMO, AdaLomo or any optax optimizer.
 
     python train.py --config configs/llama7b.py --config.learning_rate=5e-4
     lomo-jax train --config quickstart

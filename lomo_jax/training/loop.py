@@ -266,7 +266,13 @@ def _write_run_files(
     if is_new:
         folder = workdir / run_files.MODEL
         folder.mkdir(exist_ok=True)
-        models.save_config(folder, run.model.config, settings["param_dtype"], run.tokenizer)
+        models.save_config(
+            folder,
+            run.model.config,
+            settings["param_dtype"],
+            run.tokenizer,
+            like=run.model.folder,
+        )
 
 
 def _source_name(path: str | None, init: str) -> str:

@@ -27,6 +27,7 @@ class Model(NamedTuple):
     config: models.DecoderConfig
     graphdef: nnx.GraphDef[models.Decoder]
     shapes: nnx.State  # of its weights: jax.ShapeDtypeStruct, with shardings if there is a mesh
+    folder: Path | None = None  # of its config.json and tokenizer, if it comes from one
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
         """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight."""
@@ -72,10 +73,10 @@ def abstract(
         support `attention`, `param_dtype` or `mesh`.
       UserError: The checkpoint does not exist, is damaged or is not supported.
     """
+    shape, folder = source.architecture, None
     if source.init == "checkpoint" and source.path is not None:
-        shape = models.load_config(hf_path(source.path))
-    else:
-        shape = source.architecture
+        path = models.local_path(hf_path(source.path), weights=False)
+        shape, folder = models.load_config(path), path if path.is_dir() else None
     if sequence_length > shape.max_length:
         raise ConfigError(
             f"sequence_length: {sequence_length} is longer than the model allows, "
@@ -96,7 +97,7 @@ def abstract(
         if on_host:
             shardings = jax.tree.map(lambda x: x.with_memory_kind("pinned_host"), shardings)
         shapes = sharding.with_shardings(shapes, shardings)
-    return Model(shape, graphdef, shapes)
+    return Model(shape, graphdef, shapes, folder)
 
 
 def download(source: ModelConfig) -> None:

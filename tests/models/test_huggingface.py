@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import subprocess
@@ -282,6 +283,17 @@ def test_an_export_carries_what_stands_beside_the_weights(tmp_path):
     )
     assert after == before | {"torch_dtype": "bfloat16"}
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_an_export_has_the_chat_template_of_the_tokenizer(tmp_path):
+    folder, tokenizer = tmp_path / "model", copy.copy(word_tokenizer())
+    saved_by_transformers(folder)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    changed = models.tokenizer(folder)
+    changed.chat_template = "another {{ messages }}"
+    models.save(tmp_path / "out", *models.load(folder), tokenizer=changed)
+    assert models.tokenizer(tmp_path / "out").chat_template == "another {{ messages }}"
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,6 @@ _OPTIONAL = {
     "model.architecture.attention_scale": 0.1,
     "model.architecture.attention_cap": 50.0,
     "model.architecture.logit_cap": 30.0,
-    "model.architecture.source": "folder",
     "model.architecture.bos_id": 1,
     "model.architecture.eos_id": (1, 2),
 }

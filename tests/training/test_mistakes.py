@@ -118,12 +118,13 @@ INPUTS = {
     ),
     "no model": (
         *(_nothing, _MODEL + "{tmp}/none"),
-        "{tmp}/none does not exist; give a model directory or a .gguf file",
+        "{tmp}/none does not exist; give a model directory, a .gguf file or the id of a model on "
+        "the hub",
     ),
     "a model of another kind": (
         *(_edit_config, _MODEL + "{tmp}/model"),
-        "{tmp}/model/config.json: architecture MambaLM is not supported; supported: "
-        "LlamaForCausalLM",
+        "{tmp}/model/config.json: architecture MambaLM is not supported; python -m "
+        "lomo_jax.models prints those that are",
     ),
     "weights that were not downloaded to the end": (
         *(_truncate_weights, _MODEL + "{tmp}/model"),

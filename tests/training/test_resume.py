@@ -122,6 +122,16 @@ _ANOTHER = {
             **{"num_kv_heads": 4, "head_dim": 16, "max_length": 128, "rope_theta": 5e5},
             **{"norm_eps": 1e-5, "tie_embeddings": True, "bos_id": 1, "eos_id": 2},
             "rope_scaling": models.RopeScaling("llama3", 8.0, 64),
+            **{"family": "qwen3", "activation": "gelu", "norm_places": "after", "qk_norm": "head"},
+            **dict.fromkeys(("gated_mlp", "normalize_experts", "norm_scale"), False),
+            **dict.fromkeys(("attention_bias", "output_bias", "mlp_bias", "norm_bias"), True),
+            **dict.fromkeys(("parallel", "layer_norm"), True),
+            **dict.fromkeys(("sliding_layers", "rope_layers"), (True, False)),
+            **dict.fromkeys(("window", "rotary_dim", "num_experts", "experts_per_token"), 4),
+            **dict.fromkeys(("router_loss", "norm_offset", "query_growth"), 0.5),
+            **dict.fromkeys(("local_rope_theta", "attention_scale", "attention_cap"), 0.5),
+            "logit_cap": 0.5,
+            **{f"{name}_multiplier": 2.0 for name in ("embedding", "residual", "logit")},
         }.items()
     },
 }
@@ -139,7 +149,8 @@ def test_all_identity_fields_are_tested():
 
 @pytest.mark.parametrize("name", _ANOTHER)
 def test_another_value_of_an_identity_field_is_refused(text, name):
-    config = runs.make_config(text, Path("workdir"))
+    experts = {"model.architecture.num_experts": 8, "model.architecture.experts_per_token": 2}
+    config = set_fields(runs.make_config(text, Path("workdir")), experts)
     changed = set_fields(config, {name: _ANOTHER[name]})
     resume.check_same_run(to_dict(config), to_dict(config))
     with pytest.raises(ConfigError, match=rf"^{name}: .*, but the checkpoint in 'workdir' is of a"):
