@@ -215,10 +215,11 @@ def save_config(
     write_json(directory / _CONFIG, hf_config)
     if tokenizer is None:
         return
-    template = tokenizer.chat_template
     if not any((directory / file).is_file() for file in _TOKENIZER_FILES):
         tokenizer.save_pretrained(directory)
-    elif isinstance(template, str) and template != load_tokenizer(directory).chat_template:
+        return
+    template = tokenizer.chat_template
+    if isinstance(template, str) and template != load_tokenizer(directory).chat_template:
         # In a file of its own, which takes precedence over tokenizer_config.json.
         (directory / _CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
