@@ -22,9 +22,21 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.oracle
 
 LENGTH = 24
-# Training compiles for seconds: all families on demand, always one with nearly all switches.
+# Training compiles for seconds: always one with nearly all switches, in slow tests all switches.
+SWITCHES = (
+    *("llama_biases", "gemma2", "phi3", "smollm3", "olmo", "olmo2", "olmo3", "granite"),
+    *("stablelm_parallel", "cohere", "arcee", "mixtral", "qwen3_moe", "hunyuan"),
+)
 TRAINED = [
-    name if name == "gemma3" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS
+    pytest.param(
+        name,
+        marks=[]
+        if name == "gemma3"
+        else [pytest.mark.slow]
+        if name in SWITCHES
+        else [pytest.mark.slow, pytest.mark.exhaustive],
+    )
+    for name in CONFIGS
 ]
 TOKENS_BxT = np.random.default_rng(0).integers(3, SIZES["vocab_size"], (2, LENGTH))
 
@@ -130,18 +142,31 @@ def loss_of(graphdef):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_ten_fused_steps_equal_the_reference(saved, name, assert_close):
-    graphdef, params = ours(saved(name)[0])
+    # LOMO, whose updates are as small as the gradients. AdaLomo would enlarge rounding: the loss
+    # hardly depends on the bias of a key where rotation is slow. Larger steps would, too, for
+    # weights as large as these.
+    equal = functools.partial(assert_close, tolerance=1e-6)
+    assert_fused_equals_reference(saved(name)[0], lomo_jax.lomo(1e-4), equal)
+
+
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_ten_steps_of_adalomo_equal_the_reference(saved, name, assert_close):
+    assert_fused_equals_reference(saved(name)[0], lomo_jax.adalomo(1e-3), assert_close)
+
+
+def assert_fused_equals_reference(folder, optimizer, assert_close):
+    graphdef, params = ours(folder)
     tokens = jnp.asarray(TOKENS_BxT)
     results = []
     for make in (lomo_jax.fused_step, lomo_jax.reference_step):
-        step = make(loss_of(graphdef), lomo_jax.adalomo(1e-3))
+        step = make(loss_of(graphdef), optimizer)
         state, weights = step.init(params, tokens), params
         run = quick_jit(step)
         for _ in range(10):
             weights, state, out = run(weights, state, tokens)
         results.append((weights, out.loss))
     (fused, loss), (expected, expected_loss) = results
-    assert_close(fused, expected, 1e-5)
+    assert_close(fused, expected)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
 
 
