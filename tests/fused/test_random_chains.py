@@ -208,6 +208,7 @@ def test_fused_equals_plain(chain, assert_close):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(same, max_examples=100)
 @given(chain=chains())
 def test_fused_equals_plain_on_many(chain, assert_close):

@@ -105,6 +105,7 @@ def test_fused_equals_reference(model, options, assert_close):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(same, max_examples=30)
 @given(model=models(), options=options())
 def test_fused_equals_reference_on_many(model, options, assert_close):

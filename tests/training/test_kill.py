@@ -12,7 +12,7 @@ from lomo_jax.training import Config
 
 pytestmark = pytest.mark.slow
 
-STEPS, KILLS = 60, 20
+STEPS, KILLS = 30, 10
 VARIANTS = {
     "plain": {},
     "microbatches, stochastic rounding, float16 with a dynamic loss scale": {
