@@ -90,7 +90,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "all" else pytest.mark.exhaustive) for n in OPTIONS]
+)
 def test_options_hold_one_layer_of_gradient_too(name, sharding, standard_promotion):
     step = functools.partial(lomo_jax.fused_step, **OPTIONS[name])
     few, many = (compiled(step, lomo_jax.adalomo(1e-3), n, sharding) for n in (6, 12))

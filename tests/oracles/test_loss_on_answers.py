@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
-import transformers
 from flax import nnx
 
 from lomo_jax import models
@@ -17,6 +15,9 @@ from lomo_jax.models.hf_config import write_config
 from lomo_jax.training import ModelConfig
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.step import make_step
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.oracle
 T = 48
