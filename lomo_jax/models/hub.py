@@ -10,7 +10,10 @@ from lomo_jax.errors import UserError
 
 # A name, its owner, and perhaps a revision: "Qwen/Qwen3-8B" or "Qwen/Qwen3-8B@main".
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_TEXT = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_TEXT = (
+    *("*.json", "*.jinja", "*.txt", "tokenizer.model"),
+    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
 _WEIGHTS = ("*.safetensors",)
 
 

@@ -85,7 +85,7 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
     graphdef, shapes = models.abstract(config, dtype)
     shapes = sharding.with_shardings(shapes, models.shardings(config, shapes, mesh))
     params, metadata = read_params(workdir, step, shapes)
-    card = model_card(metadata)
+    card = model_card(metadata, model)
     models.save(out, graphdef, params, like=model, tokenizer=models.tokenizer(model), card=card)
     return metadata.progress.step
 
@@ -102,11 +102,12 @@ def _held_out(data: dict[str, Any]) -> str:
     return f"{data['eval_fraction']:.1%} of the documents held out"
 
 
-def model_card(checkpoint: CheckpointMetadata) -> str:
+def model_card(checkpoint: CheckpointMetadata, original: Path) -> str:
     """Returns the text of an export's README.md, with the metadata of the Hugging Face hub.
 
     Args:
       checkpoint: The metadata of the run when the weights were saved.
+      original: The folder of a run that has the files of the model that it started from.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -118,6 +119,7 @@ def model_card(checkpoint: CheckpointMetadata) -> str:
     base = path if path and model["init"] != "random" and hub.is_id(path) else None
     metadata = ModelCardData(
         base_model=base and base.partition("@")[0],
+        **_licence(original / "README.md"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["lomo_jax", optimizer],
@@ -146,6 +148,17 @@ def model_card(checkpoint: CheckpointMetadata) -> str:
         f"```json\n{json.dumps(config, indent=2)}\n```",
     ]
     return str(ModelCard("\n\n".join(lines) + "\n"))
+
+
+def _licence(card: Path) -> dict[str, str]:
+    """Returns what a model card says about the licence; nothing if there is no card."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(card).data.to_dict()
+    except Exception:  # people write cards by hand
+        return {}
+    return {key: value for key, value in data.items() if key.startswith("license")}
 
 
 def _step(text: str | None) -> int | str | None:

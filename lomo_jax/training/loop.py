@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -273,6 +274,8 @@ def _write_run_files(
             run.tokenizer,
             like=run.model.folder,
         )
+        if run.model.folder is not None and (run.model.folder / "README.md").is_file():
+            shutil.copyfile(run.model.folder / "README.md", folder / "README.md")  # for the licence
 
 
 def _source_name(path: str | None, init: str) -> str:
@@ -472,12 +475,12 @@ def _report_stop(display: Display, step: int, saved: int | None, workdir: str) -
 
 @os_errors_are_the_users()
 def _export(run: Run, folder: Path) -> None:
-    card = model_card(run.metadata)
+    original = folder.parent / run_files.MODEL
     models.save(
         folder,
         run.model.graphdef,
         run.params,
-        like=folder.parent / run_files.MODEL,
+        like=original,
         tokenizer=run.tokenizer,
-        card=card,
+        card=model_card(run.metadata, original),
     )

@@ -57,6 +57,14 @@ def compiled(name, batch_size, length, offload, *, layers=None, options=None, de
     return compile_run(config, gpus.find("rtx3090"), devices, compiler_options=options)
 
 
+def test_rows_of_32768_tokens():
+    """Llama-3.1-8B, whose attention mask alone would take a GiB."""
+    config = parse(["plan", "--config", str(CONFIGS / "llama3_8b.py")], for_plan=True)
+    fields = {"model.architecture.max_length": 131072, "batch_size": 1, "sequence_length": 32768}
+    config = set_fields(config, fields | {"offload.activations": True})
+    assert compile_run(config, gpus.find("rtx3090"), 1).plan.total_gib <= 21.5
+
+
 @pytest.mark.parametrize("options", [None, LIBRARIES], ids=["kernels", "libraries"])
 @pytest.mark.parametrize("row", BUDGETS)
 def test_budget(row, options):

@@ -46,6 +46,24 @@ def test_exporting_the_last_checkpoint_equals_the_export_of_the_run(made, tmp_pa
         np.testing.assert_array_equal(found[name], weight)
 
 
+def test_the_card_names_the_licence_of_the_original(made, tmp_path):
+    original = tmp_path / "original"
+    shutil.copytree(made / "export", original)
+    licence = {"license": "other", "license_name": "ours", "license_link": "LICENSE"}
+    lines = "".join(f"{key}: {value}\n" for key, value in licence.items())
+    (original / "README.md").write_text(f"---\n{lines}tags: [theirs]\n---\n# Theirs\n")
+    with jax.numpy_dtype_promotion("standard"):
+        config = runs.make_config(made.parent / "text.jsonl", tmp_path / "run", steps=1)
+        config.model.init, config.model.path = "checkpoint", str(original)
+        loop.train(config)
+    shutil.rmtree(original)
+    assert _export(tmp_path / "run", tmp_path / "out") == 0
+    for folder in (tmp_path / "run" / "export", tmp_path / "out"):
+        data = ModelCard.load(folder / "README.md").data.to_dict()
+        assert licence.items() <= data.items()
+        assert data["tags"] == ["lomo_jax", "adalomo"]
+
+
 def test_exporting_an_earlier_checkpoint(made, tmp_path):
     assert _export(made, tmp_path / "out", "--step", 4) == 0
     card = (tmp_path / "out" / "README.md").read_text()
