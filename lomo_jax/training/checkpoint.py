@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import logging
@@ -453,17 +454,10 @@ def _bits(x: jax.Array) -> jax.Array:
 def silence_orbax() -> Iterator[None]:
     """Silences orbax's logs and warnings; we report the failure in one line."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-
-    def pass_on(unraisable: Any) -> None:
-        # Drop errors of orbax's coroutines that were still running when the first file failed.
-        files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
-        if not any(part in file for file in files for part in ("orbax", "asyncio")):
-            hook(unraisable)
-
+    levels = [logger.level for logger in loggers]
+    _drop_late_errors()
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = pass_on
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -471,10 +465,25 @@ def silence_orbax() -> Iterator[None]:
                 yield
             finally:
                 gc.collect()  # failed coroutines warn when they are collected
-        sys.unraisablehook = hook  # not after an error: reads of other arrays may still end
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@functools.cache
+def _drop_late_errors() -> None:
+    """Drops, from now on, the errors of orbax's reads that end after one of them failed.
+
+    They may end at any time, on a busy machine long after the checkpoint was given up.
+    """
+    hook = sys.unraisablehook
+
+    def drop(unraisable: Any) -> None:
+        files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
+        if not any(part in file for file in files for part in ("orbax", "asyncio")):
+            hook(unraisable)
+
+    sys.unraisablehook = drop
 
 
 def settle(seconds: float = 5.0) -> None:

@@ -1,8 +1,10 @@
 """Checkpoints: restoring, checksums, failures of orbax. Damage is in test_damage.py."""
 
 import asyncio
+import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from lomo_jax.training.checkpoint import (
     checksums,
     reason,
     settle,
+    silence_orbax,
 )
 
 _PARAMS = nnx.State({"w": nnx.Param(jnp.arange(6.0).reshape(2, 3))})
@@ -160,6 +163,21 @@ def test_tasks_of_a_closed_event_loop_are_awaited():
     loop.close()
     settle()
     assert done.is_set()
+
+
+def test_an_error_that_comes_late_is_dropped():
+    """A read of orbax may end after its event loop was closed and the checkpoint given up."""
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with silence_orbax():
+        pass
+    with pytest.raises(RuntimeError, match="Event loop is closed") as error:
+        loop.call_soon_threadsafe(print)
+    late = types.SimpleNamespace(
+        **{"exc_type": error.type, "exc_value": error.value, "exc_traceback": error.tb},
+        **{"err_msg": None, "object": None},
+    )
+    sys.unraisablehook(late)  # pytest's own makes it an error
 
 
 def test_waiting_for_threads_of_an_open_event_loop_times_out():
