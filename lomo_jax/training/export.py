@@ -150,7 +150,7 @@ def model_card(checkpoint: CheckpointMetadata, original: Path) -> str:
     return str(ModelCard("\n\n".join(lines) + "\n"))
 
 
-def _licence(card: Path) -> dict[str, str]:
+def _licence(card: Path) -> dict[str, Any]:
     """Returns what a model card says about the licence; nothing if there is no card."""
     from huggingface_hub import ModelCard
 
