@@ -7,6 +7,7 @@ head dimension, Q queries of one block.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +120,10 @@ def _flash(
     interpret: bool = False,
 ) -> jax.Array:
     """Flash attention in JAX's Triton kernel, which knows segments but neither caps nor windows."""
-    from jax.experimental.pallas.ops.gpu import attention as kernel  # slow to import
+    with warnings.catch_warnings():
+        # jax 0.12 points to tokamax, a package of its own.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention as kernel  # slow to import
 
     head_dim, groups = q_BxTxHxh.shape[-1], q_BxTxHxh.shape[2] // k_BxTxKxh.shape[2]
     tiles = kernel.BlockSizes(
