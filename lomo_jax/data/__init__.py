@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lomo_jax.data.dataset import text_dataset as text_dataset
     from lomo_jax.data.kinds import read_template as read_template
     from lomo_jax.data.packing import Batch as Batch
+    from lomo_jax.data.packing import PackedRows as PackedRows
     from lomo_jax.data.sources import package_path as package_path
     from lomo_jax.data.sources import resolve as resolve
 
@@ -23,7 +24,7 @@ __getattr__, __dir__ = _lazy.attach(
     {
         "dataset": ["Rows", "Summary", "TextSplits", "read_rows", "text_dataset"],
         "kinds": ["read_template"],
-        "packing": ["Batch"],
+        "packing": ["Batch", "PackedRows"],
         "sources": ["package_path", "resolve"],
     },
 )
