@@ -155,8 +155,8 @@ def save(
         generation_config.json, tokenizer and licence go into the export. Default: the one that the
         model was loaded from. A model from elsewhere gets the config.json of its `DecoderConfig`.
       dtype: The dtype of the saved weights: float32, bfloat16 or float16. Default: the parameters'.
-      tokenizer: A transformers tokenizer to save with the model. Default: that of `like`, which
-        only gets the chat template of this one.
+      tokenizer: A transformers tokenizer to save with the model. If `like` has a tokenizer, its
+        files are copied instead, and only the chat template is taken from this one.
       card: The text of README.md, the model card.
       max_shard_bytes: Larger models are split into several files with an index.
 

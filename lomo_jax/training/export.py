@@ -151,7 +151,7 @@ def model_card(checkpoint: CheckpointMetadata, original: Path) -> str:
 
 
 def _licence(card: Path) -> dict[str, Any]:
-    """Returns what a model card says about the licence; nothing if there is no card."""
+    """Returns the fields of a model card about the licence; none if the card cannot be read."""
     from huggingface_hub import ModelCard
 
     try:

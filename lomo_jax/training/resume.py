@@ -265,7 +265,8 @@ def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
             elif _absolute(name, old) != _absolute(name, new):
                 yield name, (old, new)
 
-    saved, config = (json.loads(json.dumps(each)) for each in (saved, config))  # tuples: lists
+    # A checkpoint has lists where a config has tuples.
+    saved, config = (json.loads(json.dumps(each)) for each in (saved, config))
     found = dict(compare(saved, config, ""))
     return {name: found[name] for name in sorted(found)}
 

@@ -26,7 +26,7 @@ from lomo_jax.data import read_rows
 
 pytestmark = pytest.mark.oracle
 if (TRL := importlib.util.find_spec("trl")) is None or not TRL.submodule_search_locations:
-    pytest.skip("needs trl, without its dependencies", allow_module_level=True)
+    pytest.skip("needs the packages trl and accelerate", allow_module_level=True)
 
 SPECIAL = [
     *("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"),
