@@ -56,6 +56,27 @@ def os_errors_are_the_users() -> Iterator[None]:
         raise UserError(f"{error.filename}: {error.strerror}" if known else str(error)) from error
 
 
+@contextlib.contextmanager
+def library_errors_are_the_users(what: str, remedy: str) -> Iterator[None]:
+    """Turns any error into a `UserError`, for a library that reads a file of the user.
+
+    Args:
+      what: What cannot be read; it begins the message.
+      remedy: It ends the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # A panic in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = str(error).splitlines()
+        reason = lines[0][:200] if lines else type(error).__name__
+        raise UserError(f"{what} cannot be read ({reason}); {remedy}") from error
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns "; did you mean 'a' or 'b'?" with known names similar to `name`, or ""."""
     near = difflib.get_close_matches(name, list(known), n=3)

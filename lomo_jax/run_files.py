@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lomo_jax._json import read_json, write_json
-from lomo_jax.errors import UserError
+from lomo_jax._schema import METRICS_RECORD, RUN_INFO, check_regular
 from lomo_jax.plan import MemoryPlan
 
 CHECKPOINTS = "checkpoints"  # one folder per saved step, by orbax
@@ -32,6 +32,7 @@ ALL = (CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REP
 # * a sample: "prompt", "sample";
 # * a resumed run: "resumed". Earlier lines with a higher step are superseded.
 Record = dict[str, Any]
+_MAX_LINE = 2**24  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,14 @@ class RunInfo:
         """
         if not (folder / RUN).exists():
             return None
-        found: dict[str, Any] = read_json(folder / RUN)
-        try:
-            found["memory"] = MemoryPlan(**found["memory"])
-            return cls(**found)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / RUN} is damaged: {error}") from None
+        found = read_json(folder / RUN, RUN_INFO)
+        found["memory"] = _pick(MemoryPlan, found["memory"])
+        return _pick(cls, found)
+
+
+def _pick(kind: Any, values: dict[str, Any]) -> Any:
+    """Returns a dataclass of the values that it has fields for."""
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 
 
 def contains(workdir: Path, path: str) -> bool:
@@ -104,24 +107,22 @@ def read_metrics(folder: Path) -> Iterator[Record | None]:
     Superseded records are included.
 
     Raises:
+      UserError: It is not a regular file.
       OSError: The file cannot be read.
     """
+    check_regular(folder / METRICS)
     with (folder / METRICS).open(encoding="utf-8", errors="replace") as file:
-        yield from (_parse(line) for line in file if line.strip())
+        lines = iter(lambda: file.readline(_MAX_LINE), "")
+        yield from (_parse(line) for line in lines if line.strip())
 
 
 def _parse(line: str) -> Record | None:
     # A killed process leaves an unfinished line, and the next one may have continued it: then a
     # whole record ends that line.
-    start = line.find("{")
-    while start >= 0:
+    for start in (0, line.rfind('{"step"')):
         try:
-            record = json.loads(line[start:], parse_constant=lambda name: None)
+            record = json.loads(line[max(start, 0) :], parse_constant=lambda name: None)
         except (ValueError, RecursionError):
-            start = line.find("{", start + 1)
             continue
-        is_record = type(record.get("step")) is int and 0 <= record["step"] < 2**53
-        time = record.get("time")
-        is_timed = isinstance(time, int | float) and 0 <= time < 2**36
-        return record if is_record and is_timed else None
+        return record if METRICS_RECORD.problem("", record) is None else None
     return None

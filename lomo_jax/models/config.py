@@ -166,6 +166,14 @@ class DecoderConfig:
                 f"experts_per_token={self.experts_per_token} must be between 1 and num_experts="
                 f"{self.num_experts}, or both 0"
             )
+        pairs, rope = (self.rotary_dim or self.head_dim) // 2, self.rope_scaling
+        if rope is not None and rope.kind == "longrope":
+            for name in ("short_factors", "long_factors"):
+                if len(getattr(rope, name)) != pairs:
+                    raise UserError(
+                        f"rope scaling: {name} has {len(getattr(rope, name))} entries; give one "
+                        f"for each of the {pairs} rotary pairs of a head"
+                    )
         if self.parallel and self.norm_places != "before":
             raise UserError(f"parallel needs norm_places='before', not {self.norm_places!r}")
 

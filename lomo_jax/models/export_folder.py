@@ -19,6 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from lomo_jax._json import read_json, write_json
+from lomo_jax._schema import EXPORT
 from lomo_jax.errors import UserError
 
 MANIFEST = "lomo_jax_export.json"
@@ -150,16 +151,7 @@ def _files(folder: Path) -> dict[str, dict[str, Any]]:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return {}
-    found = read_json(manifest)
-    files = found.get("files")
-    if found.get("format") != _FORMAT or not isinstance(files, dict):
-        raise UserError(f"{manifest} is damaged or of another version; choose another path")
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise UserError(
-                f"{manifest} names {name!r}, outside of its folder; choose another path"
-            )
-    return files
+    return read_json(manifest, EXPORT)["files"]
 
 
 def _describe(file: Path, expected: dict[str, Any] | None = None) -> dict[str, Any] | None:

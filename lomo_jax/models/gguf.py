@@ -14,9 +14,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lomo_jax.errors import UserError
+from lomo_jax._schema import gguf_metadata
+from lomo_jax.errors import UserError, library_errors_are_the_users
+from lomo_jax.models import gguf_file
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.families import FAMILIES, Layout
+from lomo_jax.models.gguf_file import StoredTensor
 from lomo_jax.models.hf_config import read_config
 from lomo_jax.models.weights import Tensor, assemble
 
@@ -90,7 +93,7 @@ def load(path: Path, param_dtype: DTypeLike, **placement: Any) -> tuple[DecoderC
     """Reads a GGUF file, dequantising one tensor at a time; see `lomo_jax.models.load`."""
     metadata, tensors = _open(path)
     config, layout = _config(metadata, tensors), _architecture(metadata).layout
-    read = map(_tensor, tensors)
+    read = [Tensor(tensor.name, tensor.shape, tensor.read) for tensor in tensors]
     return config, assemble(config, param_dtype, read, layout, str(path), **placement)
 
 
@@ -105,53 +108,63 @@ def load_tokenizer(path: Path) -> Any:
     pieces: list[str] = metadata["tokenizer.ggml.tokens"]
     arguments: dict[str, Any] = {"chat_template": metadata.get("tokenizer.chat_template")}
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        if (token_id := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            arguments[f"{role}_token"] = pieces[token_id]
-    match metadata["tokenizer.ggml.model"]:
-        case "gpt2":
-            backend = _byte_level_bpe(metadata, pieces)
-            return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **arguments)
-        case "llama":
-            return transformers.LlamaTokenizer(
-                vocab={piece: index for index, piece in enumerate(pieces)},
-                merges=_merges_of_scores(pieces, metadata["tokenizer.ggml.scores"]),
-                add_prefix_space=metadata.get("tokenizer.ggml.add_space_prefix", True),
-                add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", True),
-                **arguments,
-            )
-        case kind:
-            raise metadata.unsupported("tokenizer.ggml.model", kind, "'gpt2', 'llama'")
+        if (piece := metadata.piece(f"tokenizer.ggml.{key}_token_id")) is not None:
+            arguments[f"{role}_token"] = piece
+    with library_errors_are_the_users(f"{path}: the tokenizer", "download it again"):
+        match metadata["tokenizer.ggml.model"]:
+            case "gpt2":
+                backend = _byte_level_bpe(metadata, pieces)
+                return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **arguments)
+            case "llama":
+                return transformers.LlamaTokenizer(
+                    vocab={piece: index for index, piece in enumerate(pieces)},
+                    merges=_merges_of_scores(pieces, metadata.per_token("tokenizer.ggml.scores")),
+                    add_prefix_space=metadata.get("tokenizer.ggml.add_space_prefix", True),
+                    add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", True),
+                    **arguments,
+                )
+            case kind:
+                raise metadata.unsupported("tokenizer.ggml.model", kind, "'gpt2', 'llama'")
 
 
 class _Metadata:
-    """The key-value pairs of a GGUF file."""
+    """The checked metadata of a GGUF file."""
 
-    def __init__(self, reader: gguf.GGUFReader, path: Path) -> None:
-        self._fields = reader.fields
-        self.path = path
+    def __init__(self, values: dict[str, Any], path: Path) -> None:
+        self._values, self.path = values, path
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Returns the value of a key as Python objects, or the default."""
-        return self._fields[key].contents() if key in self._fields else default
+        """Returns the value of a key, or the default."""
+        return self._values.get(key, default)
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self._fields:
+        if key not in self._values:
             raise UserError(f"{self.path} lacks the metadata {key}; download or convert it again")
-        return self._fields[key].contents()
+        return self._values[key]
+
+    def per_token(self, key: str) -> list[Any]:
+        """Returns a list that has an entry for each token."""
+        found, expected = len(self[key]), len(self["tokenizer.ggml.tokens"])
+        if found != expected:
+            raise UserError(f"{self.path}: {key} has {found} entries for {expected} tokens")
+        return self[key]
+
+    def piece(self, key: str) -> str | None:
+        """Returns the token with the id at `key`; None without an id."""
+        pieces, token_id = self["tokenizer.ggml.tokens"], self.get(key)
+        if token_id is not None and token_id >= len(pieces):
+            raise UserError(f"{self.path}: {key}={token_id}, but it has {len(pieces)} tokens")
+        return None if token_id is None else pieces[token_id]
 
     def unsupported(self, key: str, value: Any, supported: str) -> UserError:
         return UserError(f"{self.path}: {key}={value!r} is not supported; supported: {supported}")
 
 
-def _open(path: Path) -> tuple[_Metadata, list[gguf.ReaderTensor]]:
-    """Memory-maps a GGUF file."""
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise UserError(
-            f"{path} is truncated or not a GGUF file ({error}); download it again"
-        ) from None
-    return _Metadata(reader, path), reader.tensors
+def _open(path: Path) -> tuple[_Metadata, list[StoredTensor]]:
+    """Memory-maps a GGUF file and checks its metadata."""
+    values, tensors = gguf_file.read(path)
+    gguf_metadata(values.get("general.architecture")).check(values, path)
+    return _Metadata(values, path), tensors
 
 
 def _architecture(metadata: _Metadata) -> _Architecture:
@@ -162,7 +175,7 @@ def _architecture(metadata: _Metadata) -> _Architecture:
     return _ARCHITECTURES[name]
 
 
-def _config(metadata: _Metadata, tensors: list[gguf.ReaderTensor]) -> DecoderConfig:
+def _config(metadata: _Metadata, tensors: list[StoredTensor]) -> DecoderConfig:
     """Reads the shape of a model as config.json would tell it."""
     family, tensor_names = _architecture(metadata).family, {tensor.name for tensor in tensors}
     prefix = metadata["general.architecture"]
@@ -205,15 +218,6 @@ def _config(metadata: _Metadata, tensors: list[gguf.ReaderTensor]) -> DecoderCon
         raise UserError(f"{metadata.path}: {error}") from None
 
 
-def _tensor(tensor: gguf.ReaderTensor) -> Tensor:
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-
-    def read() -> np.ndarray:
-        return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-
-    return Tensor(tensor.name, shape, read)
-
-
 def _decimal(value: float) -> float:
     """Returns the shortest decimal with this float32 value: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
@@ -240,13 +244,13 @@ def _byte_level_bpe(metadata: _Metadata, pieces: list[str]) -> Any:
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=is_llama3))
     backend.pre_tokenizer = splits[split]
     backend.decoder = decoders.ByteLevel()
-    for piece, kind in zip(pieces, metadata["tokenizer.ggml.token_type"], strict=True):
+    for piece, kind in zip(pieces, metadata.per_token("tokenizer.ggml.token_type"), strict=True):
         if kind == gguf.TokenType.CONTROL:
             backend.add_special_tokens([AddedToken(piece, normalized=False)])
         elif kind == gguf.TokenType.USER_DEFINED:
             backend.add_tokens([AddedToken(piece, normalized=False)])
     if metadata.get("tokenizer.ggml.add_bos_token", is_llama3):
-        bos_id = metadata["tokenizer.ggml.bos_token_id"]
+        bos_id = metadata["tokenizer.ggml.bos_token_id"]  # `piece` has checked it
         backend.post_processor = TemplateProcessing(
             single="BOS $A", pair="BOS $A BOS $B", special_tokens=[("BOS", bos_id)]
         )

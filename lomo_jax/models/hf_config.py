@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lomo_jax._schema import MODEL_CONFIG
 from lomo_jax.errors import UserError, did_you_mean
 from lomo_jax.models.config import ROPE_SCALINGS, DecoderConfig, RopeScaling
 from lomo_jax.models.families import FAMILIES, Family
@@ -33,8 +34,9 @@ def read_config(hf: Json) -> DecoderConfig:
 
     Raises:
       UserError: The architecture or a feature is not supported, or a key is missing or has a value
-        of the wrong type.
+        of the wrong type or out of range.
     """
+    MODEL_CONFIG.check(hf)
     name = family_name(hf)
     family = FAMILIES[name]
     if hf.get("quantization_config") is not None:
@@ -72,8 +74,6 @@ def read_config(hf: Json) -> DecoderConfig:
         return DecoderConfig(**fields)
     except KeyError as error:
         raise UserError(f"the key {error} is missing") from None
-    except (AttributeError, ArithmeticError, TypeError) as error:
-        raise UserError(f"a value has the wrong type or size: {error}") from None
 
 
 def write_config(config: DecoderConfig, dtype: DTypeLike) -> dict[str, Any]:
@@ -123,12 +123,13 @@ def family_name(hf: Json) -> str:
     """Returns the key of `FAMILIES` for the contents of a config.json."""
     found = hf.get("architectures") or []
     names = {family.architecture: name for name, family in FAMILIES.items()}
-    if found and isinstance(found, list) and isinstance(found[0], str) and len(found) == 1:
-        name = names.get(_OLD_NAMES.get(found[0], found[0]))
+    if found:
+        architecture: str = found[0]
+        name = names.get(_OLD_NAMES.get(architecture, architecture)) if len(found) == 1 else None
     else:
-        name = hf.get("model_type") if not found and hf.get("model_type") in FAMILIES else None
-    if name is None:
-        named = ", ".join(map(str, found)) if found else f"model_type {hf.get('model_type')!r}"
+        name = hf.get("model_type")
+    if name is None or name not in FAMILIES:
+        named = ", ".join(found) if found else f"model_type {hf.get('model_type')!r}"
         hint = did_you_mean(named, names) or "; python -m lomo_jax.models prints those that are"
         raise UserError(f"architecture {named} is not supported{hint}")
     return name

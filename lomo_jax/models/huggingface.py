@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -21,8 +22,9 @@ from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
 from jax.typing import DTypeLike
 
+from lomo_jax import _schema
 from lomo_jax._json import read_json, write_json
-from lomo_jax.errors import UserError
+from lomo_jax.errors import UserError, library_errors_are_the_users
 from lomo_jax.models import export_folder
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.decoder import Decoder
@@ -57,6 +59,7 @@ _CARRIED = (
 def load_config(directory: Path) -> DecoderConfig:
     """Reads config.json; see `lomo_jax.models.load_config`."""
     _refuse_other_formats(directory)
+    _check_files(directory)
     hf_config = read_json(directory / _CONFIG)
     try:
         config = read_config(hf_config)
@@ -100,25 +103,27 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy the tokenizer of "
             "the original model there"
         )
+    _check_files(directory)
+    for name, schema in _schema.TOKENIZER_FILES.items():
+        if (directory / name).is_file():
+            read_json(directory / name, schema)
     import transformers
 
-    try:
-        with _without_questions():
-            found = transformers.AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-    except Exception as error:  # tokenizers raises Exception itself
-        if "trust_remote_code" in str(error):
+    remedy = "copy the tokenizer of the original model there again"
+    with library_errors_are_the_users(f"{directory}: the tokenizer", remedy):
+        try:
+            with _without_questions():
+                found = transformers.AutoTokenizer.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=False
+                )
+        except Exception as error:
+            if "trust_remote_code" not in str(error):
+                raise
             raise UserError(
                 f"{directory}: the tokenizer needs code from the model's directory (auto_map in "
                 "tokenizer_config.json), which lomo_jax never runs; use a model with a tokenizer "
                 "of transformers"
             ) from None
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"{directory}: the tokenizer cannot be read ({reason}); copy the tokenizer of the "
-            "original model there again"
-        ) from error
     if not isinstance(found, transformers.PreTrainedTokenizerBase):
         raise UserError(
             f"{directory}: {type(found).__name__} is not a tokenizer of one text; use the "
@@ -206,6 +211,7 @@ def save_config(
         write_json(directory / _GENERATION_CONFIG, special)
     else:
         like = Path(like)
+        _check_files(like)
         hf_config = _changed(read_json(like / _CONFIG), config, dtype, like)
         for file in (like / _GENERATION_CONFIG, *_files_to_carry(like)):
             if file.is_file():
@@ -236,6 +242,12 @@ def _changed(
     if read_config(hf_config).tie_embeddings != config.tie_embeddings:
         hf_config["tie_word_embeddings"] = config.tie_embeddings
     return hf_config
+
+
+def _check_files(directory: Path) -> None:
+    """Raises UserError if a folder has a pipe, socket or device in place of a file."""
+    for entry in directory.iterdir() if directory.is_dir() else ():
+        _schema.check_regular(entry)
 
 
 def _files_to_carry(like: Path) -> list[Path]:
@@ -287,8 +299,17 @@ def _has_own_head(directory: Path) -> bool:
 
 def _read_tensors(directory: Path) -> Iterator[Tensor]:
     """Yields the tensors of a directory, without buffers, by their names in a causal model."""
-    found = [tensor for file in _weight_files(directory) for tensor in _tensors(file)]
-    names = {tensor.name for tensor in found}
+    files: dict[str, Path] = {}
+    found = []
+    for file in _weight_files(directory):
+        for tensor in _tensors(file):
+            if (before := files.setdefault(tensor.name, file)) != file:
+                raise UserError(
+                    f"{file}: the tensor {tensor.name} is in {before.name} too; remove the file "
+                    "that does not belong to the model"
+                )
+            found.append(tensor)
+    names = files.keys()
     # A model that was saved without its head has no prefix.
     is_bare = "embed_tokens.weight" in names and _EMBEDDING not in names
     for tensor in found:
@@ -301,10 +322,8 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / _WEIGHTS).is_file():
         return [directory / _WEIGHTS]
     if (directory / _INDEX).is_file():
-        weight_map = read_json(directory / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{directory / _INDEX} has no weight_map; download it again")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+        index = read_json(directory / _INDEX, _schema.WEIGHTS_INDEX)
+        files = [directory / name for name in sorted(set(index["weight_map"].values()))]
         for file in files:
             if not file.is_file():
                 raise UserError(f"{file} is missing, but {_INDEX} names it; download it")
@@ -325,23 +344,33 @@ def _weight_files(directory: Path) -> list[Path]:
 def _tensors(file: Path) -> Iterator[Tensor]:
     """Yields a file's tensors in the order of their bytes."""
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
         # Opened again for each tensor, so that the pages of earlier ones do not stay in memory.
-        with safetensors.safe_open(file, "numpy") as opened:
-            return opened.get_tensor(name)
+        with _safe_open(file) as opened:
+            array = opened.get_tensor(name)
+        if array.shape != shape:
+            raise UserError(f"{file} has changed while it was read; start again")
+        return array
 
+    with _safe_open(file) as opened:
+        for name in opened.offset_keys():
+            header = opened.get_slice(name)
+            if name.endswith(_BUFFERS) or header.get_dtype() == "BOOL":
+                continue
+            if header.get_dtype() not in _DTYPES:
+                raise UserError(
+                    f"{file}: the tensor {name} is stored as {header.get_dtype()}; "
+                    f"supported: {', '.join(_DTYPES)}"
+                )
+            shape = tuple(header.get_shape())
+            yield Tensor(name, shape, functools.partial(read, name, shape))
+
+
+@contextlib.contextmanager
+def _safe_open(file: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(file, "numpy") as opened:
-            for name in opened.offset_keys():
-                header = opened.get_slice(name)
-                if name.endswith(_BUFFERS) or header.get_dtype() == "BOOL":
-                    continue
-                if header.get_dtype() not in _DTYPES:
-                    raise UserError(
-                        f"{file}: the tensor {name} is stored as {header.get_dtype()}; "
-                        f"supported: {', '.join(_DTYPES)}"
-                    )
-                yield Tensor(name, tuple(header.get_shape()), lambda name=name: read(name))
+            yield opened
     except safetensors.SafetensorError as error:
         raise UserError(
             f"{file} is truncated or not a safetensors file ({error}); download it again"

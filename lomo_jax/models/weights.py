@@ -81,10 +81,17 @@ def assemble(
     Raises:
       UserError: A tensor is missing, unexpected or of the wrong shape. No tensor was read.
     """
+    found = {tensor.name: tensor for tensor in tensors}
+    # Before anything that takes time or memory for each layer.
+    if len(found) < config.num_layers * max(1, config.num_experts):
+        experts = f" with {config.num_experts} experts" if config.num_experts else ""
+        raise UserError(
+            f"{source} has {len(found)} tensors, too few for {config.num_layers} layers{experts}; "
+            "use the config that belongs to the weights"
+        )
     params = _shapes(config, param_dtype, mesh)
     leaves, treedef = jax.tree.flatten(params)
     places = _places(config, params, layout)
-    found = {tensor.name: tensor for tensor in tensors}
     _check(places, found, source)
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         arrays = [_zeros(leaf, on_host=on_host) for leaf in leaves]

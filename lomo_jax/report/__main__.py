@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lomo_jax._json import write_text
 from lomo_jax.errors import ArgumentParser, UserError
 from lomo_jax.report import read, render
 from lomo_jax.run_files import REPORT
@@ -31,25 +32,12 @@ def main(argv: Sequence[str]) -> int:
         options = parser.parse_args(argv[1:])
         folder = Path(options.runs[0] if len(options.runs) == 1 else "")
         out = options.out or folder.expanduser() / REPORT
-        _write(out, render(read(options.runs)))
+        write_text(out, render(read(options.runs)))
     except (UserError, OSError) as error:  # an OSError names the file
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(out)
     return 0
-
-
-def _write(path: Path, page: str) -> None:
-    """Writes the page atomically: an earlier one stays if this fails."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"--out {path} is not a regular file: choose another name")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # File names, and so configs, need not be UTF-8.
-        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

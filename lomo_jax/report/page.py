@@ -66,7 +66,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "Median throughput", f"{np.nanmedian(speeds):,.0f} tokens/s"
     started = datetime.datetime.fromtimestamp(run.started, datetime.UTC)
     yield "Started", f"{started:%-d %B %Y, %H:%M} UTC"
-    yield "Training time", str(datetime.timedelta(seconds=round(run.seconds)))
+    seconds = min(round(run.seconds), 10**12)  # a hand may have edited the times
+    yield "Training time", str(datetime.timedelta(seconds=seconds))
     yield "Model", run.info.source
     yield "Parameters", f"{run.info.parameters / 1e6:,.1f} M"
     yield "Device", f"{run.info.devices} \N{MULTIPLICATION SIGN} {run.info.device}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from lomo_jax import run_files
 from lomo_jax._json import read_json
+from lomo_jax._schema import RUN_CONFIG
 from lomo_jax.errors import UserError
 from lomo_jax.run_files import Record, RunInfo
 
@@ -82,7 +83,7 @@ def _read(path: Path, name: str) -> Run:
         raise UserError(f"{path / run_files.METRICS} has no records yet: wait for the first step")
     return Run(
         name=name,
-        config=read_json(path / run_files.CONFIG),
+        config=read_json(path / run_files.CONFIG, RUN_CONFIG),
         info=info,
         logged=logged,
         evaluations=evaluations,

@@ -25,6 +25,7 @@ from flax import nnx
 import lomo_jax
 from lomo_jax import run_files
 from lomo_jax._json import write_json
+from lomo_jax._schema import CHECKPOINT
 from lomo_jax.errors import CheckpointError
 from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import is_on_host
@@ -238,6 +239,9 @@ class Checkpoints:
             args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
             found: Any = self._reader.restore(folder, args=args)
             metadata = found["metadata"]
+            CHECKPOINT.check(metadata)
+            if metadata["progress"]["step"] != step:
+                raise ValueError(f"it says that it is of step {metadata['progress']['step']}")
             return CheckpointMetadata(**metadata | {"progress": Progress(**metadata["progress"])})
 
         return _intact(folder, read)

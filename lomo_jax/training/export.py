@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import lomo_jax
 from lomo_jax import models, run_files, sharding
 from lomo_jax._json import read_json
+from lomo_jax._schema import RUN_CONFIG
 from lomo_jax.errors import ArgumentParser, CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
             f"{workdir} is not the folder of a run: it has no folder {model.name}"
         )
     config = models.load_config(model)
-    dtype = jnp.dtype(read_json(workdir / run_files.CONFIG)["param_dtype"])
+    dtype = jnp.dtype(read_json(workdir / run_files.CONFIG, RUN_CONFIG)["param_dtype"])
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     graphdef, shapes = models.abstract(config, dtype)
     shapes = sharding.with_shardings(shapes, models.shardings(config, shapes, mesh))

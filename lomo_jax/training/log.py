@@ -412,6 +412,11 @@ class Recorder:
         return why if progress.skipped_in_a_row > self._skip_nonfinite else None
 
     def _advice(self, name: str, value: object, step: int) -> str:
+        if step == 0:
+            return (
+                f"{name} is {value} before the first step: the weights of the model are damaged; "
+                "download it again"
+            )
         after = self._progress.skipped_in_a_row
         skipped = f", after {after} steps in a row were skipped" if after > 1 else ""
         return (

@@ -21,7 +21,12 @@ from jax.sharding import Mesh
 import lomo_jax
 from lomo_jax import data, models, run_files
 from lomo_jax._json import write_json
-from lomo_jax.errors import CheckpointError, NonFiniteError, os_errors_are_the_users
+from lomo_jax.errors import (
+    CheckpointError,
+    NonFiniteError,
+    library_errors_are_the_users,
+    os_errors_are_the_users,
+)
 from lomo_jax.fused.microbatches import split
 from lomo_jax.plan import MemoryPlan
 from lomo_jax.run_files import RunInfo
@@ -160,7 +165,9 @@ def _set_up(
         progress, params, state = resume.restore(
             checkpoints, checkpoint, settings, model.shapes, compiled, display
         )
-        dataset.train.set_state(progress.data)
+        position = f"the position in the dataset in the checkpoint of step {progress.step}"
+        with library_errors_are_the_users(position, "restore the checkpoint"):
+            dataset.train.set_state(progress.data)
     metadata = CheckpointMetadata(progress, settings, dataset.fingerprint, {})
     run = Run(
         *(config, model, tokenizer, dataset, held_out, send),

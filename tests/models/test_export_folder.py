@@ -48,6 +48,8 @@ def contents(path):
 
 
 class BrokenTokenizer:
+    chat_template = None
+
     def save_pretrained(self, path):
         (Path(path) / "tokenizer.json").write_text("{}")
         raise OSError("disk full")
@@ -165,6 +167,8 @@ def test_a_user_file_in_a_subfolder_of_the_export_stays(tmp_path, other_params):
     """A tokenizer with several chat templates saves them in a subfolder."""
 
     class Tokenizer:
+        chat_template = None
+
         def save_pretrained(self, path):
             folder = Path(path) / "additional_chat_templates"
             folder.mkdir()
@@ -189,7 +193,12 @@ def test_a_user_file_is_not_replaced_by_a_new_file_of_the_export(tmp_path, other
 
 
 @pytest.mark.parametrize(
-    "manifest", ["{", "[]", '{"format": 2}', '{"format": 1, "files": {"../x": {}}}']
+    "manifest",
+    [
+        *("{", "[]", '{"format": 2}', '{"format": 1, "files": {"../x": {}}}'),
+        *('{"format": 1, "files": []}', '{"format": 1, "files": {"config.json": 3}}'),
+        '{"format": 1, "files": {"config.json": {"size": "3", "sha256": ""}}}',
+    ],
 )
 def test_a_damaged_manifest_is_reported(export, other_params, manifest):
     (export / MANIFEST).write_text(manifest)

@@ -18,6 +18,7 @@ from small_models import graphdef_of, random_params
 from lomo_jax import models
 from lomo_jax.errors import UserError
 from lomo_jax.models import gguf as gguf_format
+from lomo_jax.models import gguf_file
 from lomo_jax.models.hf_config import read_config
 from lomo_jax.models.weights import disassemble
 
@@ -127,6 +128,71 @@ def test_a_truncated_file_is_reported(tmp_path, params, num_bytes):
     file.write_bytes(file.read_bytes()[:num_bytes])
     with pytest.raises(UserError, match=r"model\.gguf is truncated or not a GGUF .*again"):
         models.load(file)
+
+
+def rewrite_field(file, key, value):
+    """Copies a GGUF file with another value of a field, of the type that the value has."""
+    metadata, tensors = gguf_file.read(file)
+    changed = file.with_name("changed.gguf")  # the tensors are views of the file
+    writer = gguf.GGUFWriter(changed, metadata.pop("general.architecture"))
+    for name, old in {**metadata, key: value}.items():
+        writer.add_key_value(name, old, *_types(old))
+    for tensor in tensors:
+        writer.add_tensor(tensor.name, tensor.read())
+    finish(writer)
+    changed.rename(file)
+
+
+def _types(value):
+    kinds = {bool: "BOOL", int: "INT64", float: "FLOAT64", str: "STRING", list: "ARRAY"}
+    nested = [value, value[0]] if isinstance(value, list) else [value]
+    return [getattr(gguf.GGUFValueType, kinds[type(each)]) for each in nested]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", 10**7),
+        ("llama.block_count", "3"),
+        ("llama.block_count", 2.5),
+        ("llama.attention.head_count", [4, 4]),
+        ("llama.attention.head_count", 0),
+        ("llama.embedding_length", -1),
+        ("llama.attention.layer_norm_rms_epsilon", 1e30),
+        ("llama.rope.freq_base", float("inf")),
+        ("llama.rope.freq_base", float("nan")),
+        ("llama.rope.scaling.type", 1),
+        ("tokenizer.ggml.bos_token_id", -1),
+        ("tokenizer.ggml.bos_token_id", "1"),
+    ],
+)
+def test_a_field_that_does_not_fit_is_named(tmp_path, params, key, value):
+    write(tmp_path / "model.gguf", CONFIG, params)
+    rewrite_field(tmp_path / "model.gguf", key, value)
+    with pytest.raises(UserError, match=rf"model\.gguf: {key}=.* must be ") as caught:
+        models.load(tmp_path / "model.gguf")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tokenizer.ggml.tokens", ["a", "b" * 400_000], r"tokens\[1\]='b.*must be a token of at"),
+        ("tokenizer.ggml.tokens", [1, 2], r"tokens\[0\]=1 must be a token"),
+        ("tokenizer.ggml.tokens", "abc", "tokens='abc' must be a list"),
+        ("tokenizer.ggml.merges", ["a b c"], r"merges\[0\]='a b c' must be two tokens"),
+        ("tokenizer.ggml.merges", ["zz yy"], "the tokenizer cannot be read"),
+        ("tokenizer.ggml.token_type", [1, 1], "token_type has 2 entries for 3.. tokens"),
+        ("tokenizer.ggml.eos_token_id", 10**6, "eos_token_id=1000000, but it has 3.. tokens"),
+        ("tokenizer.chat_template", 5, "chat_template=5 must be a string"),
+    ],
+)
+def test_a_fault_in_the_vocabulary_is_one_line(tmp_path, key, value, message):
+    write_vocabulary(tmp_path / "model.gguf", "gpt2")
+    rewrite_field(tmp_path / "model.gguf", key, value)
+    with pytest.raises(UserError, match=rf"model\.gguf: .*{message}") as caught:
+        models.tokenizer(tmp_path / "model.gguf")
+    assert "\n" not in str(caught.value)
 
 
 def write_vocabulary(path, kind, *, pre="smollm", add_bos=None):

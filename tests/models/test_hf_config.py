@@ -81,27 +81,59 @@ def test_a_config_survives_a_round_trip(changes):
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
         ({"architectures": None, "model_type": "gpt2"}, "'gpt2' is not supported"),
         ({"hidden_act": "tanh"}, "hidden_act='tanh' is not supported; supported: 'silu'"),
-        ({"mlp_bias": "yes"}, "mlp_bias='yes' must be true or false"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
         ({"rope_scaling": {"rope_type": "mrope"}}, "rope scaling 'mrope' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "key 'factor' is missing"),
         ({"num_key_value_heads": 5}, "num_heads=32 must be a multiple of num_kv_heads=5"),
         ({"head_dim": 63}, "head_dim=63 must be even"),
-        ({"num_hidden_layers": 0}, "num_layers=0 must be greater than 0"),
-        ({"num_hidden_layers": 2.5}, "num_layers=2.5 must be an integer"),
-        ({"rope_theta": float("inf")}, "rope_theta=inf must be greater than 0 and finite"),
-        ({"rms_norm_eps": "small"}, "norm_eps='small' must be a number"),
-        ({"tie_word_embeddings": "false"}, "tie_embeddings='false' must be true or false"),
-        ({"num_attention_heads": [32]}, "wrong type or size"),
-        ({"num_attention_heads": 0}, "wrong type or size"),
-        ({"rope_scaling": "linear"}, "wrong type or size"),
-        ({"architectures": [1, 2]}, "architecture 1, 2 is not supported"),
-        ({"architectures": {"LlamaForCausalLM": 1}}, "is not supported"),
+        ({"architectures": ["Gpt", "Bert"]}, "architecture Gpt, Bert is not supported"),
+        ({"architectures": [], "model_type": None}, "model_type None is not supported"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]}},
+            "short_factors has 1 entries; give one for each of the 32 rotary pairs",
+        ),
     ],
 )
 def test_unsupported_features_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         read_config({**LLAMA3, **changes})
+
+
+# A value that does not fit -> what the message says of its key.
+WRONG = [
+    ("mlp_bias", "yes", "='yes' must be true or false"),
+    ("tie_word_embeddings", "false", "='false' must be true or false"),
+    ("num_hidden_layers", 0, "=0 must be an integer from 1 to 10000"),
+    ("num_hidden_layers", 10**7, "=10000000 must be an integer from 1 to 10000"),
+    ("num_hidden_layers", 2.5, "=2.5 must be an integer"),
+    ("num_hidden_layers", True, "=True must be an integer"),
+    ("num_attention_heads", [32], r"=\[32\] must be an integer"),
+    ("num_attention_heads", 0, "=0 must be an integer from 1"),
+    ("hidden_size", float("inf"), "=inf must be an integer"),
+    ("vocab_size", None, "=None must be an integer"),
+    ("rms_norm_eps", "small", "='small' must be a number"),
+    ("rms_norm_eps", 1e30, r"=1e\+30 must be a number from 1e-30 to 1"),
+    ("rope_theta", float("inf"), "=inf must be a number from 2 to"),
+    ("rope_theta", float("nan"), "=nan must be a number"),
+    ("rope_theta", 10**400, r"=10{59}\.\.\. must be a number"),
+    ("rope_scaling", "linear", "='linear' must be an object or null"),
+    ("rope_scaling", {"type": ["linear"]}, r"\.type=\['linear'\] must be a string"),
+    ("rope_scaling", {"type": "linear", "factor": "2"}, r"\.factor='2' must be a number"),
+    ("rope_parameters", {"full_attention": 1}, r"\.full_attention=1 must be an object or null"),
+    ("architectures", [1, 2], r"\[0\]=1 must be a string"),
+    ("architectures", {"LlamaForCausalLM": 1}, "must be a list"),
+    ("eos_token_id", [[2]], r"\[0\]=\[2\] must be an integer"),
+    ("eos_token_id", -1, "=-1 must be an integer from 0"),
+    ("hidden_act", {"a": 1}, "must be a string or null"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), WRONG)
+def test_a_value_that_does_not_fit_is_named(key, value, message):
+    with pytest.raises(UserError, match=f"^{key}.*{message}") as caught:
+        read_config({**LLAMA3, key: value})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
 
 
 def test_a_missing_key_is_named():

@@ -1,6 +1,8 @@
 import copy
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,13 +110,106 @@ def test_a_missing_shard_is_named(tmp_path):
         models.load(tmp_path / "export")
 
 
-def test_an_index_without_a_weight_map_is_reported(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "the key 'weight_map' is missing"),
+        ('{"weight_map": ["model.safetensors"]}', "weight_map=.* must be an object"),
+        ('{"weight_map": {"a": 1}}', r"weight_map\.a=1 must be the name of a \.safetensors file"),
+        (
+            '{"weight_map": {"a": "../other/x.safetensors"}}',
+            "must be the name .* in the same folder",
+        ),
+        ('{"weight_map": {"a": "/other/x.safetensors"}}', "must be the name .* in the same folder"),
+        ('{"weight_map": {"a\\nb": "x.bin"}}', r"weight_map\['a.nb'\]='x\.bin' must be the name"),
+        ("[" * 200_000, "is nested too deeply"),
+        ('{"a": ' * 40 + "1" + "}" * 40, "is nested too deeply"),
+    ],
+)
+def test_an_unusable_index_is_one_line(tmp_path, content, message):
     models.save(
         tmp_path / "export", graphdef_of(CONFIG), random_params(CONFIG), max_shard_bytes=4096
     )
-    (tmp_path / "export/model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match=r"index\.json has no weight_map"):
+    (tmp_path / "export/model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match=rf"index\.json.*{message}") as caught:
         models.load(tmp_path / "export")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_reads_no_other_folder(tmp_path):
+    """The weights outside would load: the error comes before anything is read."""
+    models.save(tmp_path / "other", graphdef_of(CONFIG), random_params(CONFIG))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tmp_path / "other/config.json", folder)
+    names = safetensors.numpy.load_file(tmp_path / "other" / WEIGHTS)
+    index = {"weight_map": dict.fromkeys(names, f"../other/{WEIGHTS}")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="in the same folder"):
+        models.load(folder)
+
+
+def test_a_tensor_that_is_there_twice_is_an_error(tmp_path):
+    params = random_params(CONFIG, 0)
+    models.save(tmp_path / "export", graphdef_of(CONFIG), params, max_shard_bytes=4096)
+    first, second, *_ = sorted((tmp_path / "export").glob("*.safetensors"))
+    name, tensor = next(iter(safetensors.numpy.load_file(first).items()))
+    tensors = {**safetensors.numpy.load_file(second), name: tensor + 1}
+    safetensors.numpy.save_file(tensors, second)
+    with pytest.raises(UserError, match=f"{second.name}: the tensor {name} is in {first.name} too"):
+        models.load(tmp_path / "export")
+
+
+def test_a_config_with_more_layers_than_tensors_is_refused_at_once(export):
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10_000}))
+    with pytest.raises(UserError, match="has 30 tensors, too few for 10000 layers"):
+        models.load(export)
+
+
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS, "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_in_place_of_a_file_does_not_block(export, name):
+    word_tokenizer().save_pretrained(export)
+    (export / name).unlink(missing_ok=True)
+    os.mkfifo(export / name)
+    for read in (models.load, models.load_config, models.tokenizer):
+        with pytest.raises(UserError, match=rf"{name} is not a regular file|has no tokenizer"):
+            read(export)
+
+
+TOKENIZER_FAULTS = [
+    ("tokenizer.json", "", "is not JSON: Expecting value"),
+    ("tokenizer.json", {}, "the key 'model' is missing"),
+    ("tokenizer.json", {"model": {"vocab": {"a": -1}}, "added_tokens": []}, r"model\.vocab\.a=-1 "),
+    ("tokenizer.json", {"model": {"vocab": 1}, "added_tokens": []}, r"model\.vocab=1 must be"),
+    ("tokenizer.json", {"model": {}, "added_tokens": [{"id": 1}]}, "added_tokens.*content' is mis"),
+    ("tokenizer.json", {"model": {}, "added_tokens": []}, "the tokenizer cannot be read"),
+    ("tokenizer_config.json", [1], "is not a JSON object"),
+    ("tokenizer_config.json", {"tokenizer_class": 1}, "tokenizer_class=1 must be a string"),
+    ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length='x' must be a number"),
+    ("tokenizer_config.json", {"unk_token": {"a": 1}}, r"key 'unk_token\.content' is missing"),
+    ("tokenizer_config.json", {"chat_template": [1]}, r"chat_template\[0\]=1 must be an object"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "the key 'x' must be a token"),
+    (
+        "tokenizer_config.json",
+        {"padding_side": "up"},
+        "padding_side='up' must be 'left' or 'right'",
+    ),
+    ("tokenizer_config.json", {"self": 1}, "the tokenizer cannot be read"),
+    ("special_tokens_map.json", {"unk_token": 1}, "unk_token=1 must be a string"),
+    ("added_tokens.json", {"a": "b"}, "a='b' must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), TOKENIZER_FAULTS)
+def test_a_fault_in_a_tokenizer_is_one_line(export, name, content, message):
+    word_tokenizer().save_pretrained(export)
+    (export / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        models.tokenizer(export)
+    assert str(caught.value).startswith(str(export))
+    assert "cannot be read" in message or name in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 100, 2000, -1])

@@ -76,6 +76,20 @@ def test_a_failed_write_leaves_the_earlier_page(run, capsys):
     assert not (run / ".report.html.partial").exists()
 
 
+def test_a_link_that_the_folder_brings_is_not_followed(run, tmp_path, capsys):
+    """A run of somebody else must not make the report overwrite another file."""
+    (tmp_path / "precious").write_text("mine")
+    (run / ".report.html.partial").symlink_to(tmp_path / "precious")
+    assert _report(capsys, run)[0] == 0
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (run / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_times_that_go_to_and_fro(tmp_path, capsys):
+    records = [step(n, 1.0, time=n % 2 * 6e10) for n in range(4000)]
+    assert _report(capsys, write(tmp_path / "run", records))[0] == 0
+
+
 def test_names_that_are_not_utf_8(tmp_path, capsys):
     config = Config(workdir="caf\udce9")
     run = write(tmp_path / "run", [step(1, 3.0), sample(1, "more")], config=config)

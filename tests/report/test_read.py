@@ -1,9 +1,13 @@
 """Reading the files of runs."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 from workdirs import INFO, evaluation, resumed, sample, step, write
 
+from lomo_jax._json import read_json
 from lomo_jax.errors import UserError
 from lomo_jax.report import read
 
@@ -104,6 +108,13 @@ def test_unreadable_lines_are_counted(tmp_path):
         '{"step": -1, "time": 5.0}',
         '{"step": 1, "time": 1e999}',
         '{"step": ' + "[" * 10**5,
+        '{"step": ' * 10**5,
+        '{"step": 1, "time": 5.0, "loss": ' + "1" * 400 + "}",
+        '{"step": 1, "time": 5.0, "loss": "low"}',
+        '{"step": 1, "time": 5.0, "loss": 1.0, "accuracy": [1]}',
+        '{"step": 1, "time": 5.0, "loss": 1e300}',
+        '{"step": 1, "time": 5.0, "sample": 3, "prompt": "a"}',
+        '{"step": true, "time": 5.0, "loss": 1.0}',
     ],
 )
 def test_invalid_records_are_counted(tmp_path, line):
@@ -151,6 +162,39 @@ def test_a_broken_config_is_an_error(tmp_path):
     (folder / "config.json").write_text('{"steps": ')
     with pytest.raises(UserError, match=r"config\.json is not JSON"):
         read([str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "message"),
+    [
+        ("run.json", "memory", None, "memory=None must be an object"),
+        ("run.json", "memory.total_gib", "14", r"memory\.total_gib='14' must be a number"),
+        ("run.json", "parameters", 10**400, r"parameters=10{59}\.\.\. must be an integer"),
+        ("run.json", "versions", ["jax"], r"versions=\['jax'\] must be an object"),
+        ("run.json", "devices", 0, "devices=0 must be an integer from 1"),
+        ("config.json", "steps", "30", "steps='30' must be an integer"),
+        ("config.json", "model", 3, "model=3 must be an object"),
+    ],
+)
+def test_an_edited_file_is_one_line(tmp_path, name, path, value, message):
+    folder = write(tmp_path, [step(1, 1.0)])
+    content = node = read_json(folder / name)
+    *parents, last = path.split(".")
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{name}: {message}") as caught:
+        read([folder])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_in_place_of_the_metrics_does_not_block(tmp_path):
+    folder = write(tmp_path, [step(1, 1.0)])
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not a regular file"):
+        read([folder])
 
 
 def test_null_is_nan(tmp_path):

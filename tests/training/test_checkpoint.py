@@ -1,6 +1,7 @@
 """Checkpoints: restoring, checksums, failures of orbax. Damage is in test_damage.py."""
 
 import asyncio
+import json
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lomo_jax
+from lomo_jax.errors import CheckpointError
+from lomo_jax.training import Config, to_dict
 from lomo_jax.training.checkpoint import (
     CheckpointMetadata,
     Checkpoints,
@@ -42,6 +45,7 @@ _PROGRESS = Progress(
     skipped=5,
     skipped_in_a_row=4,
 )
+_CONFIG = json.loads(json.dumps(to_dict(Config(param_dtype="float32"))))  # tuples: lists
 
 
 def _shapes(tree):
@@ -58,8 +62,7 @@ def _shapes(tree):
     ],
 )
 def test_a_restore_returns_all_saved_items(tmp_path, state, assert_close):
-    config = {"param_dtype": "float32", "steps": 9}
-    saved = CheckpointMetadata(_PROGRESS, config, "fingerprint", {})
+    saved = CheckpointMetadata(_PROGRESS, _CONFIG, "fingerprint", {})
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.start_anew()
         assert checkpoints.save(_PARAMS, state, saved)
@@ -77,11 +80,54 @@ def test_a_restore_returns_all_saved_items(tmp_path, state, assert_close):
             assert_close(found, expected, tolerance=0)
 
 
+_REMOVED = object()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("progress.step", 9, "it says that it is of step 9"),
+        ("progress.step", "3", "progress.step='3' must be an integer"),
+        ("progress.best", "low", "progress.best='low' must be a number"),
+        ("progress.data", [], r"progress.data=\[\] must be an object"),
+        ("progress.skipped", -1, "progress.skipped=-1 must be an integer from 0"),
+        ("progress.evaluated", _REMOVED, "the key 'progress.evaluated' is missing"),
+        ("progress", 3, "progress=3 must be an object"),
+        ("config.param_dtype", "int8", "config.param_dtype='int8' must be 'float32' or"),
+        ("config.model", None, "config.model=None must be an object"),
+        ("config", [], r"config=\[\] must be an object"),
+        ("dataset", 3, "dataset=3 must be a string"),
+        ("checksums.params", "x", "checksums.params='x' must be a list"),
+        ("checksums.params", [1], "the bits of params are not those that were saved"),
+        ("checksums.optimizer", _REMOVED, "the key 'checksums.optimizer' is missing"),
+    ],
+)
+def test_metadata_that_were_edited_are_one_line(tmp_path, path, value, message):
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.start_anew()
+        saved = CheckpointMetadata(_PROGRESS, _CONFIG, "fingerprint", {})
+        assert checkpoints.save(_PARAMS, _STATE, saved)
+    file = folder / "3/metadata/metadata"
+    metadata = node = json.loads(file.read_text())
+    *parents, last = path.split(".")
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    if value is _REMOVED:
+        del node[last]
+    file.write_text(json.dumps(metadata))
+    damaged = pytest.raises(CheckpointError, match=f"3 is damaged: {message}")
+    with Checkpoints(folder) as checkpoints, damaged as caught:
+        checkpoints.restore(checkpoints.metadata(3), _shapes(_PARAMS), _shapes(_STATE))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("space", [jax.memory.Space.Device, jax.memory.Space.Host])
 def test_a_save_waits_only_for_arrays_in_host_memory(tmp_path, space):
     """The next step updates them in place, and orbax has no copy of them."""
     params = jax.device_put(_PARAMS, space)
-    saved = CheckpointMetadata(_PROGRESS, {"param_dtype": "float32"}, "fingerprint", {})
+    saved = CheckpointMetadata(_PROGRESS, _CONFIG, "fingerprint", {})
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.start_anew()
         assert checkpoints.save(params, _STATE, saved)

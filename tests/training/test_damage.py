@@ -20,7 +20,7 @@ from flax import nnx
 
 import lomo_jax
 from lomo_jax.errors import CheckpointError
-from lomo_jax.training import Config, loop
+from lomo_jax.training import Config, loop, to_dict
 from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
@@ -207,7 +207,7 @@ def _arrays(step: int) -> tuple[nnx.State, lomo_jax.StepState]:
 
 def _save(checkpoints: Checkpoints, step: int, best: int) -> None:
     progress = Progress(step=step, best=1 / step, best_step=best)
-    metadata = CheckpointMetadata(progress, {"param_dtype": "float32"}, "text", {})
+    metadata = CheckpointMetadata(progress, to_dict(Config(param_dtype="float32")), "text", {})
     assert checkpoints.save(*_arrays(step), metadata)
     checkpoints.wait()
 
