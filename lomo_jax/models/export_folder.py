@@ -19,6 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from lomo_jax._json import read_json, write_json
+from lomo_jax._lock import lock_folder
 from lomo_jax._schema import EXPORT
 from lomo_jax.errors import UserError
 
@@ -58,34 +59,52 @@ def replace(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields an empty folder to write an export to; at the end it replaces `path`.
 
     The new export is written next to `path` and renamed when it is complete. If it fails, even by
-    SIGKILL, the earlier export is whole: at `path`, or restored by the next call. All processes
-    must enter, and share the file system.
+    SIGKILL, the earlier export is whole: at `path`, or restored by the next call. All processes of
+    a run must enter, and share the file system.
 
     Raises:
-      UserError: See `check_save_path`.
+      UserError: See `check_save_path`; or another program writes an export there.
     """
     target = Path(os.path.realpath(path))
     temporary = target.parent / f".{target.name}.writing"
     new, old = temporary / "new", temporary / "old"
     is_first = jax.process_index() == 0
-    if is_first:
-        _recover(target, new, old)
-    _wait_for_all("recovered")
-    check_save_path(path)
-    if is_first:
-        new.mkdir(parents=True)
-    try:
-        _wait_for_all("created")
-        yield new
-        _wait_for_all("written")
+    with _locked(temporary, path) if is_first else contextlib.nullcontext():
         if is_first:
-            files = sorted(file for file in new.rglob("*") if file.is_file())
-            described = {file.relative_to(new).as_posix(): _describe(file) for file in files}
-            write_json(new / MANIFEST, {"format": _FORMAT, "files": described})
-            _swap(target, new, old)
-    finally:
+            _recover(target, new, old)
+        _wait_for_all("recovered")
+        check_save_path(path)
         if is_first:
-            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+        try:
+            _wait_for_all("created")
+            yield new
+            _wait_for_all("written")
+            if is_first:
+                files = sorted(file for file in new.rglob("*") if file.is_file())
+                described = {file.relative_to(new).as_posix(): _describe(file) for file in files}
+                write_json(new / MANIFEST, {"format": _FORMAT, "files": described})
+                _swap(target, new, old)
+        finally:
+            if is_first:
+                shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(temporary: Path, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Creates a folder and locks it; removes it at the end if it is empty."""
+    temporary.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(temporary))
+        except (BlockingIOError, FileNotFoundError):
+            raise UserError(
+                f"another program is writing an export to {path}; wait for it, or choose another "
+                "path"
+            ) from None
+        try:
+            yield
+        finally:
             with contextlib.suppress(OSError):
                 temporary.rmdir()
 

@@ -93,6 +93,7 @@ class Checkpoints:
         self._saving: int | None = None  # step of the checkpoint being written
         self._failure: str | None = None  # why that checkpoint failed
         self.last: int | None = None  # step of the last checkpoint known to be complete
+        self._owner: tuple[int, int] | None = None  # the folder of the run
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -107,6 +108,8 @@ class Checkpoints:
                     lightweight_initialize=True,  # reads no files, which may be damaged
                 ),
             )
+            if not self._read_only:
+                self._owner = _inode(self._folder.parent)
             # Drop orbax's objects while it is silenced: failed coroutines warn when they are
             # collected, and the traceback of an error may keep this object alive for longer.
             stack.callback(delattr, self, "_manager")
@@ -160,7 +163,11 @@ class Checkpoints:
 
         Returns:
           Whether all numbers are finite; if not, nothing is written.
+
+        Raises:
+          CheckpointError: The folder of the run was deleted or moved.
         """
+        self._require_folder(metadata.progress.step)
         items = _items(params, state)
         sums = {name: checksums(tree) for name, tree in items.items()}
         if not all(each.finite for each in sums.values()):
@@ -184,6 +191,24 @@ class Checkpoints:
         if any(map(is_on_host, jax.tree.leaves(items))):
             self.wait()
         return True
+
+    def _require_folder(self, step: int) -> None:
+        """Makes the folder of the checkpoints again if somebody deleted it."""
+        run = self._folder.parent
+        # Another run may have made its folder in the same place.
+        if not devices.agree(_inode(run) == self._owner):
+            raise CheckpointError(
+                f"{run} was deleted or moved while the run went on: it stopped after step {step} "
+                "and saved nothing there; if the folder was moved, set --config.workdir to its new "
+                "place to resume from the last checkpoint in it"
+            )
+        if not devices.agree(self._folder.is_dir()):
+            self._warn(f"{self._folder} was deleted while the run went on, with its checkpoints")
+            self.last = None
+            if jax.process_index() == 0:
+                self._folder.mkdir(exist_ok=True)
+            devices.wait_for_all("checkpoint folder again")
+            self.reload()
 
     def _update(self, step: int, progress: Progress) -> None:
         """Updates the progress in an existing checkpoint."""
@@ -353,6 +378,15 @@ def read_params(
                 if checkpoints.steps() == steps:
                     raise
                 # The run has replaced the checkpoint while we read it.
+
+
+def _inode(folder: Path) -> tuple[int, int] | None:
+    """Returns what identifies a folder, whatever its name; None if there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _find(checkpoints: Checkpoints, folder: Path, step: int | str | None) -> int:

@@ -23,6 +23,7 @@ from flax import nnx
 
 import lomo_jax
 from lomo_jax import models, run_files
+from lomo_jax._lock import lock_folder
 from lomo_jax.errors import CheckpointError, ConfigError, os_errors_are_the_users
 from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
 from lomo_jax.training.log import Display
@@ -50,8 +51,8 @@ def open_workdir(name: str) -> Iterator[Path]:
     """Creates the folder of a run, and locks it against other runs.
 
     It completes a move to `earlier-1` that was interrupted. The first process holds the lock for
-    all. The lock is on the open file, so the kernel releases it however the process ends. Written
-    by hand so that the error can name the holder.
+    all: one on the folder, which nobody can delete, and one on the file `.lock`, which also works
+    on NFS and names the holder. Written by hand so that the error can name it.
 
     Raises:
       ConfigError: The folder cannot be written, or another run holds the lock.
@@ -68,17 +69,18 @@ def open_workdir(name: str) -> Iterator[Path]:
     if jax.process_index() > 0:
         yield workdir
         return
-    with os_errors_are_the_users():
-        file = (workdir / _LOCK).open("a+")
-    with file:
-        _lock(file, workdir)
+    with contextlib.ExitStack() as stack:
+        with os_errors_are_the_users():
+            file = stack.enter_context((workdir / _LOCK).open("a+"))
+        _lock(stack, file, workdir)
         if (workdir / _MOVING).exists():
             set_aside(workdir)  # an earlier process was killed during the move
         yield workdir
 
 
-def _lock(file: TextIO, workdir: Path) -> None:
+def _lock(stack: contextlib.ExitStack, file: TextIO, workdir: Path) -> None:
     try:
+        stack.enter_context(lock_folder(workdir))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,6 +219,65 @@ def test_a_failed_save_leaves_the_earlier_export(export, other_params):
         models.save(export, graphdef_of(CONFIG), other_params, tokenizer=BrokenTokenizer())
     assert contents(export) == before
     assert list(export.parent.iterdir()) == [export]
+
+
+def test_of_two_exports_to_one_place_the_second_is_refused(export, other_params):
+    class Tokenizer:
+        """Starts a second export inside the first one."""
+
+        chat_template = None
+
+        def save_pretrained(self, path):
+            with pytest.raises(
+                UserError, match=f"another program is writing an export to {export}"
+            ):
+                models.save(export, graphdef_of(CONFIG), other_params, card="# The second one")
+
+    models.save(
+        export, graphdef_of(CONFIG), other_params, tokenizer=Tokenizer(), card="# The first one"
+    )
+    assert (export / "README.md").read_text() == "# The first one"
+    assert list(export.parent.iterdir()) == [export]
+    models.save(export, graphdef_of(CONFIG), other_params, card="# The third one")
+    assert (export / "README.md").read_text() == "# The third one"
+
+
+def test_exports_of_many_processes_to_one_place(tmp_path):
+    """One at least wins and is whole; each of the others wins too or says why not."""
+    script = """
+import sys
+from small_models import CONFIG, graphdef_of, random_params
+from lomo_jax import models
+from lomo_jax.errors import UserError
+params = random_params(CONFIG)
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(20):
+    try:
+        models.save(sys.argv[1], graphdef_of(CONFIG), params)
+        print("won")
+    except UserError as error:
+        print(error)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    running = [subprocess.Popen(command, **pipes, env=environment) for _ in range(3)]
+    for process in running:
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    lines = [line for process in running for line in process.communicate()[0].splitlines()]
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert len(lines) == 60
+    lost = f"another program is writing an export to {tmp_path / 'out'}; wait for it"
+    assert "won" in lines
+    assert all(line == "won" or line.startswith(lost) for line in lines)
+    assert models.load_config(tmp_path / "out") == CONFIG
+    models.check_save_path(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 @pytest.mark.parametrize("killed", ["before the swap", "in the swap", "after the swap"])

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import CoroutineType
@@ -20,7 +21,7 @@ from flax import nnx
 
 import lomo_jax
 from lomo_jax.errors import CheckpointError
-from lomo_jax.training import Config, loop, to_dict
+from lomo_jax.training import Config, log, loop, to_dict
 from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
@@ -171,6 +172,46 @@ def test_the_best_checkpoint_stays_if_writing_a_better_one_fails(tmp_path):
         assert checkpoints.steps() == [5, 1]
         _save(checkpoints, step=6, best=6)
         assert checkpoints.steps() == [6]
+
+
+def test_a_deleted_folder_of_checkpoints_is_made_again(tmp_path):
+    warnings, folder = [], tmp_path / "checkpoints"
+    with Checkpoints(folder, warn=warnings.append) as checkpoints:
+        checkpoints.start_anew()
+        _save(checkpoints, step=1, best=1)
+        shutil.rmtree(folder)
+        _save(checkpoints, step=2, best=1)
+        assert checkpoints.steps() == [2]
+        assert checkpoints.last == 2
+    assert warnings == [f"{folder} was deleted while the run went on, with its checkpoints"]
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.metadata(2).progress.step == 2
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
+def test_a_run_whose_folder_disappears_ends_with_a_line(text, tmp_path, monkeypatch, how):
+    workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    record = log.Recorder.step
+
+    def step(self, number, *outputs):
+        record(self, number, *outputs)
+        if number == 6:  # the checkpoint of step 4 is being written, or complete
+            time.sleep(1)
+            shutil.rmtree(workdir) if how == "deleted" else workdir.rename(elsewhere)
+            if how == "replaced":
+                (workdir / "checkpoints").mkdir(parents=True)
+
+    monkeypatch.setattr(log.Recorder, "step", step)
+    config = _config(text, workdir, checkpoint_every=4)
+    with pytest.raises(CheckpointError, match=f"{workdir} was deleted or moved while") as caught:
+        loop.train(config)
+    assert "\n" not in str(caught.value)
+    assert not list(workdir.rglob("*/*"))
+    if how != "deleted":
+        assert _steps(elsewhere) == [4]
+        monkeypatch.undo()
+        loop.train(_config(text, elsewhere))
+        assert [r["step"] for r in runs.records(elsewhere) if "resumed" in r] == [4]
 
 
 def test_no_coroutine_of_a_failed_save_survives_close(tmp_path):

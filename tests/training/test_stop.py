@@ -16,8 +16,10 @@ import orbax.checkpoint as ocp
 import pytest
 import runs
 
+from lomo_jax.errors import ConfigError
 from lomo_jax.training import MeshConfig, export, loop
 from lomo_jax.training.devices import Stop
+from lomo_jax.training.resume import open_workdir
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -269,6 +271,21 @@ def test_one_interrupt_exits_with_0_and_a_second_with_130(text, tmp_path):
             process.send_signal(signal.SIGINT)
         assert process.wait(60) == status, runs.output_of(config).read_text()
     assert "stopped at once" in runs.output_of(config).read_text()
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_the_lock_outlives_its_file(tmp_path, is_deleted):
+    with open_workdir(str(tmp_path)):
+        if is_deleted:
+            (tmp_path / ".lock").unlink()
+        holder = "another process" if is_deleted else f"process {os.getpid()} on "
+        with (
+            pytest.raises(ConfigError, match=f"'{tmp_path}' is in use by {holder}"),
+            open_workdir(str(tmp_path)),
+        ):
+            pytest.fail("two runs in one folder")
+    with open_workdir(str(tmp_path)):
+        pass
 
 
 @pytest.mark.slow
