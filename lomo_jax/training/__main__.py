@@ -15,7 +15,7 @@ ended; --config.resume=never starts anew. A run continues when its terminal is l
 
 A run uses all GPUs of the machine; --config.mesh says how. On several machines start the command on
 each: srun, mpirun and indexed Jobs of Kubernetes connect them; otherwise use --coordinator,
---num_processes and --process_id.
+--num_processes and --process_id. All must come within --connect_timeout seconds.
 """
 
 import contextlib
@@ -33,9 +33,10 @@ from lomo_jax.plan.gpus import MEMORY_FRACTION
 from lomo_jax.training.config import parse
 
 _PROCESSES = {
-    "coordinator": (absl_flags.DEFINE_string, "HOST:PORT of process 0"),
-    "num_processes": (absl_flags.DEFINE_integer, "number of processes, on all machines"),
-    "process_id": (absl_flags.DEFINE_integer, "index of this process, from 0"),
+    "coordinator": (absl_flags.DEFINE_string, None, "HOST:PORT of process 0"),
+    "num_processes": (absl_flags.DEFINE_integer, None, "number of processes, on all machines"),
+    "process_id": (absl_flags.DEFINE_integer, None, "index of this process, from 0"),
+    "connect_timeout": (absl_flags.DEFINE_integer, 120, "seconds for all processes to come"),
 }
 
 
@@ -77,19 +78,19 @@ def _stop_at_once(*_: object) -> None:
 def _train(argv: Sequence[str]) -> None:
     values = absl_flags.FlagValues()
     processes = {
-        name: define(name, None, meaning, flag_values=values)
-        for name, (define, meaning) in _PROCESSES.items()
+        name: define(name, default, meaning, flag_values=values)
+        for name, (define, default, meaning) in _PROCESSES.items()
     }
     config = parse(argv, values, usage=__doc__)
     # JAX reads it when it first uses a device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     # transformers, imported for its tokenizers, would warn that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from lomo_jax.training import devices  # slow to import: report typos first
+    from lomo_jax.training import devices, meeting  # slow to import: report typos first
     from lomo_jax.training.loop import train
 
     devices.use_cpu_without_gpu()
-    devices.start(**{name: flag.value for name, flag in processes.items()})
+    meeting.start(**{name: flag.value for name, flag in processes.items()})
     train(config)
 
 

@@ -19,8 +19,6 @@ from lomo_jax import sharding
 from lomo_jax.errors import ConfigError, LostProcessError
 from lomo_jax.training.config import MeshConfig
 
-_HEARTBEAT_TIMEOUT = 60  # seconds without a heartbeat after which a process counts as dead
-
 
 def use_cpu_without_gpu(dev: Path = Path("/dev")) -> None:
     """Selects the CPU where the CUDA wheels are installed, as for plans, and there is no GPU.
@@ -35,44 +33,6 @@ def use_cpu_without_gpu(dev: Path = Path("/dev")) -> None:
     has_gpu = any(dev.glob("nvidia*")) or (dev / "dxg").exists()  # dxg: WSL
     if has_wheels and not has_gpu and not os.environ.get("JAX_PLATFORMS"):
         jax.config.update("jax_platforms", "cpu")
-
-
-def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connects the processes of a run; does nothing if there is only one.
-
-    Args:
-      coordinator: HOST:PORT where process 0 listens. None: as the environment of SLURM, Open MPI
-        or Kubernetes says.
-      num_processes: Number of processes.
-      process_id: Index of this one, from 0.
-
-    Raises:
-      ConfigError: Some of the three are missing, or the other processes cannot be reached.
-    """
-    given = {"--coordinator": coordinator, "--num_processes": num_processes}
-    given["--process_id"] = process_id
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        raise ConfigError(
-            f"{missing[0]}: missing; a run of several processes needs {', '.join(given)} in each, "
-            "or none of them under srun, mpirun or in an indexed Job of Kubernetes"
-        )
-    if missing and not _is_launched():
-        return
-    try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"--coordinator: the processes could not connect: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _is_launched() -> bool:
-    """Whether srun, mpirun or an indexed Job of Kubernetes started several processes."""
-    sizes = (os.environ.get(name) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    return any(int(size or 1) > 1 for size in sizes) or "JOB_COMPLETION_INDEX" in os.environ
 
 
 @contextlib.contextmanager

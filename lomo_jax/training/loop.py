@@ -30,7 +30,7 @@ from lomo_jax.errors import (
 from lomo_jax.fused.microbatches import split
 from lomo_jax.plan import MemoryPlan
 from lomo_jax.run_files import RunInfo
-from lomo_jax.training import devices, resume
+from lomo_jax.training import devices, meeting, resume
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
 from lomo_jax.training.config import Config, ModelConfig, to_dict
@@ -95,6 +95,8 @@ def train(config: Config) -> None:
     quiet = jax.process_index() > 0
     with devices.Stop() as stop, Display(config.steps, quiet=quiet) as display:
         started = time.perf_counter()
+        if jax.process_count() > 1:
+            meeting.check_same({**to_dict(config), **meeting.versions()})
         mesh = devices.make_mesh(config.mesh, config.batch_size, config.microbatches)
         with (
             resume.open_workdir(config.workdir) as workdir,
@@ -143,6 +145,8 @@ def _set_up(
     batch = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
     rows, send = devices.local_rows(batch), devices.batch_sender(batch)
     dataset, held_out = _load_dataset(config, tokenizer, model.config.vocab_size, rows, display)
+    if jax.process_count() > 1:
+        meeting.check_same({"the fingerprint of the dataset": dataset.fingerprint})
     if config.epochs is not None:
         steps = math.ceil(config.epochs * dataset.rows_per_epoch / config.batch_size)
         config = dataclasses.replace(config, steps=steps)

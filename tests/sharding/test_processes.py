@@ -185,6 +185,41 @@ def test_processes_stop_after_the_same_step_and_one_process_resumes(tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "sys.argv.append('--config.learning_rate=0.5')",
+            "error: learning_rate: 0.03 in process 0, but 0.5 in process 1; start all processes "
+            "alike",
+        ),
+        ("import lomo_jax; lomo_jax.__version__ = '0'", "error: the version of lomo_jax: "),
+        (
+            "from lomo_jax import data; read = data.text_dataset\n"
+            "data.text_dataset = lambda **kwargs: read(**kwargs)._replace(fingerprint='other')",
+            "error: the fingerprint of the dataset: ",
+        ),
+    ],
+)
+def test_processes_that_differ_do_not_start(tmp_path, code, message):
+    running = train(tmp_path, 2, code=code)
+    outputs = finish(running, seconds=150)
+    assert [process.returncode for process in running] == [1, 1], outputs
+    for output in outputs:
+        assert message in output
+        assert "Traceback" not in output
+    assert not (tmp_path / "run2" / "metrics.jsonl").exists()
+
+
+def test_processes_that_do_not_meet_end_with_a_line(tmp_path):
+    first, second = train(tmp_path, 2, "--connect_timeout=5")
+    second.kill()
+    output, _ = finish([first, second], seconds=100)
+    assert first.returncode == 1
+    *_, line = output.splitlines()
+    assert line.startswith("error: --coordinator: process 1 of 2 did not come to localhost:")
+
+
 def test_a_killed_process_ends_the_others(tmp_path):
     running = train(tmp_path, 2, "--config.steps=1000000", "--config.eval_every=0")
     wait_for_steps(tmp_path / "run2")

@@ -1,4 +1,4 @@
-"""The mesh of a run, the rows of a batch on each device, and starting processes."""
+"""The mesh of a run, and the rows of a batch on each device."""
 
 import importlib.util
 
@@ -49,32 +49,6 @@ def test_each_row_goes_to_its_device():
     np.testing.assert_array_equal(sent, tokens)
     assert sent.sharding.spec == P(("data", "fsdp"), None)
     assert {shard.data.shape for shard in sent.addressable_shards} == {(4, 3)}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("localhost:1", None, None), "^--num_processes: missing"),
-        ((None, 2, 0), "^--coordinator: missing"),
-    ],
-)
-def test_missing_flags_of_a_process_raise_an_error(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        devices.start(*arguments)
-
-
-def test_a_single_process_does_not_connect(monkeypatch):
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.setenv(name, "1")
-    devices.start(None, None, None)
-    assert not jax.distributed.is_initialized()
-
-
-def test_processes_of_open_mpi_are_detected(monkeypatch):
-    """JAX does not find the address of the launcher there."""
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"^--coordinator: the processes could not connect"):
-        devices.start(None, None, None)
 
 
 @pytest.mark.parametrize(
