@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -45,6 +47,17 @@ def params(value: optax.Params | None) -> optax.Params:
     if value is None:
         raise ValueError("params are needed: call update(updates, state, params)")
     return value
+
+
+def real(rule: str, tree: Any) -> None:
+    """Raises ValueError if an array in a tree is complex."""
+    for keys, x in jax.tree.leaves_with_path(tree):
+        dtype = getattr(x, "dtype", type(x))
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(
+                f"{rule} is not defined for complex parameters and {jax.tree_util.keystr(keys)} is "
+                f"{dtype}: make its real and its imaginary part a parameter each"
+            )
 
 
 def integer(name: str, value: object, *, low: int) -> None:

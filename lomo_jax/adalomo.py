@@ -73,7 +73,7 @@ def adalomo(
       An `optax.GradientTransformation` whose ``update`` needs `params`.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range. `init` and `update` raise it for complex parameters.
 
     Example:
       >>> import jax.numpy as jnp, lomo_jax
@@ -99,6 +99,8 @@ def adalomo(
     _validate.optional_number("beta", beta, low=0.0, high=1.0)
 
     def init(params: optax.Params) -> AdaLomoState:
+        _validate.real("adalomo", params)
+
         def moment(p):
             if p.ndim < 2:
                 return jnp.zeros_like(p, jnp.float32)
@@ -112,6 +114,7 @@ def adalomo(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, AdaLomoState]:
         params = _validate.params(params)
+        _validate.real("adalomo", updates)
         count = optax.safe_increment(state.count)
         lr = jnp.asarray(schedule(state.count), jnp.float32)
         beta_t = 1.0 - jnp.asarray(count, jnp.float32) ** -decay_rate if beta is None else beta

@@ -40,7 +40,7 @@ def lomo(
       An `optax.GradientTransformation`. ``update`` needs `params` if `weight_decay` is not 0.
 
     Raises:
-      ValueError: an argument is out of range.
+      ValueError: an argument is out of range. `init` and `update` raise it for complex parameters.
 
     Example:
       >>> import jax.numpy as jnp, lomo_jax
@@ -60,12 +60,13 @@ def lomo(
     decays = not isinstance(weight_decay, numbers.Real) or weight_decay != 0
 
     def init(params: optax.Params) -> LomoState:
-        del params
+        _validate.real("lomo", params)
         return LomoState(count=jnp.zeros([], jnp.int32))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, LomoState]:
+        _validate.real("lomo", updates)
         lr = jnp.asarray(schedule(state.count), jnp.float32)
 
         def descend(g, decay=0.0):

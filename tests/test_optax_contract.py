@@ -112,3 +112,15 @@ assert lomo_jax.adalomo is adalomo and lomo_jax.lomo is lomo
 lomo_jax.adalomo(0.1), lomo_jax.lomo(0.1)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("rule", [lomo_jax.lomo, lomo_jax.adalomo])
+def test_complex_parameters_are_refused(rule):
+    """A cast to float32 would lose their imaginary part in silence."""
+    params, tx = {"a": jnp.ones(2), "b": {"c": jnp.ones((2, 3), jnp.complex64)}}, rule(0.1)
+    message = rf"{rule.__name__} is not defined for complex .* \['b'\]\['c'\] is complex64"
+    with pytest.raises(ValueError, match=message):
+        tx.init(params)
+    state = tx.init(jax.tree.map(jnp.real, params))
+    with pytest.raises(ValueError, match=message):
+        tx.update(params, state, params)

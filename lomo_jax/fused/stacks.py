@@ -207,33 +207,61 @@ class _Prelude:
 
     def add(self, layers: Layers) -> jex.Var:
         """Returns the variable of one layer, after adding the operations that compute it."""
-        if layers.key in self._env:
-            return self._env[layers.key]
-        axis, start, size = layers.place
-        eqn, operands = self._origin(layers)
+        pending = [layers]  # not recursion: a chain of operations may be longer than Python's stack
+        while pending:
+            layers_ = pending[-1]
+            eqn, operands = self._origin(layers_)
+            needed = self._operands(eqn, operands, layers_.place) if eqn is not None else []
+            missing = [x for x in needed if isinstance(x, Layers) and x.key not in self._env]
+            if layers_.key in self._env:
+                pending.pop()
+            elif missing:
+                pending.append(missing[0])
+            else:
+                self._env[layers_.key] = self._add(layers_, eqn, needed)
+        return self._env[layers.key]
+
+    def _operands(
+        self, eqn: jex.JaxprEqn, operands: layer_axis.Operands, place: Place
+    ) -> list[Layers | Atom]:
+        """Returns what one layer of an operation is computed from: layers, and shared values."""
+        return [
+            atom
+            if operand is None
+            else Layers(
+                atom,
+                Place(
+                    operand.axis,
+                    place.start * operand.scale + operand.start,
+                    place.size * operand.scale,
+                ),
+            )
+            for atom, operand in zip(eqn.invars, operands, strict=True)
+        ]
+
+    def _add(
+        self, layers: Layers, eqn: jex.JaxprEqn | None, operands: Sequence[Layers | Atom]
+    ) -> jex.Var:
+        """Adds an operation, whose operands are there, or a source."""
         if eqn is None:
-            var = self._env[layers.key] = jex.Var(layers.of.aval)
+            var = jex.Var(layers.of.aval)
             self.sources[layers.key] = layers, var
             return var
         self.moved.append(eqn)
         inputs: list[Atom] = []
-        for atom, operand in zip(eqn.invars, operands, strict=True):
-            if operand is not None:
-                first = start * operand.scale + operand.start
-                place = Place(operand.axis, first, size * operand.scale)
-                inputs.append(self.add(Layers(atom, place)))
+        for operand in operands:
+            if isinstance(operand, Layers):
+                inputs.append(self._env[operand.key])
             else:
-                self.shared.update(jaxprs.variables([atom]))
-                inputs.append(atom)
+                self.shared.update(jaxprs.variables([operand]))
+                inputs.append(operand)
         if eqn.primitive.name in _IDENTITIES:
             (var,) = jaxprs.variables(inputs)
-        else:
-            outputs = [jex.Var(v.aval) for v in eqn.outvars]
-            params = layer_axis.for_one_layer(eqn, axis, size)
-            self.eqns.append(eqn.replace(invars=inputs, outvars=outputs, params=params))
-            var = outputs[[v is layers.of for v in eqn.outvars].index(True)]
-        self._env[layers.key] = var
-        return var
+            return var
+        outputs = [jex.Var(v.aval) for v in eqn.outvars]
+        params = layer_axis.for_one_layer(eqn, layers.place.axis, layers.place.size)
+        self.eqns.append(eqn.replace(invars=inputs, outvars=outputs, params=params))
+        return outputs[[v is layers.of for v in eqn.outvars].index(True)]
 
     def _origin(self, layers: Layers) -> tuple[Any, layer_axis.Operands]:
         """Returns the equation that computes the layers, and its operands; None for a source."""

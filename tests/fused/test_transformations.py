@@ -1,6 +1,7 @@
 """Any optax transformation, against optax itself on a model whose layers are not stacked."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -350,3 +351,16 @@ def test_state_keeps_its_dtype(standard_promotion):
     dtypes = functools.partial(jax.tree.map, lambda x: x.dtype)
     assert dtypes(new_state) == dtypes(state)
     assert dtypes(new) == dtypes(params)
+
+
+def test_a_chain_of_operations_may_be_longer_than_pythons_stack():
+    params, batch = {"w": jnp.full((4,), 1.0001)}, jnp.ones((2, 4))
+
+    def loss(params, batch):
+        for _ in range(2 * sys.getrecursionlimit()):
+            batch = batch * params["w"]
+        return jnp.mean(batch)
+
+    step = lomo_jax.fused_step(loss, optax.sgd(0.1))
+    state = step.init(params, batch)
+    assert isinstance(state, lomo_jax.StepState)
