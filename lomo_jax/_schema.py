@@ -128,7 +128,8 @@ def record(required: Mapping[str, Kind], optional: Mapping[str, Kind] | None = N
 def is_inside(name: str) -> bool:
     """Whether a file name is relative and stays in its folder."""
     path = PurePosixPath(name)
-    return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+    is_name = bool(path.parts) and "\0" not in name and all(len(p) < 256 for p in path.parts)
+    return is_name and not path.is_absolute() and ".." not in path.parts
 
 
 def check_regular(path: Path) -> None:

@@ -92,6 +92,8 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
 
 
 def _paths(path: Any) -> str:
+    if path is None:
+        return "unknown"
     return ", ".join(f"`{part}`" for part in ([path] if isinstance(path, str) else path))
 
 
@@ -135,7 +137,7 @@ def model_card(checkpoint: CheckpointMetadata, original: Path) -> str:
         "learning rate": f"{config['learning_rate']:g}, {config['schedule']}",
         "dtype": config["param_dtype"],
         "lowest held-out loss": None
-        if progress.best is None
+        if progress.best is None or progress.best_step is None
         else f"{progress.best:.4f}, after step {progress.best_step:,}",
         "skipped updates": progress.skipped or None,
     }
