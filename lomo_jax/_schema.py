@@ -168,6 +168,10 @@ _EXPERTS = integer(1, 2**12)
 _WIDTH = integer(1, 2**24)
 _LENGTH = integer(1, 2**31 - 1)  # positions are int32
 _TOKEN = integer(0, 2**31 - 1)
+_NAME = Kind(
+    "a string of at most 200 printable characters",
+    lambda x: isinstance(x, str) and x.isprintable() and len(x) <= 200,
+)
 _POSITIVE = number(1e-9, 1e9)
 _EPS = number(1e-30, 1.0)
 _THETA = number(2.0, 1e30)  # base of rotary frequencies
@@ -176,8 +180,8 @@ _SWITCH = BOOLEAN | NULL
 _ROPE = record(
     {},
     {
-        "rope_type": TEXT,
-        "type": TEXT,
+        "rope_type": _NAME,
+        "type": _NAME,
         "rope_theta": _THETA | NULL,
         "partial_rotary_factor": number(1e-3, 1.0) | NULL,
         "factor": _POSITIVE | NULL,
@@ -196,8 +200,8 @@ _ROPE = record(
 MODEL_CONFIG = record(
     {},
     {
-        "architectures": list_of(TEXT, 100) | NULL,
-        "model_type": TEXT | NULL,
+        "architectures": list_of(_NAME, 100) | NULL,
+        "model_type": _NAME | NULL,
         "vocab_size": _WIDTH,
         "hidden_size": _WIDTH,
         "intermediate_size": _WIDTH,
@@ -210,7 +214,7 @@ MODEL_CONFIG = record(
         **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps"), _EPS),
         "bos_token_id": _TOKEN | NULL,
         "eos_token_id": _TOKEN | list_of(_TOKEN, 1000) | NULL,
-        **dict.fromkeys(("hidden_act", "hidden_activation"), TEXT | NULL),
+        **dict.fromkeys(("hidden_act", "hidden_activation"), _NAME | NULL),
         **dict.fromkeys(("tie_word_embeddings", "mlp_bias", "attention_out_bias"), BOOLEAN),
         **dict.fromkeys(("use_bias", "use_qkv_bias", "use_parallel_residual"), BOOLEAN),
         "norm_topk_prob": BOOLEAN,
@@ -226,9 +230,9 @@ MODEL_CONFIG = record(
         | NULL,
         "sliding_window": _LENGTH | NULL,
         **dict.fromkeys(
-            ("sliding_window_pattern", "_sliding_window_pattern"), _LAYERS | TEXT | NULL
+            ("sliding_window_pattern", "_sliding_window_pattern"), _LAYERS | _NAME | NULL
         ),
-        "layer_types": list_of(TEXT, 10_000) | NULL,
+        "layer_types": list_of(_NAME, 10_000) | NULL,
         "max_window_layers": integer(0, 2**31 - 1),
         "no_rope_layer_interval": _LAYERS,
         "no_rope_layers": list_of(BOOLEAN | integer(0, 1), 10_000) | NULL,
@@ -303,13 +307,13 @@ def gguf_metadata(architecture: object) -> Kind:
         "attention.sliding_window": _LENGTH,
         "attention.layer_norm_rms_epsilon": _EPS,
         "rope.freq_base": _THETA,
-        "rope.scaling.type": TEXT,
+        "rope.scaling.type": _NAME,
         "rope.scaling.factor": _POSITIVE,
         **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _POSITIVE),
         "expert_count": integer(0, 2**16),
     }
     tokenizer = {
-        **dict.fromkeys(("model", "pre"), TEXT),
+        **dict.fromkeys(("model", "pre"), _NAME),
         "tokens": list_of(_PIECE),
         "token_type": list_of(integer(0, 100)),
         "scores": list_of(number(-1e30, 1e30)),
@@ -319,7 +323,7 @@ def gguf_metadata(architecture: object) -> Kind:
         **dict.fromkeys(("add_bos_token", "add_space_prefix"), BOOLEAN),
     }
     return record(
-        {"general.architecture": TEXT},
+        {"general.architecture": _NAME},
         {f"{architecture}.{key}": kind for key, kind in sizes.items()}
         | {f"tokenizer.ggml.{key}": kind for key, kind in tokenizer.items()}
         | {"tokenizer.chat_template": TEXT},

@@ -187,7 +187,7 @@ READERS = {
         _make_model, "model/*.safetensors", lambda file: models.load(file.parent)
     ),
     "tokenizer": Reader(
-        _make_model, "model/*token*.json", lambda file: models.tokenizer(file.parent)("one two")
+        _make_model, "model/*token*.json", lambda file: models.tokenizer(file.parent)
     ),
     "gguf": Reader(_make_gguf, "*.gguf", _read_gguf),
     "run": Reader(_make_run, "*.json", _read_run),

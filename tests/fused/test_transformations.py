@@ -364,3 +364,37 @@ def test_a_chain_of_operations_may_be_longer_than_pythons_stack():
     step = lomo_jax.fused_step(loss, optax.sgd(0.1))
     state = step.init(params, batch)
     assert isinstance(state, lomo_jax.StepState)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("jax_debug_nans", True),
+        ("jax_numpy_rank_promotion", "raise"),
+        ("jax_disable_jit", True),
+        ("jax_enable_x64", True),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1}, {"microbatches": 2}], ids=str)
+def test_under_the_flags_of_jax(flag, value, options, assert_close):
+    def loss(params, x):  # as `loss_of(scanned)`, with ranks that are equal
+        def body(x, w):
+            return x + jnp.tanh(x @ w["up"]) @ w["down"] * w["gain"][None], None
+
+        x, _ = jax.lax.scan(body, x @ params["in"] + params["bias"][None], params["layers"])
+        return jnp.mean(jnp.square(x @ params["out"] - 1))
+
+    before = getattr(jax.config, flag)
+    jax.config.update(flag, value)
+    try:
+        dtype = jnp.float64 if flag == "jax_enable_x64" else jnp.float32
+        inputs = stacked_params(), normal(np.random.default_rng(1), B, D)
+        params, batch = jax.tree.map(lambda x: x.astype(dtype), inputs)
+        results = []
+        for make_step in (lomo_jax.fused_step, lomo_jax.reference_step):
+            step = make_step(loss, lomo_jax.adalomo(0.1), **options)
+            results.append(step(params, step.init(params, batch), batch)[:2])
+        assert_close(*results)
+        assert results[0][0]["in"].dtype == dtype
+    finally:
+        jax.config.update(flag, before)

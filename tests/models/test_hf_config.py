@@ -124,7 +124,9 @@ WRONG = [
     ("architectures", {"LlamaForCausalLM": 1}, "must be a list"),
     ("eos_token_id", [[2]], r"\[0\]=\[2\] must be an integer"),
     ("eos_token_id", -1, "=-1 must be an integer from 0"),
-    ("hidden_act", {"a": 1}, "must be a string or null"),
+    ("hidden_act", {"a": 1}, "must be a string of .* or null"),
+    ("architectures", ["a\nb"], "must be a string of at most 200 printable characters"),
+    ("hidden_act", "x" * 10_000, "must be a string of at most 200"),
 ]
 
 

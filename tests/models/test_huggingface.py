@@ -184,6 +184,11 @@ TOKENIZER_FAULTS = [
     ("tokenizer.json", {"model": {"vocab": 1}, "added_tokens": []}, r"model\.vocab=1 must be"),
     ("tokenizer.json", {"model": {}, "added_tokens": [{"id": 1}]}, "added_tokens.*content' is mis"),
     ("tokenizer.json", {"model": {}, "added_tokens": []}, "the tokenizer cannot be read"),
+    (
+        "tokenizer.json",
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}, "added_tokens": []},
+        r"cannot be read \(WordLevel error: Missing \[UNK\]",
+    ),
     ("tokenizer_config.json", [1], "is not a JSON object"),
     ("tokenizer_config.json", {"tokenizer_class": 1}, "tokenizer_class=1 must be a string"),
     ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length='x' must be a number"),

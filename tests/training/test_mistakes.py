@@ -9,8 +9,10 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 import runs
+import safetensors.numpy
 
 from lomo_jax.training import loop, resume
 from lomo_jax.training.__main__ import main
@@ -19,7 +21,15 @@ from lomo_jax.training.__main__ import main
 CONFIGS = {
     "--config.modle.init=random": "modle: no such field; did you mean 'model'?",
     "--config.steps=many": "steps: 'many' is not a whole number",
-    "--config.batch_size=0": "batch_size: 0 is not allowed; it must be a positive number",
+    "--config.batch_size=0": (
+        "batch_size: 0 is not allowed; it must be a positive number up to 2**20"
+    ),
+    "--config.batch_size=1000000000": (
+        "batch_size: 1000000000 is not allowed; it must be a positive number up to 2**20"
+    ),
+    "--config.steps=100000000000": (
+        "steps: 100000000000 is not allowed; it must be a positive number up to 10**8"
+    ),
     "--config.optimizer=adamv": (
         "optimizer: 'adamv' is not adalomo, lomo or an optimizer of optax, such as adamw; did you "
         "mean 'adam' or 'radam' or 'adamw'?"
@@ -73,6 +83,13 @@ def _edit_config(tmp: Path) -> None:
 def _truncate_weights(tmp: Path) -> None:
     path = tmp / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def _break_weights(tmp: Path) -> None:
+    path = tmp / "model" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors["model.norm.weight"][0] = np.nan
+    safetensors.numpy.save_file(tensors, path)
 
 
 def _remove_tokenizer(tmp: Path) -> None:
@@ -130,6 +147,11 @@ INPUTS = {
         *(_truncate_weights, _MODEL + "{tmp}/model"),
         "{tmp}/model/model.safetensors is truncated or not a safetensors file (Error while "
         "deserializing header: incomplete metadata, file not fully covered); download it again",
+    ),
+    "weights that are not finite": (
+        *(_break_weights, _MODEL + "{tmp}/model"),
+        "held-out loss is nan before the first step: the weights of the model are damaged; "
+        "download it again",
     ),
     "a model without its tokenizer": (
         *(_remove_tokenizer, _MODEL + "{tmp}/model"),
@@ -221,7 +243,8 @@ def test_a_bad_input_gets_one_line(answer, tmp_path, mistake):
     for path, time in run.items():
         if path.name != ".lock":
             assert path.stat().st_mtime_ns == time
-    assert not (tmp_path / "new" / "metrics.jsonl").exists()
+    metrics = tmp_path / "new" / "metrics.jsonl"
+    assert not metrics.exists() or not metrics.read_text()
 
 
 def test_a_folder_in_use_gets_one_line(answer, made, tmp_path):
