@@ -44,13 +44,13 @@ class _Place(NamedTuple):
 
     def from_file(self, rows: np.ndarray) -> np.ndarray:
         """Returns rows of a tensor of a file as our parameter, but for the transposition."""
-        rows = rows if self.pairs is None else _swap_pairs(rows, *self.pairs, to_file=False)
+        rows = rows if self.pairs is None else swap_pairs(rows, *self.pairs, to_file=False)
         return rows - np.asarray(self.offset, rows.dtype) if self.offset else rows
 
     def to_file(self, rows: np.ndarray) -> np.ndarray:
         """The inverse of `from_file`."""
         rows = rows + np.asarray(self.offset, rows.dtype) if self.offset else rows
-        return rows if self.pairs is None else _swap_pairs(rows, *self.pairs, to_file=True)
+        return rows if self.pairs is None else swap_pairs(rows, *self.pairs, to_file=True)
 
 
 def assemble(
@@ -232,7 +232,7 @@ def _shape(places: list[_Place]) -> tuple[int, ...]:
     return (sum(place.shape[0] for place in places), *places[0].shape[1:])
 
 
-def _swap_pairs(rows: np.ndarray, head_dim: int, rotary_dim: int, *, to_file: bool) -> np.ndarray:
+def swap_pairs(rows: np.ndarray, head_dim: int, rotary_dim: int, *, to_file: bool) -> np.ndarray:
     """Reorders each head's outputs between the pairs (2i, 2i + 1) and (i, i + r / 2)."""
     heads = rows.reshape(-1, head_dim, *rows.shape[1:])
     half = rotary_dim // 2
