@@ -76,7 +76,8 @@ def batches():
     """Learnable batches: arithmetic progressions of tokens."""
     rng = np.random.default_rng(0)
     start, stride = rng.integers(0, 96, (STEPS, B, 1)), rng.integers(1, 4, (STEPS, B, 1))
-    return ((start + stride * np.arange(T)) % 96).astype(np.int32)
+    # Not 0: padding, whose embedding torch never updates.
+    return (1 + (start + stride * np.arange(T)) % 95).astype(np.int32)
 
 
 def load_ours(base, adapter):
