@@ -382,6 +382,14 @@ RUN_CONFIG = record(
         **dict.fromkeys(("optimizer", "schedule", "workdir"), TEXT),
         "learning_rate": _FINITE,
         "model": record({"path": TEXT | NULL, "init": TEXT}),
+        "lora": record(
+            {
+                "rank": integer(1, 2**24) | NULL,
+                "alpha": _FINITE,
+                "targets": TEXT | list_of(TEXT, 100),
+                "base": TEXT,
+            }
+        ),
         "data": record(
             {
                 "path": _PATHS | NULL,
@@ -414,7 +422,8 @@ CHECKPOINT = record(
             dict.fromkeys(("params", "optimizer"), _SUMS),
             dict.fromkeys(("loss_scale", "rounding"), _SUMS),
         ),
-    }
+    },
+    {"base": _SUMS | NULL},
 )
 
 # The manifest of an export.

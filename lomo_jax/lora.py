@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from lomo_jax import sharding
 from lomo_jax.errors import UserError, did_you_mean
+from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import Params, match_memory, reshard_like, to_device
 
 ALL = "all"  # as targets: every linear map but these
@@ -80,13 +81,8 @@ class LoRALinear(nnx.Linear):
     def __init__(self, linear: nnx.Linear, rank: int, scale: float, rngs: nnx.Rngs) -> None:
         _copy_attributes(linear, self)
         *stack, inputs, outputs = linear.kernel.shape
-        bound = 1 / math.sqrt(inputs)
         self.scale = scale
-        self.lora_a = nnx.LoRAParam(
-            jax.random.uniform(
-                rngs.params(), (*stack, inputs, rank), jnp.float32, minval=-bound, maxval=bound
-            )
-        )
+        self.lora_a = nnx.LoRAParam(_init_a(rngs.params(), (*stack, inputs, rank)))
         self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, rank, outputs), jnp.float32))
 
     def __call__(self, x_BxTxI: jax.Array, out_sharding: P | None = None) -> jax.Array:
@@ -170,20 +166,23 @@ def abstract(
     return nnx.split(nnx.eval_shape(build, nnx.merge(graphdef, shapes)))
 
 
-def init(graphdef: nnx.GraphDef[Any], shapes: nnx.State, adapters: LoRA, seed: int) -> nnx.State:
+def init(shapes: nnx.State, seed: int) -> nnx.State:
     """Returns the parameters of new adapters alone.
 
     Args:
-      graphdef: See `abstract`.
-      shapes: See `abstract`.
-      adapters: The adapters.
+      shapes: A `jax.ShapeDtypeStruct` for each parameter of a model with adapters.
       seed: Random seed.
     """
-    # XLA drops the zeros: only their shapes are used.
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    model = nnx.merge(graphdef, zeros)
-    add(model, adapters, rngs=nnx.Rngs(seed))
-    return split(nnx.state(model))[0]
+    shapes, _ = split(shapes)
+    leaves, names = jax.tree.leaves(shapes), arrays.names(shapes)
+    key = jax.random.key(seed)
+    new = [
+        _init_a(jax.random.fold_in(key, i), leaf.shape)
+        if "lora_a" in name
+        else jnp.zeros(leaf.shape, leaf.dtype)
+        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), new)
 
 
 def is_adapter(name: str) -> bool:
@@ -236,6 +235,11 @@ def merge(graphdef: nnx.GraphDef[Any], params: nnx.State) -> tuple[nnx.GraphDef[
         if isinstance(linear, LoRALinear):
             _replace(model, path, linear.merged())
     return nnx.split(model)
+
+
+def _init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    bound = 1 / math.sqrt(shape[-2])
+    return jax.random.uniform(key, shape, jnp.float32, minval=-bound, maxval=bound)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -44,6 +44,11 @@ RULES: sharding.Rules = (
     (r"layers/.*/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),
     (r"layers/.*/(o|down)/kernel", P(None, ("tensor", "fsdp"), None)),
     (r"layers/.*/(q|k|v|gate|up)/bias", P(None, "tensor")),
+    # Adapters: `lora_a` like the rows of its kernel, `lora_b` like its columns.
+    (r"layers/.*/(q|k|v|gate|up)/lora_a", P(None, "fsdp", None)),
+    (r"layers/.*/(q|k|v|gate|up)/lora_b", P(None, None, ("tensor", "fsdp"))),
+    (r"layers/.*/(o|down)/lora_a", P(None, ("tensor", "fsdp"), None)),
+    (r"layers/.*/(o|down)/lora_b", P(None, None, "fsdp")),
     (r"output/kernel", P("fsdp", "tensor")),
     (r"scale|bias", P()),
 )

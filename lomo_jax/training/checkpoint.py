@@ -29,6 +29,7 @@ from lomo_jax._schema import CHECKPOINT
 from lomo_jax.errors import CheckpointError
 from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import is_on_host
+from lomo_jax.lora import is_adapter
 from lomo_jax.training import devices
 
 _REMOVAL = 1.0  # seconds that removing a checkpoint may take
@@ -59,6 +60,8 @@ class CheckpointMetadata:
     config: dict[str, Any]  # from `config.to_dict`
     dataset: str  # fingerprint of the documents and tokens; `progress.data` is a position in them
     checksums: dict[str, list[int]]  # item -> checksum of each leaf
+    # Checksum of each frozen parameter, if the checkpoint holds the adapters alone.
+    base: list[int] | None = None
 
 
 class Checkpoints:
@@ -157,7 +160,7 @@ class Checkpoints:
         If writing fails, `warn` is called, and the earlier checkpoints stay.
 
         Args:
-          params: The parameters after `metadata.progress.step` steps.
+          params: The parameters after `metadata.progress.step` steps; of a frozen base none.
           state: The state of the step.
           metadata: The metadata; `save` sets its checksums.
 
@@ -309,7 +312,15 @@ class Checkpoints:
             return self._reader.restore(folder, args=ocp.args.Composite(**args))
 
         def compare() -> None:
-            as_saved = jax.tree.leaves(wanted["params"])[0].dtype == metadata.config["param_dtype"]
+            # Adapters are always float32.
+            dtypes = {
+                leaf.dtype
+                for name, leaf in zip(
+                    arrays.names(wanted["params"]), jax.tree.leaves(wanted["params"]), strict=True
+                )
+                if not is_adapter(name)
+            }
+            as_saved = all(dtype == metadata.config["param_dtype"] for dtype in dtypes)
             for name in wanted:
                 if name == "params" and not as_saved:
                     continue  # converted to another dtype: other bits

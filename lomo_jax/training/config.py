@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optax
 from absl import flags
@@ -29,6 +29,9 @@ from lomo_jax.fused import REMAT_POLICIES, ROUNDINGS, Offload
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.training.step import make_optimizer, make_schedule
 
+if TYPE_CHECKING:  # slow to import
+    from lomo_jax.lora import LoRA
+
 INITS = ("checkpoint", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "xla", "cudnn", "pallas")
@@ -36,6 +39,8 @@ RESUMES = ("auto", "must", "never")
 TOO_LONG = ("cut", "leave_out")
 REPEATED = ("leave_out", "keep")
 SPECIAL_TOKENS = ("parse", "text")
+FROZEN = "frozen"  # as the optimizer of the base: it is not trained
+LINEAR_MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass
@@ -89,11 +94,46 @@ class MeshConfig:
 
 
 @dataclasses.dataclass
+class LoraConfig:
+    """Adapters: with a rank, `optimizer`, `learning_rate` and the like are for them alone."""
+
+    rank: int | None = None  # of each adapter; None: no adapters, all parameters are trained
+    alpha: float = 16.0  # multiplies the output of an adapter, divided by the rank
+    targets: tuple[str, ...] | str = "all"  # or some of q, k, v, o, gate, up, down: "('q', 'v')"
+    rank_stabilized: bool = False  # divides alpha by the root of the rank (rsLoRA)
+    path: str | None = None  # PEFT's folder of adapters to start from; None: new ones
+    base: str = "frozen"  # or the optimizer of all other parameters: "lomo", "adalomo", ...
+    base_learning_rate: float = 5e-3  # the peak of their schedule
+    base_schedule: str | None = None  # None: the same as `schedule`
+    base_warmup: float | None = None  # None: the same as `warmup`
+    base_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)  # as optimizer_kwargs
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, list):
+            self.targets = tuple(self.targets)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether only adapters are trained."""
+        return self.rank is not None and self.base == FROZEN
+
+    def adapters(self) -> "LoRA | None":
+        """Returns the adapters, if there are any."""
+        if self.rank is None:
+            return None
+        from lomo_jax.lora import LoRA
+
+        return LoRA(self.rank, self.alpha, self.targets, self.rank_stabilized)
+
+
+@dataclasses.dataclass
 class Config:
     """One run."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     optimizer: str = "adalomo"  # or "lomo", or any optimizer of optax, such as "adamw"
     optimizer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -140,12 +180,30 @@ class Config:
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """Returns the optimizer, with the schedule."""
-        return make_optimizer(self.optimizer, self.make_schedule(), self.optimizer_kwargs)
+        optimizer = make_optimizer(self.optimizer, self.make_schedule(), self.optimizer_kwargs)
+        lora = self.lora
+        if lora.rank is None or lora.is_frozen:
+            return optimizer
+        from lomo_jax.lora import partition
+
+        schedule = make_schedule(
+            lora.base_schedule or self.schedule,
+            lora.base_learning_rate,
+            self.steps,
+            self.warmup if lora.base_warmup is None else lora.base_warmup,
+        )
+        base = make_optimizer(lora.base, schedule, lora.base_kwargs, field="lora.base")
+        return partition(optimizer, base)
 
     def step_options(self) -> dict[str, Any]:
         """Returns the fields that are options of `step.make_step`, by name."""
         names = ("fused", "microbatches", "clip_norm", "dynamic_loss_scale", "skip_nonfinite")
-        return {name: getattr(self, name) for name in (*names, "rounding", "remat", "offload")}
+        options = {name: getattr(self, name) for name in (*names, "rounding", "remat", "offload")}
+        if not self.lora.is_frozen:
+            return options
+        from lomo_jax.lora import is_adapter
+
+        return options | {"trainable": is_adapter}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -349,8 +407,8 @@ def _run_file(path: Path) -> Any:
 
 def _file_error(path: Path, error: Exception) -> ConfigError:
     """Returns the error, in one line, for a config file that failed."""
-    nodes = {node.__name__: node for node in (Config, ModelConfig, DataConfig, MeshConfig)}
-    nodes |= {node.__name__: node for node in (DecoderConfig, Offload)}
+    classes = (Config, ModelConfig, DataConfig, MeshConfig, LoraConfig, DecoderConfig, Offload)
+    nodes = {node.__name__: node for node in classes}
     keyword = re.search(r"(\w+)\.__init__\(\).* unexpected keyword argument '(\w+)'", str(error))
     if keyword and keyword[1] in nodes:
         fields = typing.get_type_hints(nodes[keyword[1]])
@@ -413,15 +471,34 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
         )
     if not config.fused:
         _refuse_memory_options(config)
+    _check_lora(config.lora)
     config.make_optimizer()
-    for name, value in config.optimizer_kwargs.items():
-        try:
-            json.dumps(value)
-        except TypeError:
+    for field, kwargs in {
+        "optimizer_kwargs": config.optimizer_kwargs,
+        "lora.base_kwargs": config.lora.base_kwargs,
+    }.items():
+        for name, value in kwargs.items():
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise ConfigError(
+                    f"{field}: {name}={value!r} cannot be saved with a checkpoint; give a "
+                    "number, a list or the name, such as 'bfloat16'"
+                ) from None
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    targets = () if lora.targets == "all" else lora.targets
+    for target in (targets,) if isinstance(targets, str) else targets:
+        if target not in LINEAR_MAPS:
             raise ConfigError(
-                f"optimizer_kwargs: {name}={value!r} cannot be saved with a checkpoint; give a "
-                "number, a list or the name, such as 'bfloat16'"
-            ) from None
+                f"lora.targets: {target!r} is not all and not one of {', '.join(LINEAR_MAPS)}"
+                + did_you_mean(target, LINEAR_MAPS)
+            )
+    if lora.rank is None:
+        for name, value in vars(lora).items():
+            if value != getattr(LoraConfig(), name):
+                raise ConfigError(f"lora.{name}: {value!r} needs adapters: set --config.lora.rank")
 
 
 def _check_types(config: Config) -> None:
@@ -542,6 +619,15 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.special_tokens", SPECIAL_TOKENS.__contains__, "one of " + ", ".join(SPECIAL_TOKENS)),
     ("data.eval_documents", _positive, _POSITIVE),
     ("epochs", _positive, _POSITIVE),
+    ("lora.rank", _positive, "1 or more"),
+    ("lora.alpha", _positive, _POSITIVE),
+    ("lora.targets", bool, "all or names of linear maps"),
+    ("lora.base_learning_rate", _positive, _POSITIVE),
+    (
+        "lora.base_warmup",
+        lambda x: _not_negative(x) and (x < 1 or x == round(x)),
+        "a fraction of `steps` below 1, or a whole number of steps",
+    ),
     ("data.eval_fraction", lambda x: 0 < x < 1, "a fraction between 0 and 1, both excluded"),
     ("learning_rate", _positive, _POSITIVE),
     (

@@ -1,8 +1,10 @@
 """`lomo-jax export`: a checkpoint of a run as a Hugging Face directory, with a model card.
 
-    lomo-jax export WORKDIR OUT [--step N]
+    lomo-jax export WORKDIR OUT [--step N] [--merge]
 
 OUT gets weights as safetensors, config, tokenizer and model card. It appears when it is complete.
+Of a run that trains adapters on a frozen base, OUT gets the adapters as files of PEFT; --merge
+writes the whole model instead.
 The run may be in progress: nothing in WORKDIR changes, and no GPU is used. An error is one line.
 """
 
@@ -16,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
+from flax import nnx
 
 import lomo_jax
-from lomo_jax import models, run_files, sharding
-from lomo_jax._json import read_json
-from lomo_jax._schema import RUN_CONFIG
+from lomo_jax import lora, models, peft_files, run_files, sharding
 from lomo_jax.errors import ArgumentParser, CheckpointError, UserError
+from lomo_jax.training import model as model_lib
+from lomo_jax.training.config import FROZEN, ModelConfig, read_config
 
 if TYPE_CHECKING:
     from lomo_jax.training.checkpoint import CheckpointMetadata
@@ -41,12 +43,16 @@ def main(argv: Sequence[str]) -> int:
         "--step",
         help="the step of the checkpoint, or best: the lowest held-out loss; default: last",
     )
+    parser.add_argument(
+        "--merge", action="store_true", help="add the adapters to the base: a whole model"
+    )
     try:
         arguments = parser.parse_args(argv[1:])
         # Reading a checkpoint needs no GPU, and the GPU may be busy with the run.
         jax.config.update("jax_platforms", "cpu")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        step = export(Path(arguments.workdir), Path(arguments.out), _step(arguments.step))
+        workdir, out = Path(arguments.workdir), Path(arguments.out)
+        step = export(workdir, out, _step(arguments.step), merge=arguments.merge)
     except (UserError, OSError) as error:
         if sys.flags.dev_mode:
             raise
@@ -56,22 +62,27 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
+def export(workdir: Path, out: Path, step: int | str | None = None, *, merge: bool = False) -> int:
     """Writes a checkpoint's weights, config, tokenizer and model card to `out`.
 
     Args:
       workdir: The folder of the run.
       out: The directory to write. An earlier export there is replaced when this one is complete.
       step: The step of the checkpoint, "best" for the lowest held-out loss, None for the last one.
+      merge: Whether to write a whole model although the run has trained adapters alone. Their base
+        is read from where the run read it.
 
     Returns:
       The step.
 
     Raises:
       CheckpointError: There is no such run or checkpoint, or it is damaged.
-      UserError: `out` is not an unchanged export, or lies inside a run's folder.
+      UserError: `out` is not an unchanged export, or lies inside a run's folder; the run has no
+        adapters to merge, or their base cannot be read.
     """
-    from lomo_jax.training.checkpoint import read_params  # slow to import: check the paths first
+    # Slow to import: check the paths first.
+    from lomo_jax.training.checkpoint import checksums, read_params
+    from lomo_jax.training.resume import check_same_base
 
     _check_outside_of_runs(out)
     models.check_save_path(out)
@@ -80,21 +91,66 @@ def export(workdir: Path, out: Path, step: int | str | None = None) -> int:
         raise CheckpointError(
             f"{workdir} is not the folder of a run: it has no folder {model.name}"
         )
-    config = models.load_config(model)
-    dtype = jnp.dtype(read_json(workdir / run_files.CONFIG, RUN_CONFIG)["param_dtype"])
+    run = read_config(str(workdir / run_files.CONFIG))
+    if merge and run.lora.rank is None:
+        raise UserError(f"--merge: the run in {workdir} has no adapters; leave it out")
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    graphdef, shapes = models.abstract(config, dtype)
-    shapes = sharding.with_shardings(shapes, models.shardings(config, shapes, mesh))
-    params, metadata = read_params(workdir, step, shapes)
-    card = model_card(metadata, model)
-    models.save(out, graphdef, params, like=model, tokenizer=models.tokenizer(model), card=card)
+    source = ModelConfig(str(model))
+    found = model_lib.abstract(source, run.param_dtype, 1, "xla", mesh=mesh, adapters=run.lora)
+    params, metadata = read_params(workdir, step, found.saved(found.shapes))
+    if merge and found.is_base_frozen:
+        base = model_lib.load_params(run.model, found, seed=run.seed, mesh=mesh)
+        base = lora.split(base)[1]
+        check_same_base(metadata, checksums(base).sums, str(run.model.path))
+        params = nnx.merge_state(params, base)
+        found = found._replace(is_base_frozen=False)
+    tokenizer = models.tokenizer(model)
+    with jax.set_mesh(mesh):
+        write_export(out, found, params, like=model, tokenizer=tokenizer, metadata=metadata)
     return metadata.progress.step
+
+
+def write_export(
+    out: Path,
+    model: model_lib.Model,
+    params: nnx.State,
+    *,
+    like: Path,
+    tokenizer: Any,
+    metadata: CheckpointMetadata,
+) -> None:
+    """Writes adapters as files of PEFT if the base is frozen, otherwise a whole model.
+
+    Args:
+      out: The directory to write.
+      model: The model.
+      params: Its parameters; kernels with adapters are donated.
+      like: See `models.save`.
+      tokenizer: See `models.save`.
+      metadata: The metadata of the run, for the model card.
+    """
+    card = model_card(metadata, like)
+    if model.adapters is not None and model.is_base_frozen:
+        base = metadata.config["model"]["path"]
+        peft_files.save(out, model.config, model.adapters, params, base=base, card=card)
+        return
+    graphdef, params = lora.merge(model.graphdef, params)
+    models.save(out, graphdef, params, like=like, tokenizer=tokenizer, card=card)
 
 
 def _paths(path: Any) -> str:
     if path is None:
         return "unknown"
     return ", ".join(f"`{part}`" for part in ([path] if isinstance(path, str) else path))
+
+
+def _adapter_rows(lora: dict[str, Any]) -> dict[str, str]:
+    targets = lora["targets"]
+    names = targets if isinstance(targets, str) else ", ".join(targets)
+    return {
+        "adapters": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {names}",
+        "base model": lora["base"],
+    }
 
 
 def _held_out(data: dict[str, Any]) -> str:
@@ -120,10 +176,12 @@ def model_card(checkpoint: CheckpointMetadata, original: Path) -> str:
     model, data, optimizer = config["model"], config["data"], config["optimizer"]
     path = model["path"]
     base = path if path and model["init"] != "random" and hub.is_id(path) else None
+    adapters = config["lora"] if config["lora"]["rank"] is not None else None
+    is_peft = adapters is not None and adapters["base"] == FROZEN
     metadata = ModelCardData(
         base_model=base and base.partition("@")[0],
         **_licence(original / "README.md"),
-        library_name="transformers",
+        library_name="peft" if is_peft else "transformers",
         pipeline_tag="text-generation",
         tags=["lomo_jax", optimizer],
     )
@@ -135,17 +193,19 @@ def model_card(checkpoint: CheckpointMetadata, original: Path) -> str:
         "steps": f"{progress.step:,} of {config['steps']:,}, {tokens:,} tokens",
         "batch": f"{config['batch_size']} x {config['sequence_length']} tokens",
         "learning rate": f"{config['learning_rate']:g}, {config['schedule']}",
+        **(_adapter_rows(adapters) if adapters else {}),
         "dtype": config["param_dtype"],
         "lowest held-out loss": None
         if progress.best is None or progress.best_step is None
         else f"{progress.best:.4f}, after step {progress.best_step:,}",
         "skipped updates": progress.skipped or None,
     }
+    how = "fully fine-tuned" if adapters is None else "fine-tuned by adapters (LoRA)"
     title = config["workdir"].rstrip("/").rpartition("/")[2]
     lines = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {title}",
-        f"{source}, fully fine-tuned with {optimizer} by lomo_jax {lomo_jax.__version__}.",
+        f"{source}, {how} with {optimizer} by lomo_jax {lomo_jax.__version__}.",
         "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v)]),
         "The config of the run:",
         f"```json\n{json.dumps(config, indent=2)}\n```",

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import lomo_jax
-from lomo_jax import data, models, run_files
+from lomo_jax import data, lora, models, run_files
 from lomo_jax._json import write_json
 from lomo_jax.errors import (
     CheckpointError,
@@ -32,9 +32,9 @@ from lomo_jax.plan import MemoryPlan
 from lomo_jax.run_files import RunInfo
 from lomo_jax.training import devices, meeting, resume
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress
+from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress, checksums
 from lomo_jax.training.config import Config, ModelConfig, to_dict
-from lomo_jax.training.export import model_card
+from lomo_jax.training.export import write_export
 from lomo_jax.training.log import Display, Evaluation, Recorder, Stopwatch, open_sinks
 from lomo_jax.training.model import Model
 from lomo_jax.training.planning import MemoryGuard, describe, plan_step
@@ -140,8 +140,11 @@ def _set_up(
         source = ModelConfig(path=str(workdir / run_files.MODEL))
     model, tokenizer = _load_model(config, source, mesh, display)
     params: Any = None
-    if checkpoint is None:
-        params = _load_params(config, model, mesh)
+    if checkpoint is None or model.is_base_frozen:
+        adapter_path = config.lora.path if checkpoint is None else None
+        params = _load_params(config, model, mesh, adapter_path)
+    base = lora.split(params)[1] if model.is_base_frozen else None
+    base_sums = None if base is None else checksums(base).sums
     batch = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
     rows, send = devices.local_rows(batch), devices.batch_sender(batch)
     dataset, held_out = _load_dataset(config, tokenizer, model.config.vocab_size, rows, display)
@@ -155,6 +158,7 @@ def _set_up(
     if checkpoint is not None:
         resume.check_steps(checkpoint, settings)
         resume.check_same_dataset(checkpoint, settings, dataset.fingerprint)
+        resume.check_same_base(checkpoint, base_sums, _source_name(config))
     compiled = _compile(config, model, batch, display)
     memory.plan = plan_step(compiled, model)
     display.line("memory", describe(memory.plan))
@@ -167,12 +171,12 @@ def _set_up(
     else:
         display.status("reading the checkpoint")
         progress, params, state = resume.restore(
-            checkpoints, checkpoint, settings, model.shapes, compiled, display
+            checkpoints, checkpoint, settings, model.saved(model.shapes), compiled, display, base
         )
         position = f"the position in the dataset in the checkpoint of step {progress.step}"
         with library_errors_are_the_users(position, "restore the checkpoint"):
             dataset.train.set_state(progress.data)
-    metadata = CheckpointMetadata(progress, settings, dataset.fingerprint, {})
+    metadata = CheckpointMetadata(progress, settings, dataset.fingerprint, {}, base_sums)
     run = Run(
         *(config, model, tokenizer, dataset, held_out, send),
         *(compiled.update, params, state, metadata),
@@ -199,23 +203,35 @@ def _load_model(
         capability=model_lib.compute_capability(),
         mesh=mesh,
         on_host=config.offload.params,
+        adapters=config.lora,
     )
     tokenizer = model_lib.load_tokenizer(source.path, model.config)
     if tokenizer.eos_token_id is None:
         display.warn("neither tokenizer nor model name an end-of-text token: texts have no end")
     model_lib.check_prompt(config.prompt, config.prompt_tokens, tokenizer, model.config)
-    name = _source_name(config.model.path, config.model.init)
-    display.line("model", f"{name}, {_size(model.shapes):,} parameters, {config.param_dtype}")
+    adapters, base = lora.split(model.shapes)
+    size = f"{_size(base):,} parameters, {config.param_dtype}"
+    display.line("model", f"{_source_name(config)}, {size}")
+    if model.adapters is not None:
+        of = f"base: {config.lora.base}"
+        display.line(
+            "adapters", f"rank {model.adapters.rank}, {_size(adapters):,} parameters; {of}"
+        )
     if mesh.size > 1:
         display.line("devices", devices.describe(mesh))
     return model, tokenizer
 
 
 @os_errors_are_the_users()
-def _load_params(config: Config, model: Model, mesh: Mesh) -> nnx.State:
+def _load_params(config: Config, model: Model, mesh: Mesh, adapter_path: str | None) -> nnx.State:
     """Returns the initial weights."""
     return model_lib.load_params(
-        config.model, model, seed=config.seed, on_host=config.offload.params, mesh=mesh
+        config.model,
+        model,
+        seed=config.seed,
+        on_host=config.offload.params,
+        mesh=mesh,
+        adapter_path=adapter_path,
     )
 
 
@@ -261,7 +277,7 @@ def _write_run_files(
 ) -> None:
     settings = run.metadata.config
     info = RunInfo(
-        source=_source_name(settings["model"]["path"], settings["model"]["init"]),
+        source=_source_name(run.config),
         parameters=_size(run.params),
         device=mesh.devices.flat[0].device_kind,
         devices=mesh.size,
@@ -289,8 +305,8 @@ def _write_run_files(
             shutil.copyfile(run.model.folder / "README.md", folder / "README.md")  # for the licence
 
 
-def _source_name(path: str | None, init: str) -> str:
-    return "random weights" if init == "random" else str(path)
+def _source_name(config: Config) -> str:
+    return "random weights" if config.model.init == "random" else str(config.model.path)
 
 
 def _size(params: nnx.State) -> int:
@@ -458,7 +474,7 @@ def continue_prompt(
 
 def _save(run: Run, checkpoints: Checkpoints) -> None:
     run.progress.data = run.dataset.train.get_state()
-    if not checkpoints.save(run.params, run.state, run.metadata):
+    if not checkpoints.save(run.model.saved(run.params), run.state, run.metadata):
         raise NonFiniteError(
             f"a parameter or the optimizer's state is not finite after step {run.progress.step}: "
             "the run stopped, and saved and exported nothing; lower learning_rate "
@@ -486,12 +502,11 @@ def _report_stop(display: Display, step: int, saved: int | None, workdir: str) -
 
 @os_errors_are_the_users()
 def _export(run: Run, folder: Path) -> None:
-    original = folder.parent / run_files.MODEL
-    models.save(
+    write_export(
         folder,
-        run.model.graphdef,
+        run.model,
         run.params,
-        like=original,
+        like=folder.parent / run_files.MODEL,
         tokenizer=run.tokenizer,
-        card=model_card(run.metadata, original),
+        metadata=run.metadata,
     )

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from lomo_jax import models, run_files, sharding
+from lomo_jax import lora, models, peft_files, run_files, sharding
+from lomo_jax._json import read_json
 from lomo_jax.data import resolve
-from lomo_jax.errors import ConfigError
+from lomo_jax.errors import ConfigError, UserError
+from lomo_jax.lora import LoRA
 from lomo_jax.losses import Metrics, next_token_loss
-from lomo_jax.training.config import ModelConfig
+from lomo_jax.training.config import LoraConfig, ModelConfig
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +30,8 @@ class Model(NamedTuple):
     graphdef: nnx.GraphDef[models.Decoder]
     shapes: nnx.State  # of its weights: jax.ShapeDtypeStruct, with shardings if there is a mesh
     folder: Path | None = None  # of its config.json and tokenizer, if it comes from one
+    adapters: LoRA | None = None
+    is_base_frozen: bool = False  # only the adapters are trained
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
         """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight."""
@@ -46,6 +50,10 @@ class Model(NamedTuple):
             loss += self.config.router_loss * balance
         return loss, metrics
 
+    def saved(self, params: nnx.State) -> nnx.State:
+        """Returns the parameters that a checkpoint holds: the adapters alone of a frozen base."""
+        return lora.split(params)[0] if self.is_base_frozen else params
+
 
 def abstract(
     source: ModelConfig,
@@ -56,6 +64,7 @@ def abstract(
     capability: tuple[int, int] | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     on_host: bool = False,
+    adapters: LoraConfig | None = None,
 ) -> Model:
     """Builds the model without reading or computing weights.
 
@@ -67,6 +76,7 @@ def abstract(
       capability: The compute capability of the NVIDIA GPU to run on, None for another device.
       mesh: The devices to run on; None for the default device.
       on_host: Whether the weights are in host memory; ignored without a mesh.
+      adapters: The adapters to add, if any.
 
     Raises:
       ConfigError: The model is too short for `sequence_length`, or the model or the GPU does not
@@ -89,6 +99,12 @@ def abstract(
             "--config.param_dtype=float16 --config.dynamic_loss_scale=true"
         )
     graphdef, shapes = models.abstract(shape, jnp.dtype(param_dtype), attention)
+    adapters = adapters or LoraConfig()
+    if (added := adapters.adapters()) is not None:
+        try:
+            graphdef, shapes = lora.abstract(graphdef, shapes, added)
+        except UserError as error:
+            raise ConfigError(f"lora.targets: {error}") from None
     if mesh is not None:
         try:
             shardings = models.shardings(shape, shapes, mesh)
@@ -97,7 +113,7 @@ def abstract(
         if on_host:
             shardings = jax.tree.map(lambda x: x.with_memory_kind("pinned_host"), shardings)
         shapes = sharding.with_shardings(shapes, shardings)
-    return Model(shape, graphdef, shapes, folder)
+    return Model(shape, graphdef, shapes, folder, added, adapters.is_frozen)
 
 
 def download(source: ModelConfig) -> None:
@@ -113,6 +129,7 @@ def load_params(
     seed: int = 0,
     on_host: bool = False,
     mesh: Mesh | None = None,
+    adapter_path: str | None = None,
 ) -> nnx.State:
     """Reads the weights of the checkpoint, or draws random ones.
 
@@ -122,10 +139,39 @@ def load_params(
       seed: The seed of random weights.
       on_host: Whether to put the weights in host memory; a device never holds all of them.
       mesh: The devices to shard the weights over; None for the default device.
+      adapter_path: The folder of the adapters; None: new ones.
 
     Raises:
       UserError: The checkpoint or one of its files does not exist, is damaged or is not supported.
     """
+    base = _load_base(source, model, seed=seed, on_host=on_host, mesh=mesh)
+    if model.adapters is None:
+        return base
+    return nnx.merge_state(_load_adapters(adapter_path, model, seed), base)
+
+
+def _load_adapters(path: str | None, model: Model, seed: int) -> nnx.State:
+    """Returns adapters from a folder, or new ones."""
+    assert model.adapters is not None
+    shapes, _ = lora.split(model.shapes)
+    if path is None:
+        adapters = jax.jit(lambda: lora.init(shapes, seed))()
+    else:
+        found, adapters = peft_files.load(path, model.config)
+        same = jax.tree.map(jnp.shape, adapters) == jax.tree.map(jnp.shape, shapes)
+        if not same or found.scale != model.adapters.scale:
+            raise ConfigError(
+                f"lora.path: {path} has adapters of rank {found.rank}, alpha {found.alpha:g} and "
+                f"rank_stabilized={found.rank_stabilized} on {', '.join(found.targets)}; set the "
+                "fields of lora to these values"
+            )
+    return jax.tree.map(lambda x, shape: jax.device_put(x, shape.sharding), adapters, shapes)
+
+
+def _load_base(
+    source: ModelConfig, model: Model, *, seed: int, on_host: bool, mesh: Mesh | None
+) -> nnx.State:
+    """Returns the parameters without adapters."""
     dtype = jax.tree.leaves(model.shapes)[0].dtype
     if source.init == "random":
         return models.init_layer_by_layer(model.config, seed, dtype, on_host=on_host, mesh=mesh)
@@ -133,9 +179,14 @@ def load_params(
     run = _find_run(source.path)
     if run is None:
         return models.load(resolve(source.path), dtype, on_host=on_host, mesh=mesh)[1]
+    if read_json(run[0] / run_files.CONFIG).get("lora", {}).get("rank") is not None:
+        raise UserError(
+            f"{source.path} is a run with adapters; start from a whole model, which "
+            f"lomo-jax export --merge {run[0]} OUT writes"
+        )
     from lomo_jax.training import checkpoint  # slow to import, and not needed for a plan
 
-    return checkpoint.read_params(*run, model.shapes)[0]
+    return checkpoint.read_params(*run, lora.split(model.shapes)[1])[0]
 
 
 def load_tokenizer(path: str | None, shape: models.DecoderConfig) -> PreTrainedTokenizerBase:

@@ -274,6 +274,7 @@ def _abstract_model(config: Config, gpu: GPU, mesh: Mesh | AbstractMesh) -> Mode
         config.attention,
         capability=gpu.compute_capability,
         mesh=mesh,
+        adapters=config.lora,
     )
 
 

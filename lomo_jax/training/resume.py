@@ -38,9 +38,12 @@ IDENTITY_FIELDS = (
     *("model", "optimizer", "optimizer_kwargs", "param_dtype", "seed"),
     *("batch_size", "sequence_length", "data.eval_fraction", "data.eval_documents"),
     *("data.packing", "data.too_long", "data.repeated"),
+    *("lora.rank", "lora.alpha", "lora.targets", "lora.rank_stabilized"),
+    *("lora.base", "lora.base_kwargs"),
 )
 # Changes of these are not logged: they do not affect the result.
 SILENT_FIELDS = (
+    "lora.path",
     *("workdir", "resume", "wandb", "data.path", "data.validation_path", "data.format"),
     *("data.text_key", "data.template", "data.train_on", "data.special_tokens"),
 )
@@ -197,6 +200,21 @@ def check_same_dataset(
     )
 
 
+def check_same_base(metadata: CheckpointMetadata, base: list[int] | None, model: str) -> None:
+    """Raises ConfigError if the frozen weights are not those that the adapters were trained on.
+
+    Args:
+      metadata: The metadata of the checkpoint.
+      base: The checksums of the frozen weights.
+      model: Where they are from.
+    """
+    if metadata.base != base:
+        raise ConfigError(
+            f"model.path: the weights of {model} are not those that the run started from; restore "
+            "them, or use another --config.workdir"
+        )
+
+
 def restore(
     checkpoints: Checkpoints,
     metadata: CheckpointMetadata,
@@ -204,6 +222,7 @@ def restore(
     params: nnx.State,
     step: CompiledStep,
     display: Display,
+    base: nnx.State | None = None,
 ) -> tuple[Progress, nnx.State, lomo_jax.StepState]:
     """Reads a checkpoint, or the last intact one before it, and logs changes of the config.
 
@@ -211,9 +230,10 @@ def restore(
       checkpoints: The checkpoints of the workdir.
       metadata: The metadata from `find_checkpoint`.
       config: The config of the run, from `config.to_dict`.
-      params: The parameters as `jax.ShapeDtypeStruct` with shardings.
+      params: The parameters in the checkpoint as `jax.ShapeDtypeStruct` with shardings.
       step: The step, which initialises the parts of its state that the checkpoint lacks.
       display: Logs the changes and warns about damaged checkpoints.
+      base: The parameters that the checkpoint lacks, if it holds adapters alone.
 
     Returns:
       The progress, the parameters and the state of the step.
@@ -224,6 +244,8 @@ def restore(
     while True:
         try:
             restored, state = checkpoints.restore(metadata, params, step.state)
+            if base is not None:
+                restored = nnx.merge_state(restored, base)
             break
         except CheckpointError as error:
             display.warn(f"{error}; trying the previous one")
@@ -261,7 +283,7 @@ def _differences(saved: dict[str, Any], config: dict[str, Any]) -> dict[str, tup
             if (
                 isinstance(old, dict)
                 and isinstance(new, dict)
-                and key not in ("optimizer_kwargs", "path")
+                and key not in ("optimizer_kwargs", "base_kwargs", "path")
             ):
                 yield from compare(old, new, f"{name}.")
             elif _absolute(name, old) != _absolute(name, new):

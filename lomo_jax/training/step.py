@@ -71,7 +71,10 @@ def learning_rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
 
 
 def make_optimizer(
-    name: str, learning_rate: optax.ScalarOrSchedule, kwargs: Mapping[str, Any]
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    kwargs: Mapping[str, Any],
+    field: str = "optimizer",
 ) -> optax.GradientTransformation:
     """Builds an optimizer by its name.
 
@@ -79,6 +82,7 @@ def make_optimizer(
       name: "adalomo", "lomo" or an optimizer of optax.
       learning_rate: A float, or a schedule.
       kwargs: The optimizer's other arguments.
+      field: The field of the config that has the name, for errors.
 
     Returns:
       The optimizer.
@@ -89,20 +93,21 @@ def make_optimizer(
     known = _optimizers()
     if name not in known:
         raise ConfigError(
-            f"optimizer: {name!r} is not adalomo, lomo or an optimizer of optax, such as adamw"
+            f"{field}: {name!r} is not adalomo, lomo or an optimizer of optax, such as adamw"
             + did_you_mean(name, known)
         )
+    kwargs_field = f"{field}_kwargs"
     arguments = list(inspect.signature(known[name]).parameters)[1:]  # without learning_rate
     for argument in kwargs:
         if argument not in arguments:
             raise ConfigError(
-                f"optimizer_kwargs: {name} takes no {argument!r}"
+                f"{kwargs_field}: {name} takes no {argument!r}"
                 + (did_you_mean(argument, arguments) or f"; it takes {', '.join(arguments)}")
             )
     try:
         return known[name](learning_rate, **kwargs)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer_kwargs: {name} refuses {dict(kwargs)}: {error}") from error
+        raise ConfigError(f"{kwargs_field}: {name} refuses {dict(kwargs)}: {error}") from error
 
 
 def _optimizers() -> dict[str, Any]:

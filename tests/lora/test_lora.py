@@ -10,7 +10,7 @@ from flax import nnx
 from helpers import llama_loss, normal, quick_jit, tiny_llama
 
 import lomo_jax
-from lomo_jax import lora, models
+from lomo_jax import lora, models, sharding
 from lomo_jax.errors import UserError
 from lomo_jax.fused import arrays
 
@@ -226,3 +226,25 @@ def test_mistakes_are_one_line(rank, targets, message):
     with pytest.raises(UserError, match=message) as error:
         lora.add(model, lora.LoRA(rank, 16, targets), rngs=nnx.Rngs(1))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_eight_devices_compute_what_one_does(sizes, standard_promotion, assert_close):
+    graphdef, params = adapted_llama(targets=("q", "o", "down"), num_layers=2)
+    tokens = np.tile(TOKENS_BxT[0], (2, 1))
+    tx = lora.partition(optax.adamw(1e-3), lomo_jax.lomo(0.1))
+    step = lomo_jax.fused_step(llama_loss(graphdef), tx, has_aux=True)
+    one = quick_jit(step)(params, step.init(params, tokens), tokens)
+    mesh = sharding.make_mesh(*sizes)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, models.shardings(tiny_llama(num_layers=2), params, mesh))
+        state = quick_jit(step.init)(sharded, tokens)
+        eight = quick_jit(step)(sharded, state, tokens)
+    assert_close(eight[2].loss, one[2].loss)
+    for name, found, old in zip(
+        arrays.names(params), jax.tree.leaves(eight[0]), jax.tree.leaves(sharded), strict=True
+    ):
+        assert found.sharding.is_equivalent_to(old.sharding, old.ndim), name
+    new, expected = (lora.split(tree[0]) for tree in (eight, one))
+    assert_close(new[1], expected[1])
+    chex.assert_trees_all_close(new[0], expected[0], atol=1e-4)  # Adam: a sign of a tiny gradient
