@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,12 +25,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lomo_jax import sharding
-from lomo_jax.errors import UserError, did_you_mean
+from lomo_jax._linear_maps import ALL, copy_attributes, find, linear_maps, replace
+from lomo_jax.errors import UserError
 from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import Params, match_memory, reshard_like, to_device
 
-ALL = "all"  # as targets: every linear map but these
-_NOT_IN_ALL = ("output", "head", "lm_head", "router")
 _ADAPTERS = ("lora_a", "lora_b")
 
 
@@ -79,7 +77,7 @@ class LoRALinear(nnx.Linear):
     """
 
     def __init__(self, linear: nnx.Linear, rank: int, scale: float, rngs: nnx.Rngs) -> None:
-        _copy_attributes(linear, self)
+        copy_attributes(linear, self)
         *stack, inputs, outputs = linear.kernel.shape
         self.scale = scale
         self.lora_a = nnx.LoRAParam(_init_a(rngs.params(), (*stack, inputs, rank)))
@@ -101,9 +99,11 @@ class LoRALinear(nnx.Linear):
     def merged(self) -> nnx.Linear:
         """Returns the linear map without an adapter that computes the same; donates the kernel."""
         linear = nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
-        _copy_attributes(self, linear)
+        copy_attributes(self, linear)
         for name in (*_ADAPTERS, "scale"):
             delattr(linear, name)
+        if not isinstance(self.kernel, nnx.Param):
+            raise UserError("the kernels are quantised: merge the adapters into the original model")
         parts = self.kernel[...], self.lora_a[...], self.lora_b[...]
         linear.kernel = nnx.Param(_add_adapter(*parts, self.scale))
         return linear
@@ -141,8 +141,8 @@ def add(model: nnx.Module, adapters: LoRA, *, rngs: nnx.Rngs) -> None:
       scan of 4 layers  0.000122 MiB  one layer of layers/lora_a/value, layers/lora_b/value
       At most 0.000122 MiB of gradient exist together; the trainable parameters are 0.000488 MiB.
     """
-    for path, linear in _targets(model, adapters.targets):
-        _replace(model, path, LoRALinear(linear, adapters.rank, adapters.scale, rngs))
+    for path, linear in find(model, adapters.targets):
+        replace(model, path, LoRALinear(linear, adapters.rank, adapters.scale, rngs))
 
 
 def abstract(
@@ -231,9 +231,9 @@ def merge(graphdef: nnx.GraphDef[Any], params: nnx.State) -> tuple[nnx.GraphDef[
         ones take their memory.
     """
     model = nnx.merge(graphdef, params)
-    for path, linear in _linears(model).items():
+    for path, linear in linear_maps(model).items():
         if isinstance(linear, LoRALinear):
-            _replace(model, path, linear.merged())
+            replace(model, path, linear.merged())
     return nnx.split(model)
 
 
@@ -257,53 +257,3 @@ def _add_adapter(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) ->
     a_IxR, b_RxO = (sharding.gather(x.astype(jnp.float32)) for x in (a_IxR, b_RxO))
     wide = kernel_IxO.astype(jnp.float32) + scale * reshard_like(a_IxR @ b_RxO, kernel_IxO)
     return match_memory(wide.astype(kernel.dtype), kernel)
-
-
-def _linears(model: nnx.Module) -> dict[tuple[Any, ...], nnx.Linear]:
-    """Returns the linear maps of a model by their path."""
-    return {
-        path: module for path, module in nnx.iter_modules(model) if isinstance(module, nnx.Linear)
-    }
-
-
-def _targets(
-    model: nnx.Module, targets: Sequence[str] | str
-) -> list[tuple[tuple[Any, ...], nnx.Linear]]:
-    """Returns the paths and the linear maps that `targets` names."""
-    linears = _linears(model)
-    names = {path: _name(path) for path in linears}
-    if targets == ALL:
-        chosen = set(names.values()) - set(_NOT_IN_ALL)
-    else:
-        chosen = {targets} if isinstance(targets, str) else set(targets)
-    known = sorted(set(names.values()))
-    for name in sorted(chosen) or ["to adapt"]:
-        if name not in known:
-            raise UserError(
-                f"the model has no linear map {name}"
-                + (did_you_mean(name, known) or f"; it has {', '.join(known) or 'none'}")
-            )
-    return [(path, linear) for path, linear in linears.items() if names[path] in chosen]
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    """Returns the name of the attribute that holds a module, or holds the list of it."""
-    return next((part for part in reversed(path) if isinstance(part, str)), "")
-
-
-def _replace(model: nnx.Module, path: tuple[Any, ...], new: nnx.Module) -> None:
-    """Puts a module in the place of the one at `path`."""
-    parent: Any = model
-    *parents, last = path
-    for part in parents:
-        parent = getattr(parent, part) if isinstance(part, str) else parent[part]
-    if isinstance(last, str):
-        setattr(parent, last, new)
-    else:
-        parent[last] = new
-
-
-def _copy_attributes(source: nnx.Module, target: nnx.Module) -> None:
-    for name, value in vars(source).items():
-        if not name.startswith("_pytree"):
-            setattr(target, name, value)

@@ -33,10 +33,15 @@ from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.embedding import EMBEDDING, look_up
 from lomo_jax.models.experts import Load, balance
 from lomo_jax.models.layers import NORMAL, Context, Layer, Norm, linear, multiply
+from lomo_jax.quantize import quantize_kernels
 
 # How `sharding.shardings` shards the parameters. A block's first matrices are split along their
 # outputs (whole heads, columns of the MLP), its last matrix along its inputs (Megatron).
 RULES: sharding.Rules = (
+    # Quantised kernels, [L, O, I / 2] and [L, O, I / 64]; see `lomo_jax.quantize`.
+    (r"kernel/absmax_", P()),
+    (r"(q|k|v|gate|up)/kernel/(codes|absmax)", P(None, ("tensor", "fsdp"))),
+    (r"(o|down)/kernel/(codes|absmax)", P(None, "fsdp")),
     (r"embedding", EMBEDDING),
     (r"layers/.*/router/kernel", P(None, "fsdp", None)),
     (r"layers/.*/experts/(gate|up)/kernel", P(None, None, "fsdp", "tensor")),
@@ -256,6 +261,7 @@ def abstract(
     param_dtype: DTypeLike = jnp.float32,
     attention: str = "xla",
     source: str | None = None,
+    quantized: str = "none",
 ) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     """Returns the structure of a model without allocating its parameters.
 
@@ -264,6 +270,7 @@ def abstract(
       param_dtype: The dtype of all parameters.
       attention: "xla", "cudnn" or "pallas"; see `Decoder`.
       source: The Hugging Face directory of the weights; see `Decoder`.
+      quantized: "int8" or "nf4" for the kernels of the layers; see `lomo_jax.quantize`.
 
     Returns:
       `(graphdef, params)` as from `nnx.split`, with a `jax.ShapeDtypeStruct` for each array.
@@ -272,7 +279,13 @@ def abstract(
       UserError: The config is not valid.
     """
     options = {"param_dtype": param_dtype, "attention": attention, "source": source}
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, **options, rngs=nnx.Rngs(0))))
+
+    def build() -> Decoder:
+        decoder = Decoder(config, **options, rngs=nnx.Rngs(0))
+        quantize_kernels(decoder, quantized)
+        return decoder
+
+    return nnx.split(nnx.eval_shape(build))
 
 
 def shardings(config: DecoderConfig, params: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:

@@ -228,9 +228,13 @@ def _dot_gathered(
     batch, length, width = x_BxTxI.shape
     first, _, last = arrays.partition_spec(x_BxTxI)
     rows = arrays.explicit_sharding(x_BxTxI, P(first, last))
+    kernel_IxO = sharding.gather(kernel_IxO)
+    spec = arrays.partition_spec(kernel_IxO)
+    if spec[0] != last:  # it was dequantised, which needs whole rows
+        kernel_IxO = jax.sharding.reshard(kernel_IxO, P(last, spec[1]))
     y_NxO = jax.lax.dot(
         jax.lax.reshape(x_BxTxI, (batch * length, width), out_sharding=rows),
-        sharding.gather(kernel_IxO),
+        kernel_IxO,
         out_sharding=out_sharding and P(first, out_sharding[-1]),
         **kwargs,
     )

@@ -25,6 +25,7 @@ def load(
     attention: str = "xla",
     on_host: bool = False,
     mesh: Mesh | None = None,
+    quantized: str = "none",
 ) -> tuple[nnx.GraphDef[Decoder], nnx.State]:
     """Reads a model of any family of `lomo_jax.models.FAMILIES`.
 
@@ -41,6 +42,8 @@ def load(
         tensor.
       mesh: A mesh from `lomo_jax.sharding.make_mesh` to shard the parameters over, by
         `lomo_jax.models.RULES`. Default: the default device.
+      quantized: "int8" or "nf4" to quantise the kernels of the layers, one tensor at a time; see
+        `lomo_jax.quantize`.
 
     Returns:
       `(graphdef, params)` as from `nnx.split` of a `Decoder`: `nnx.merge(graphdef, params)(tokens)`
@@ -51,9 +54,10 @@ def load(
         not supported.
     """
     path = local_path(path, weights=True)
-    config, params = _format(path).load(path, param_dtype, on_host=on_host, mesh=mesh)
+    placement = {"on_host": on_host, "mesh": mesh, "quantized": quantized}
+    config, params = _format(path).load(path, param_dtype, **placement)
     source = str(path) if path.is_dir() else None
-    return abstract(config, param_dtype, attention, source)[0], params
+    return abstract(config, param_dtype, attention, source, quantized)[0], params
 
 
 def load_config(path: str | os.PathLike[str]) -> DecoderConfig:

@@ -17,11 +17,13 @@ from jax.typing import DTypeLike
 
 from lomo_jax import sharding
 from lomo_jax.errors import UserError
+from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import reshard_like
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.decoder import abstract, init, shardings
 from lomo_jax.models.families import Layout
 from lomo_jax.models.layers import Layer
+from lomo_jax.quantize import Matrix, quantize
 
 
 class Tensor(NamedTuple):
@@ -61,6 +63,7 @@ def assemble(
     source: str,
     on_host: bool = False,
     mesh: Mesh | None = None,
+    quantized: str = "none",
 ) -> nnx.State:
     """Reads tensors one by one into stacked parameters.
 
@@ -74,6 +77,7 @@ def assemble(
       source: The checkpoint's name in error messages.
       on_host: Whether to place the parameters in host memory instead of device memory.
       mesh: The devices to shard the parameters over. Default: the default device.
+      quantized: See `decoder.abstract`.
 
     Returns:
       The parameters, as from `nnx.split` of a `Decoder`.
@@ -90,22 +94,69 @@ def assemble(
             "use the config that belongs to the weights"
         )
     params = _shapes(config, param_dtype, mesh)
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, names = jax.tree.leaves(params), arrays.names(params)
     places = _places(config, params, layout)
     _check(places, found, source)
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        arrays = [_zeros(leaf, on_host=on_host) for leaf in leaves]
+        stacks = _Stacks(config, param_dtype, quantized, on_host, mesh)
         for name, tensor in found.items():
             whole, start = tensor.read(), 0
             for place in places[name]:
                 rows = place.from_file(whole[start : start + place.shape[0]])
                 start += place.shape[0]
-                read = _shard(rows, leaves[place.leaf], place)
-                filled = _fill(arrays[place.leaf], read, place.index, transposed=place.transposed)
-                # Dispatch is asynchronous: without a wait, tensors read ahead would pile up in
-                # memory.
-                arrays[place.leaf] = filled.block_until_ready()
-    return jax.tree.unflatten(treedef, arrays)
+                name_of_leaf = names[place.leaf]
+                whole_matrix = stacks.is_quantized(name_of_leaf)
+                read = _shard(rows, leaves[place.leaf], place, replicated=whole_matrix)
+                stacks.fill(name_of_leaf, read, place.index, transposed=place.transposed)
+        return stacks.params()
+
+
+class _Stacks:
+    """The parameters of a model, filled in place one tensor at a time."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        param_dtype: DTypeLike,
+        quantized: str,
+        on_host: bool,
+        mesh: Mesh | None,
+    ) -> None:
+        shapes = _shapes(config, param_dtype, mesh, quantized)
+        self._kind, self._treedef = quantized, jax.tree.structure(shapes)
+        self._arrays = {
+            name: _zeros(leaf, on_host=on_host)
+            for name, leaf in zip(arrays.names(shapes), jax.tree.leaves(shapes), strict=True)
+        }
+
+    def is_quantized(self, name: str) -> bool:
+        """Returns whether a parameter of a model of floats is stored in fewer bits."""
+        return name not in self._arrays
+
+    def fill(self, name: str, tensor: Any, index: tuple[int, ...], *, transposed: bool) -> None:
+        """Writes a tensor to a stack.
+
+        Args:
+          name: The name of the parameter in a model of floats.
+          tensor: The tensor.
+          index: See `_Place`.
+          transposed: Whether the tensor is a transposed kernel, as in files.
+        """
+        if not self.is_quantized(name):
+            parts = {name: tensor}
+        else:
+            matrix = _quantize(self._kind, tensor, transposed=transposed).named()
+            kernel = name.removesuffix("/value")
+            parts = {f"{kernel}/{part}/value": x for part, x in matrix.items()}
+            transposed = False
+        for part, x in parts.items():
+            filled = _fill(self._arrays[part], x, index, transposed=transposed)
+            # Dispatch is asynchronous: without a wait, tensors read ahead would pile up in memory.
+            self._arrays[part] = filled.block_until_ready()
+
+    def params(self) -> nnx.State:
+        """Returns the parameters."""
+        return jax.tree.unflatten(self._treedef, list(self._arrays.values()))
 
 
 def disassemble(
@@ -113,6 +164,8 @@ def disassemble(
 ) -> Iterator[Tensor]:
     """Yields the tensors of a checkpoint, layer by layer; the inverse of `assemble`."""
     leaves = jax.tree.leaves(params)
+    if any(name.removesuffix("/value").endswith("/codes") for name in arrays.names(params)):
+        raise UserError("a quantised model cannot be saved: save the original one")
 
     def read(places: list[_Place]) -> np.ndarray:
         rows = [
@@ -153,6 +206,7 @@ def init_layer_by_layer(
     *,
     on_host: bool = False,
     mesh: Mesh | None = None,
+    quantized: str = "none",
 ) -> nnx.State:
     """Returns the same weights as `init`; besides them, a device holds at most one layer.
 
@@ -162,35 +216,34 @@ def init_layer_by_layer(
       param_dtype: The parameters' dtype.
       on_host: Whether to place the parameters in host memory instead of device memory.
       mesh: The devices to shard the parameters over. Default: the default device.
+      quantized: See `decoder.abstract`.
 
     Returns:
       The parameters, as from `nnx.split` of a `Decoder`.
     """
-    leaves, treedef = jax.tree.flatten(_shapes(config, param_dtype, mesh))
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         # The parameters outside the layers do not depend on the number of layers.
         _, single = init(config.with_layers(1), seed, param_dtype)
-        arrays, stacked = [], []
-        for index, (keys, leaf) in enumerate(jax.tree.leaves_with_path(single)):
-            array = _zeros(leaves[index], on_host=on_host)
-            if _is_stacked(keys):
-                stacked.append(index)
+        stacks, stacked = _Stacks(config, param_dtype, quantized, on_host, mesh), []
+        for name, leaf in zip(arrays.names(single), jax.tree.leaves(single), strict=True):
+            if name.startswith("layers/"):
+                stacked.append(name)
             else:
-                array = _fill(array, leaf, (), transposed=False)
-            arrays.append(array)
+                stacks.fill(name, leaf, (), transposed=False)
         rngs = nnx.Rngs(jax.random.key(seed))
         rngs.params()  # Decoder uses the first key for the embedding
         for layer, key in enumerate(jax.random.split(rngs.params(), config.num_layers)):
             tensors = jax.tree.leaves(_init_layer(config, param_dtype, key))
-            for index, tensor in zip(stacked, tensors, strict=True):
-                filled = _fill(arrays[index], tensor, (layer,), transposed=False)
-                arrays[index] = filled.block_until_ready()
-    return jax.tree.unflatten(treedef, arrays)
+            for name, tensor in zip(stacked, tensors, strict=True):
+                stacks.fill(name, tensor, (layer,), transposed=False)
+        return stacks.params()
 
 
-def _shapes(config: DecoderConfig, param_dtype: DTypeLike, mesh: Mesh | None) -> nnx.State:
+def _shapes(
+    config: DecoderConfig, param_dtype: DTypeLike, mesh: Mesh | None, quantized: str = "none"
+) -> nnx.State:
     """Returns the parameters as `jax.ShapeDtypeStruct`, with shardings if there is a mesh."""
-    _, params = abstract(config, param_dtype)
+    _, params = abstract(config, param_dtype, quantized=quantized)
     return (
         params if mesh is None else sharding.with_shardings(params, shardings(config, params, mesh))
     )
@@ -270,14 +323,25 @@ def _zeros(leaf: jax.ShapeDtypeStruct, *, on_host: bool) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, place, zeros)
 
 
-def _shard(tensor: np.ndarray, leaf: jax.ShapeDtypeStruct, place: _Place) -> Any:
-    """Copies to each device its shard of a tensor."""
+def _shard(
+    tensor: np.ndarray, leaf: jax.ShapeDtypeStruct, place: _Place, *, replicated: bool
+) -> Any:
+    """Copies to each device its shard of a tensor, or all of it."""
     if leaf.sharding is None:
         return tensor
+    if replicated:
+        everywhere = NamedSharding(leaf.sharding.mesh, P())
+        return jax.make_array_from_callback(tensor.shape, everywhere, lambda index: tensor[index])
     spec = leaf.sharding.spec
     spec = (*spec, *(None,) * (leaf.ndim - len(spec)))[len(place.index) :]
     placed = NamedSharding(leaf.sharding.mesh, P(*(spec[::-1] if place.transposed else spec)))
     return jax.make_array_from_callback(tensor.shape, placed, lambda index: tensor[index])
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="transposed")
+def _quantize(kind: str, tensor: jax.Array, *, transposed: bool) -> Matrix:
+    tensor = sharding.replicate(tensor)
+    return quantize(kind, tensor if transposed else tensor.T)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="transposed")

@@ -40,6 +40,7 @@ TOO_LONG = ("cut", "leave_out")
 REPEATED = ("leave_out", "keep")
 SPECIAL_TOKENS = ("parse", "text")
 FROZEN = "frozen"  # as the optimizer of the base: it is not trained
+QUANTIZED = ("none", "int8", "nf4")
 LINEAR_MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -102,6 +103,7 @@ class LoraConfig:
     targets: tuple[str, ...] | str = "all"  # or some of q, k, v, o, gate, up, down: "('q', 'v')"
     rank_stabilized: bool = False  # divides alpha by the root of the rank (rsLoRA)
     path: str | None = None  # PEFT's folder of adapters to start from; None: new ones
+    quantize: str = "none"  # or "int8", "nf4": the linear maps of a frozen base in 8 or 4 bits
     base: str = "frozen"  # or the optimizer of all other parameters: "lomo", "adalomo", ...
     base_learning_rate: float = 5e-3  # the peak of their schedule
     base_schedule: str | None = None  # None: the same as `schedule`
@@ -135,8 +137,11 @@ class Config:
 
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
-    optimizer: str = "adalomo"  # or "lomo", or any optimizer of optax, such as "adamw"
+    optimizer: str = "adalomo"  # or "lomo", or any optimizer of optax or optax.contrib: "adamw"
     optimizer_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # What a weight decay is for: "matrices" (not norms, biases and embeddings), "all", or a regular
+    # expression that is searched in a parameter's name, such as "layers/.*/kernel".
+    decay_mask: str = "matrices"
     learning_rate: float = 1e-3  # the peak of the schedule
     schedule: str = "cosine"  # or "linear", both to 0 at the end of the run, or "constant"
     warmup: float = 0.03  # below 1 a fraction of `steps`, from 1 on a number of steps
@@ -180,7 +185,12 @@ class Config:
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """Returns the optimizer, with the schedule."""
-        optimizer = make_optimizer(self.optimizer, self.make_schedule(), self.optimizer_kwargs)
+        optimizer = make_optimizer(
+            self.optimizer,
+            self.make_schedule(),
+            self.optimizer_kwargs,
+            decay_mask=self.decay_mask,
+        )
         lora = self.lora
         if lora.rank is None or lora.is_frozen:
             return optimizer
@@ -192,7 +202,13 @@ class Config:
             self.steps,
             self.warmup if lora.base_warmup is None else lora.base_warmup,
         )
-        base = make_optimizer(lora.base, schedule, lora.base_kwargs, field="lora.base")
+        base = make_optimizer(
+            lora.base,
+            schedule,
+            lora.base_kwargs,
+            field="lora.base",
+            decay_mask=self.decay_mask,
+        )
         return partition(optimizer, base)
 
     def step_options(self) -> dict[str, Any]:
@@ -499,6 +515,11 @@ def _check_lora(lora: LoraConfig) -> None:
         for name, value in vars(lora).items():
             if value != getattr(LoraConfig(), name):
                 raise ConfigError(f"lora.{name}: {value!r} needs adapters: set --config.lora.rank")
+    elif lora.quantize != "none" and not lora.is_frozen:
+        raise ConfigError(
+            f"lora.base: {lora.base!r} cannot train a quantised base, lora.quantize="
+            f"{lora.quantize!r}; set lora.base=frozen or lora.quantize=none"
+        )
 
 
 def _check_types(config: Config) -> None:
@@ -607,6 +628,13 @@ def _is_unicode(value: str) -> bool:
     return value.encode(errors="replace").decode() == value  # a shell may pass other bytes
 
 
+def _is_pattern(value: str) -> bool:
+    try:
+        return re.compile(value) is not None
+    except re.error:
+        return False
+
+
 _POSITIVE = "a positive number"
 _NOT_NEGATIVE = "0 or more"
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -621,6 +649,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("epochs", _positive, _POSITIVE),
     ("lora.rank", _positive, "1 or more"),
     ("lora.alpha", _positive, _POSITIVE),
+    ("lora.quantize", QUANTIZED.__contains__, "one of " + ", ".join(QUANTIZED)),
     ("lora.targets", bool, "all or names of linear maps"),
     ("lora.base_learning_rate", _positive, _POSITIVE),
     (
@@ -635,6 +664,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda x: _not_negative(x) and (x < 1 or x == round(x)),
         "a fraction of `steps` below 1, or a whole number of steps",
     ),
+    ("decay_mask", _is_pattern, "matrices, all or a regular expression"),
     ("batch_size", lambda x: 0 < x <= 2**20, "a positive number up to 2**20"),
     ("microbatches", _positive, _POSITIVE),
     ("clip_norm", _positive, _POSITIVE),

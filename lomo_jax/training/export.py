@@ -10,6 +10,7 @@ The run may be in progress: nothing in WORKDIR changes, and no GPU is used. An e
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -96,12 +97,15 @@ def export(workdir: Path, out: Path, step: int | str | None = None, *, merge: bo
         raise UserError(f"--merge: the run in {workdir} has no adapters; leave it out")
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     source = ModelConfig(str(model))
-    found = model_lib.abstract(source, run.param_dtype, 1, "xla", mesh=mesh, adapters=run.lora)
+    # Merged into the original weights, not into their quantised ones.
+    adapters = dataclasses.replace(run.lora, quantize="none") if merge else run.lora
+    found = model_lib.abstract(source, run.param_dtype, 1, "xla", mesh=mesh, adapters=adapters)
     params, metadata = read_params(workdir, step, found.saved(found.shapes))
     if merge and found.is_base_frozen:
         base = model_lib.load_params(run.model, found, seed=run.seed, mesh=mesh)
         base = lora.split(base)[1]
-        check_same_base(metadata, checksums(base).sums, str(run.model.path))
+        if run.lora.quantize == "none":
+            check_same_base(metadata, checksums(base).sums, str(run.model.path))
         params = nnx.merge_state(params, base)
         found = found._replace(is_base_frozen=False)
     tokenizer = models.tokenizer(model)

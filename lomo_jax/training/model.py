@@ -32,6 +32,7 @@ class Model(NamedTuple):
     folder: Path | None = None  # of its config.json and tokenizer, if it comes from one
     adapters: LoRA | None = None
     is_base_frozen: bool = False  # only the adapters are trained
+    quantized: str = "none"  # the kernels of the base: "int8" or "nf4"
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
         """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight."""
@@ -98,8 +99,10 @@ def abstract(
             "param_dtype: 'bfloat16' needs an Ampere GPU or newer; set "
             "--config.param_dtype=float16 --config.dynamic_loss_scale=true"
         )
-    graphdef, shapes = models.abstract(shape, jnp.dtype(param_dtype), attention)
     adapters = adapters or LoraConfig()
+    graphdef, shapes = models.abstract(
+        shape, jnp.dtype(param_dtype), attention, quantized=adapters.quantize
+    )
     if (added := adapters.adapters()) is not None:
         try:
             graphdef, shapes = lora.abstract(graphdef, shapes, added)
@@ -113,7 +116,7 @@ def abstract(
         if on_host:
             shardings = jax.tree.map(lambda x: x.with_memory_kind("pinned_host"), shardings)
         shapes = sharding.with_shardings(shapes, shardings)
-    return Model(shape, graphdef, shapes, folder, added, adapters.is_frozen)
+    return Model(shape, graphdef, shapes, folder, added, adapters.is_frozen, adapters.quantize)
 
 
 def download(source: ModelConfig) -> None:
@@ -172,13 +175,19 @@ def _load_base(
     source: ModelConfig, model: Model, *, seed: int, on_host: bool, mesh: Mesh | None
 ) -> nnx.State:
     """Returns the parameters without adapters."""
+    placement: Any = {"on_host": on_host, "mesh": mesh, "quantized": model.quantized}
     dtype = jax.tree.leaves(model.shapes)[0].dtype
     if source.init == "random":
-        return models.init_layer_by_layer(model.config, seed, dtype, on_host=on_host, mesh=mesh)
+        return models.init_layer_by_layer(model.config, seed, dtype, **placement)
     assert source.path is not None, "validate() requires it"
     run = _find_run(source.path)
     if run is None:
-        return models.load(resolve(source.path), dtype, on_host=on_host, mesh=mesh)[1]
+        return models.load(resolve(source.path), dtype, **placement)[1]
+    if model.quantized != "none":
+        raise UserError(
+            f"{source.path}: a checkpoint of a run cannot be quantised; start from its export, "
+            f"lomo-jax export {run[0]} OUT"
+        )
     if read_json(run[0] / run_files.CONFIG).get("lora", {}).get("rank") is not None:
         raise UserError(
             f"{source.path} is a run with adapters; start from a whole model, which "

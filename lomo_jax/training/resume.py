@@ -35,11 +35,11 @@ _MOVING = ".earlier"  # files being moved to `earlier-1`
 # Fields that must not change: weights, optimizer state or position in the dataset would no longer
 # fit. The dataset itself is compared by its fingerprint.
 IDENTITY_FIELDS = (
-    *("model", "optimizer", "optimizer_kwargs", "param_dtype", "seed"),
+    *("model", "optimizer", "optimizer_kwargs", "decay_mask", "param_dtype", "seed"),
     *("batch_size", "sequence_length", "data.eval_fraction", "data.eval_documents"),
     *("data.packing", "data.too_long", "data.repeated"),
     *("lora.rank", "lora.alpha", "lora.targets", "lora.rank_stabilized"),
-    *("lora.base", "lora.base_kwargs"),
+    *("lora.base", "lora.base_kwargs", "lora.quantize"),
 )
 # Changes of these are not logged: they do not affect the result.
 SILENT_FIELDS = (

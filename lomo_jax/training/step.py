@@ -1,13 +1,16 @@
 """The training step of a run: learning rates, optimizer, loss scale, compiled programs."""
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 import lomo_jax
 from lomo_jax import sharding
@@ -15,6 +18,7 @@ from lomo_jax.errors import ConfigError, did_you_mean
 from lomo_jax.fused.arrays import Params
 
 SCHEDULES = ("constant", "linear", "cosine")
+MATRICES = "matrices"  # as a decay mask: not norms, biases and embeddings
 
 
 def make_schedule(kind: str, learning_rate: float, steps: int, warmup: float) -> optax.Schedule:
@@ -75,14 +79,18 @@ def make_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     kwargs: Mapping[str, Any],
     field: str = "optimizer",
+    decay_mask: str = MATRICES,
 ) -> optax.GradientTransformation:
     """Builds an optimizer by its name.
 
     Args:
-      name: "adalomo", "lomo" or an optimizer of optax.
+      name: "adalomo", "lomo" or an optimizer of optax or optax.contrib.
       learning_rate: A float, or a schedule.
       kwargs: The optimizer's other arguments.
       field: The field of the config that has the name, for errors.
+      decay_mask: The parameters whose weights decay, if the optimizer has a weight decay:
+        "matrices" for all but norms, biases and embeddings, "all", or a regular expression that is
+        searched in their names.
 
     Returns:
       The optimizer.
@@ -104,20 +112,42 @@ def make_optimizer(
                 f"{kwargs_field}: {name} takes no {argument!r}"
                 + (did_you_mean(argument, arguments) or f"; it takes {', '.join(arguments)}")
             )
+    make = functools.partial(known[name], learning_rate, **kwargs)
+    signature = inspect.signature(known[name]).parameters
+    decay = next((a for a in ("weight_decay", "weight_decay_rate") if a in signature), None)
     try:
-        return known[name](learning_rate, **kwargs)
+        if decay is None or decay_mask == "all" or not kwargs.get(decay, signature[decay].default):
+            return make()
+        # Two optimizers: not all take a mask.
+        both: dict[Hashable, Any] = {"decays": make(), "stays": make(**{decay: 0.0})}
+        return optax.partition(both, functools.partial(_decay_labels, decay_mask))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{kwargs_field}: {name} refuses {dict(kwargs)}: {error}") from error
 
 
+def _decay_labels(mask: str, params: Params) -> Any:
+    """Returns "decays" or "stays" for each parameter."""
+
+    def label(path, _):
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+        if mask == MATRICES:
+            decays = name.rpartition("/")[2] not in ("scale", "bias", "embedding")
+        else:
+            decays = re.search(mask, name) is not None
+        return "decays" if decays else "stays"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
 def _optimizers() -> dict[str, Any]:
     """Returns the functions whose first argument is a learning rate, by name."""
-    functions = dict(inspect.getmembers(optax, inspect.isfunction))
+    functions = dict(inspect.getmembers(optax.contrib, inspect.isfunction))
+    functions |= dict(inspect.getmembers(optax, inspect.isfunction))
     optimizers = {
         name: function
         for name, function in functions.items()
         if next(iter(inspect.signature(function).parameters), None) == "learning_rate"
-        and not name.startswith("scale_by")
+        and not name.startswith(("scale_by", "_"))
     }
     return optimizers | {"adalomo": lomo_jax.adalomo, "lomo": lomo_jax.lomo}
 

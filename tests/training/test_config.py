@@ -12,7 +12,7 @@ import pytest
 from lomo_jax import Offload
 from lomo_jax.errors import ConfigError
 from lomo_jax.models import DecoderConfig, RopeScaling
-from lomo_jax.training import Config, DataConfig, ModelConfig
+from lomo_jax.training import Config, DataConfig, LoraConfig, ModelConfig
 from lomo_jax.training.config import parse, read_config, shipped_configs, to_dict, validate
 
 _FILE = """
@@ -85,6 +85,10 @@ _OPTIONAL = {
     "data.template": "x",
     "epochs": 2.0,
     "clip_norm": 1.0,
+    "lora.rank": 4,
+    "lora.path": "x",
+    "lora.base_schedule": "linear",
+    "lora.base_warmup": 0.1,
     "eval_batches": 3,
     "wandb": "x",
     "model.architecture.rope_scaling": RopeScaling("llama3", 8.0, 8192),
@@ -215,7 +219,7 @@ def test_print_config_prints_json_and_exits(config_file, capsys):
     [
         ("--config.modle.init=random", "modle: no such field; did you mean 'model'?"),
         ("--config.model.initt=random", "model.initt: no such field; did you mean 'init'?"),
-        ("--config.zzz=1", "zzz: no such field; the fields here are model, data, optimizer,"),
+        ("--config.zzz=1", "zzz: no such field; the fields here are model, data, lora, optimizer,"),
         ("--config.steps.x=1", "steps.x: steps is a single value"),
         ("--config.optimizer_kwargs.b1=1", "optimizer_kwargs.b1: set the whole dictionary"),
         ("--config.steps=many", "steps: 'many' is not a whole number"),
@@ -300,6 +304,29 @@ def test_a_missing_config_file_gets_one_line(argv):
             "optimizer_kwargs: mu_dtype=<class 'jax.numpy.bfloat16'> cannot be saved with a ",
         ),
         (
+            {"decay_mask": "("},
+            "decay_mask: '(' is not allowed; it must be matrices, all or a",
+        ),
+        ({"lora": LoraConfig(rank=0)}, "lora.rank: 0 is not allowed; it must be 1 or more"),
+        ({"lora": LoraConfig(alpha=8.0)}, "lora.alpha: 8.0 needs adapters: set --config.lora.rank"),
+        (
+            {"lora": LoraConfig(rank=2, targets=("q", "gat"))},
+            "lora.targets: 'gat' is not all and not one of q, k, v, o, gate, up, down; did you",
+        ),
+        (
+            {"lora": LoraConfig(rank=2, base="adalomo", quantize="nf4")},
+            "lora.base: 'adalomo' cannot train a quantised base, lora.quantize='nf4'; set",
+        ),
+        (
+            {"lora": LoraConfig(rank=2, quantize="nf3")},
+            "lora.quantize: 'nf3' is not allowed; it must be one of none, int8, nf4",
+        ),
+        ({"lora": LoraConfig(rank=2, base="lom")}, "lora.base: 'lom' is not adalomo, lomo or an"),
+        (
+            {"lora": LoraConfig(rank=2, base="lomo", base_kwargs={"clip": 1.0})},
+            "lora.base_kwargs: lomo takes no 'clip'",
+        ),
+        (
             {"prompt": "caf\udce9"},
             r"prompt: 'caf\udce9' is not allowed; it must be text in UTF-8",
         ),
@@ -339,7 +366,7 @@ def test_to_dict_has_every_field():
 
 def _flat(node, prefix=""):
     for name, value in node.items():
-        if isinstance(value, dict) and name != "optimizer_kwargs":
+        if isinstance(value, dict) and name not in ("optimizer_kwargs", "base_kwargs"):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

@@ -1,5 +1,6 @@
 """Runs with adapters: alone on a frozen base, or beside a base that LOMO trains."""
 
+import dataclasses
 import json
 import shutil
 
@@ -20,14 +21,14 @@ from lomo_jax.training.config import set_fields
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 
-def _config(text, workdir, model=None, *, base="frozen", **changes):
+def _config(text, workdir, base_model=None, *, base="frozen", **changes):
     fields = {
         "lora": LoraConfig(rank=2, targets=("q", "v"), base=base, base_learning_rate=0.1),
         **{"optimizer": "adamw", "learning_rate": 1e-2, "schedule": "linear", "steps": 6},
         **{"checkpoint_every": 3, "keep_checkpoints": 2, "eval_every": 3},
     }
-    if model is not None:
-        fields["model"] = ModelConfig(str(model))
+    if base_model is not None:
+        fields["model"] = ModelConfig(str(base_model))
     return runs.make_config(text, workdir, **fields | changes)
 
 
@@ -162,6 +163,31 @@ def test_another_base_is_refused(text, base, tmp_path, capsys):
     assert export.main(["export", config.workdir, str(tmp_path / "out"), "--merge"]) == 1
     assert f"{tmp_path / 'base'} does not exist" in capsys.readouterr().err
     assert export.main(["export", config.workdir, str(tmp_path / "adapters")]) == 0
+
+
+def test_a_base_in_four_bits(text, tmp_path):
+    """The adapters of a quantised base go onto the original weights."""
+    shape = dataclasses.replace(runs.make_config(text, "x").model.architecture, width=64)
+    shape = dataclasses.replace(shape, mlp_width=128, head_dim=16)
+    model = ModelConfig(init="random", architecture=shape)
+    config = _config(text, tmp_path / "run", steps=6, model=model)
+    config = set_fields(config, {"lora.quantize": "nf4", "lora.targets": "all"})
+    loop.train(config)
+    losses = runs.column(tmp_path / "run", "eval_loss")
+    assert losses[6] < losses[0]
+    found = {path: path.read_bytes() for path in (tmp_path / "run" / "export").glob("*.saf*")}
+    for name in ("export", "checkpoints/6"):
+        shutil.rmtree(tmp_path / "run" / name)
+    loop.train(config)
+    assert found == {path: path.read_bytes() for path in found}
+    assert export.main(["export", config.workdir, str(tmp_path / "out"), "--merge"]) == 0
+    params = models.init_layer_by_layer(shape, config.seed, "float32")
+    adapters, trained = peft_files.load(tmp_path / "run" / "export", shape)
+    graphdef, _ = lora.abstract(*models.abstract(shape), adapters)
+    expected = nnx.merge(graphdef, nnx.merge_state(trained, params))(np.arange(20)[None])
+    graphdef, params = models.load(tmp_path / "out")
+    found = nnx.merge(graphdef, params)(np.arange(20)[None])
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_mistakes_are_one_line(frozen, text, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import normal, quick_jit
 
 import lomo_jax
 from lomo_jax import models
+from lomo_jax.fused import arrays
 from lomo_jax.training import Config, ModelConfig
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.config import validate
@@ -220,3 +223,43 @@ def test_skip_nonfinite_uses_a_constant_loss_scale_of_one():
         assert float(state.loss_scale.scale) == 1.0
         is_same = jax.tree.map(lambda a, b: bool((a == b).all()), new_params, params)
         assert all(jax.tree.leaves(is_same)) != is_finite
+
+
+@pytest.mark.parametrize("name", ["adamw", "lomo", "adafactor"])
+def test_the_weights_of_norms_biases_and_embeddings_do_not_decay(name, standard_promotion):
+    params = {
+        "embedding": jnp.ones((4, 4)),
+        "layers": {"norm": {"scale": jnp.ones(4)}, "q": {"kernel": jnp.ones((4, 4))}},
+        "output": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)},
+    }
+    decay = "weight_decay_rate" if name == "adafactor" else "weight_decay"
+
+    def decayed(mask):
+        tx = make_optimizer(name, 0.5, {decay: 0.5}, decay_mask=mask)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        names = arrays.names(params)
+        return {n for n, u in zip(names, jax.tree.leaves(updates), strict=True) if u.any()}
+
+    assert decayed("matrices") == {"layers/q/kernel", "output/kernel"}
+    assert decayed("layers/.*kernel") == {"layers/q/kernel"}
+    assert decayed("all") == set(arrays.names(params))
+
+
+@pytest.mark.parametrize("name", ["muon", "schedule_free_adamw", "ademamix"])
+def test_optimizers_of_optax_contrib_can_be_fused(name, standard_promotion, assert_close):
+    def loss(params, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+        return jnp.mean(x**2)
+
+    params, x = {"layers": normal(0, 3, 6, 6)}, normal(1, 4, 6)
+    tx = make_optimizer(name, 0.1, {})
+    results = []
+    for make in (lomo_jax.fused_step, lomo_jax.reference_step):
+        step = make(loss, tx)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # muon has a rule by ndim
+            state = step.init(params, x)
+        new, state, _ = quick_jit(step)(params, state, x)
+        results.append(quick_jit(step)(new, state, x)[0])
+    assert_close(*results, tolerance=1e-4)
