@@ -161,7 +161,8 @@ def dequantize(matrix: Matrix, dtype: DTypeLike) -> jax.Array:
     scale_N = jnp.repeat(matrix.absmax_scale, _NESTED)[: rows * blocks]
     nested_OxN = _look_up(DYNAMIC_CODE, matrix.absmax)
     absmax_OxN = nested_OxN * scale_N.reshape(rows, blocks) + matrix.absmax_offset
-    both = jnp.stack([matrix.codes >> 4, matrix.codes & 15], -1)
+    shifts = sharding.replicate(jnp.array([4, 0], jnp.uint8))  # fused, as a stack is not
+    both = (matrix.codes[..., None] >> shifts) & 15
     w_OxNx64 = _look_up(NF4_CODE, _reshape_rows(both, blocks, _BLOCK))
     return _reshape_rows((w_OxNx64 * absmax_OxN[..., None]).astype(dtype), blocks * _BLOCK)
 
