@@ -137,6 +137,9 @@ def load(path: str | os.PathLike[str], config: DecoderConfig) -> tuple[LoRA, nnx
         found = hf_config.get(key, value)
         if found != value and (found or value):
             raise UserError(f"{path / CONFIG}: {key}={found!r} is not supported, only {value!r}")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(hf_config.get(key), int | float):
+            raise UserError(f"{path / CONFIG} has no number {key}; copy the adapter again")
     try:
         tensors = safetensors.numpy.load_file(path / WEIGHTS)
     except (safetensors.SafetensorError, OSError) as error:

@@ -86,6 +86,27 @@ def test_budget(row, options):
     assert not [i for i in copies if any(array.shape in stacks for array in i.arrays)]
 
 
+@pytest.mark.parametrize(
+    ("name", "offload", "changes", "most"),
+    [
+        ("lora", Offload(), {}, 14.9),
+        ("qlora", Offload(), {}, 6.0),
+        ("qlora", INPUTS, {}, 5.0),
+        ("lora_lomo", Offload(), {}, 14.4),
+        ("llama65b", Offload(), {"lora.quantize": "nf4", "lora.rank": 16}, 38.0),  # 48 GB
+        ("llama65b", ALL, {"lora.quantize": "nf4", "lora.rank": 16}, 4.0),  # 12 GB
+    ],
+)
+def test_budget_of_adapters(name, offload, changes, most):
+    batch_size, length = (1, 1024) if name == "llama65b" else (8, 512)
+    config = parse(["plan", "--config", str(CONFIGS / f"{name}.py")], for_plan=True)
+    changes = {"batch_size": batch_size, "sequence_length": length, "optimizer": "adamw", **changes}
+    config = dataclasses.replace(set_fields(config, changes), offload=offload)
+    plan = compile_run(config, gpus.find("a6000"), 1).plan
+    print(f"{name}: {plan.total_gib:.2f} of {most}")
+    assert plan.total_gib <= most
+
+
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (1, 4, 2)], ids=str)
 def test_weights_are_gathered_and_gradients_reduce_scattered_layer_by_layer(mesh):
     """LLaMA-65B on eight GPUs."""
