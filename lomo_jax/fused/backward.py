@@ -287,17 +287,24 @@ class _LayerLoop(NamedTuple):
             return self.gradients([x for _, x in ordered], *args)
 
         def read(carry, k):
+            # The index passes the barriers too: XLA would share one copy of a frozen layer between
+            # the forward and the backward pass, and store it in between.
+            carry, i = carry
             if k < len(stacked):
                 return self.consumer.read_layer(carry, stacked, k, i)
             return layers.read(order[k], i)
 
-        (ct_carry, ct_consts, ct_others), carry = evaluate_in_order(
+        def use(carry, ks, grads):
+            carry, i = carry
+            return self.consumer.use_layer(carry, stacked, ks, i, grads), i
+
+        (ct_carry, ct_consts, ct_others), (carry, _) = evaluate_in_order(
             gradients,
             [jax.eval_shape(functools.partial(layers.read, k, 0)) for k in order],
             (inputs, residuals, ct_carry, ct_ys, ct_consts),
             read,
-            lambda carry, ks, grads: self.consumer.use_layer(carry, stacked, ks, i, grads),
-            carry,
+            use,
+            (carry, i),
             all_at_once=self.consumer.needs_whole_layer,
         )
         following = self._following(i)

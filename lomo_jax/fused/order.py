@@ -22,8 +22,11 @@ _CHEAP = frozenset(
     """abs add add_any and broadcast_in_dim ceil clamp concatenate convert_element_type copy cos div
     eq erf exp exp2 expand_dims expm1 floor ge gt imag integer_pow iota is_finite le log log1p
     logistic lt max min mul name ne neg not or pad pow real reshape rev round rsqrt select_n sign
-    sin slice split sqrt square squeeze stop_gradient sub tan tanh transpose xor""".split()  # noqa: SIM905
+    sin slice split sqrt square squeeze
+    shift_left shift_right_arithmetic shift_right_logical stop_gradient sub tan tanh transpose
+    xor""".split()  # noqa: SIM905
 ) | {"reshard"}  # a gathered weight is large: gather it again
+_TABLE = 1024  # elements of an array that it is cheap to gather from, such as a code book
 _INFINITE = 2**30  # KiB
 _SOURCE, _SINK = 0, 1  # nodes of the flow graph
 
@@ -268,6 +271,8 @@ def _flow_graph(
 
 
 def _is_cheap(eqn: jex.JaxprEqn) -> bool:
+    if eqn.primitive.name == "gather":
+        return math.prod(jaxprs.shape(eqn.invars[0])) <= _TABLE
     return eqn.primitive.name in _CHEAP
 
 

@@ -89,9 +89,9 @@ def test_budget(row, options):
 @pytest.mark.parametrize(
     ("name", "offload", "changes", "most"),
     [
-        ("lora", Offload(), {}, 14.9),
-        ("qlora", Offload(), {}, 6.0),
-        ("qlora", INPUTS, {}, 5.0),
+        ("lora", Offload(), {}, 14.7),
+        ("qlora", Offload(), {}, 5.7),
+        ("qlora", INPUTS, {}, 4.8),
         ("lora_lomo", Offload(), {}, 14.4),
         ("llama65b", Offload(), {"lora.quantize": "nf4", "lora.rank": 16}, 38.0),  # 48 GB
         ("llama65b", ALL, {"lora.quantize": "nf4", "lora.rank": 16}, 4.0),  # 12 GB
@@ -133,9 +133,12 @@ def test_weights_are_gathered_and_gradients_reduce_scattered_layer_by_layer(mesh
     assert len(shards) >= len(matrices)
 
 
-@pytest.mark.parametrize("offload", [Offload(), ALL], ids=["device", "host"])
-def test_temporaries_do_not_grow_with_depth(offload):
-    plans = [compiled("llama7b", 8, 512, offload, layers=n).plan for n in (16, 32)]
+@pytest.mark.parametrize(
+    ("name", "offload"),
+    [("llama7b", Offload()), ("llama7b", ALL), ("lora", Offload()), ("qlora", Offload())],
+)
+def test_temporaries_do_not_grow_with_depth(name, offload):
+    plans = [compiled(name, 8, 512, offload, layers=n).plan for n in (16, 32)]
     few, many = (p.temporaries_gib for p in plans)
     assert many == pytest.approx(few, rel=0.01)
 
