@@ -230,7 +230,8 @@ MODEL_CONFIG = record(
         | NULL,
         "sliding_window": _LENGTH | NULL,
         **dict.fromkeys(
-            ("sliding_window_pattern", "_sliding_window_pattern"), _LAYERS | _NAME | NULL
+            ("sliding_window_pattern", "_sliding_window_pattern"),
+            integer(0, 10_000) | _NAME | NULL,
         ),
         "layer_types": list_of(_NAME, 10_000) | NULL,
         "max_window_layers": integer(0, 2**31 - 1),

@@ -175,9 +175,9 @@ def _read_checkpoint(file: Path) -> None:
     from lomo_jax.training.export import model_card
 
     found = read_json(file, CHECKPOINT)
-    values = {name: found[name] for name in CheckpointMetadata.__annotations__}
+    values = {name: found[name] for name in CheckpointMetadata.__annotations__ if name in found}
     progress = {name: found["progress"][name] for name in Progress.__annotations__}
-    model_card(CheckpointMetadata(**values | {"progress": Progress(**progress)}))
+    model_card(CheckpointMetadata(**values | {"progress": Progress(**progress)}), file.parent)
 
 
 READERS = {
