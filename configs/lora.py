@@ -11,7 +11,7 @@ Hardware: one NVIDIA GPU with 24 GB for batches of 8 x 512 tokens. Plan it with
     lomo-jax plan --config configs/lora.py --gpu rtx3090
 
 Settings: rank 16 and alpha 16 on all seven linear maps of a layer, AdamW with a peak learning rate
-of 3e-4, the rate of the AdaLomo paper's LoRA (arXiv 2310.10195; its rank is 8, with dropout).
+of 3e-4, the rate of the AdaLomo paper's LoRA (arXiv 2310.10195; its rank is 8, its dropout 0.05).
 
 Expect: not yet run on such a GPU.
 """

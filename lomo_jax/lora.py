@@ -43,19 +43,23 @@ class LoRA:
       targets: Names of attributes that are an `nnx.Linear`, such as ("q", "v"); "all" for every one
         except a router and the output head.
       rank_stabilized: Whether to multiply by ``alpha / sqrt(rank)`` instead (rsLoRA).
+      dropout: The part of an adapter's inputs that is set to zero in training; see `set_keys`.
 
     Raises:
-      UserError: The rank is below 1.
+      UserError: The rank is below 1, or the dropout is not in [0, 1).
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] | str = ALL
     rank_stabilized: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"the rank of an adapter is {self.rank}; it must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"the dropout of an adapter is {self.dropout}; it must be in [0, 1)")
 
     @property
     def scale(self) -> float:
@@ -71,15 +75,15 @@ class LoRALinear(nnx.Linear):
 
     Args:
       linear: The linear map. Its kernel may have leading axes, of layers: `[..., I, O]`.
-      rank: R.
-      scale: Multiplies the adapter's output.
+      adapter: Its rank R, scale and dropout.
       rngs: Random keys for `lora_a`.
     """
 
-    def __init__(self, linear: nnx.Linear, rank: int, scale: float, rngs: nnx.Rngs) -> None:
+    def __init__(self, linear: nnx.Linear, adapter: LoRA, rngs: nnx.Rngs) -> None:
         copy_attributes(linear, self)
         *stack, inputs, outputs = linear.kernel.shape
-        self.scale = scale
+        rank, self.scale, self.dropout = adapter.rank, adapter.scale, adapter.dropout
+        self.dropout_key: jax.Array | None = nnx.data(None)
         self.lora_a = nnx.LoRAParam(_init_a(rngs.params(), (*stack, inputs, rank)))
         self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, rank, outputs), jnp.float32))
 
@@ -93,14 +97,25 @@ class LoRALinear(nnx.Linear):
 
         a_IxR = to_device(self.lora_a[...]).astype(y_BxTxO.dtype)
         b_RxO = to_device(self.lora_b[...]).astype(y_BxTxO.dtype)
-        low_BxTxR = dot(x_BxTxI.astype(y_BxTxO.dtype), a_IxR)
+        low_BxTxR = dot(self._drop(x_BxTxI.astype(y_BxTxO.dtype)), a_IxR)
         return y_BxTxO + jnp.asarray(self.scale, y_BxTxO.dtype) * dot(low_BxTxR, b_RxO)
+
+    def _drop(self, x: jax.Array) -> jax.Array:
+        if self.dropout_key is None or self.dropout == 0:
+            return x
+        keep = jax.random.bernoulli(
+            self.dropout_key,
+            1 - self.dropout,
+            x.shape,
+            out_sharding=arrays.explicit_sharding(x),
+        )
+        return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros_like(x))
 
     def merged(self) -> nnx.Linear:
         """Returns the linear map without an adapter that computes the same; donates the kernel."""
         linear = nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
         copy_attributes(self, linear)
-        for name in (*_ADAPTERS, "scale"):
+        for name in (*_ADAPTERS, "scale", "dropout", "dropout_key"):
             delattr(linear, name)
         if not isinstance(self.kernel, nnx.Param):
             raise UserError("the kernels are quantised: merge the adapters into the original model")
@@ -142,7 +157,7 @@ def add(model: nnx.Module, adapters: LoRA, *, rngs: nnx.Rngs) -> None:
       At most 0.000122 MiB of gradient exist together; the trainable parameters are 0.000488 MiB.
     """
     for path, linear in find(model, adapters.targets):
-        replace(model, path, LoRALinear(linear, adapters.rank, adapters.scale, rngs))
+        replace(model, path, LoRALinear(linear, adapters, rngs))
 
 
 def abstract(
@@ -183,6 +198,21 @@ def init(shapes: nnx.State, seed: int) -> nnx.State:
         for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), new)
+
+
+def set_keys(model: nnx.Module, key: jax.Array) -> None:
+    """Turns on the dropout of the adapters of a model, in place.
+
+    Call it in the loss function, with a new key for each step; without a call, nothing is dropped.
+    In a model whose layers are scanned, call it on the layer, inside the scan, with its own key.
+
+    Args:
+      model: A model, or a part of one.
+      key: A random key; each adapter folds its number into it.
+    """
+    for number, linear in enumerate(linear_maps(model).values()):
+        if isinstance(linear, LoRALinear):
+            linear.dropout_key = jax.random.fold_in(key, number)
 
 
 def is_adapter(name: str) -> bool:

@@ -102,7 +102,7 @@ def save(
         "base_model_name_or_path": base,
         "r": adapters.rank,
         "lora_alpha": adapters.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapters.dropout,
         "use_rslora": adapters.rank_stabilized,
         "target_modules": sorted(targets),
         "inference_mode": True,

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from lomo_jax import sharding
+from lomo_jax import lora, sharding
 from lomo_jax.fused.arrays import to_device
 from lomo_jax.models import attention as attention_
 from lomo_jax.models import rope
@@ -140,10 +140,12 @@ class Decoder(nnx.Module):
         tokens_BxT: jax.Array,
         positions_BxT: jax.Array | None = None,
         segments_BxT: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns what `hidden` does, and the loss that balances a mixture of experts.
 
         The loss is that of transformers; padding, segment 0, does not count. None without experts.
+        A key turns on the dropout of adapters.
         """
         tokens_BxT, positions_BxT, segments_BxT = sharding.shard_batch(
             (tokens_BxT, positions_BxT, segments_BxT)
@@ -160,15 +162,19 @@ class Decoder(nnx.Module):
         # barriers of prevent_cse=True would only cost time.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def apply(
-            x_BxTxD: jax.Array, inputs: tuple[Layer, PerLayer]
+            x_BxTxD: jax.Array, inputs: tuple[Layer, PerLayer, jax.Array | None]
         ) -> tuple[jax.Array, Load | None]:
-            layer, own = inputs
+            layer, own, key = inputs
             context = self._specialise(shared, own, positions_BxT)
-            return to_device(layer)(x_BxTxD, context)
+            layer = to_device(layer)
+            if key is not None:
+                lora.set_keys(layer, key)
+            return layer(x_BxTxD, context)
 
         x_BxTxD = look_up(to_device(self.embedding[...]), tokens_BxT)
         x_BxTxD = multiply(x_BxTxD, config.embedding_multiplier)
-        inputs = self.layers, _per_layer(config, length)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+        inputs = self.layers, _per_layer(config, length), keys
         x_BxTxD, load = jax.lax.scan(apply, x_BxTxD, inputs)
         x_BxTxD = multiply(self.norm(x_BxTxD), config.logit_multiplier)
         return x_BxTxD, None if load is None else balance(load)

@@ -102,6 +102,7 @@ class LoraConfig:
     alpha: float = 16.0  # multiplies the output of an adapter, divided by the rank
     targets: tuple[str, ...] | str = "all"  # or some of q, k, v, o, gate, up, down: "('q', 'v')"
     rank_stabilized: bool = False  # divides alpha by the root of the rank (rsLoRA)
+    dropout: float = 0.0  # the part of an adapter's inputs that is set to zero in training
     path: str | None = None  # PEFT's folder of adapters to start from; None: new ones
     quantize: str = "none"  # or "int8", "nf4": the linear maps of a frozen base in 8 or 4 bits
     base: str = "frozen"  # or the optimizer of all other parameters: "lomo", "adalomo", ...
@@ -125,7 +126,7 @@ class LoraConfig:
             return None
         from lomo_jax.lora import LoRA
 
-        return LoRA(self.rank, self.alpha, self.targets, self.rank_stabilized)
+        return LoRA(self.rank, self.alpha, self.targets, self.rank_stabilized, self.dropout)
 
 
 @dataclasses.dataclass
@@ -651,6 +652,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("lora.alpha", _positive, _POSITIVE),
     ("lora.quantize", QUANTIZED.__contains__, "one of " + ", ".join(QUANTIZED)),
     ("lora.targets", bool, "all or names of linear maps"),
+    ("lora.dropout", lambda x: 0 <= x < 1, "0 or more, and below 1"),
     ("lora.base_learning_rate", _positive, _POSITIVE),
     (
         "lora.base_warmup",

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -165,16 +165,23 @@ def describe(mesh: Mesh) -> str:
 
 
 def batch_shapes(
-    batch_size: int, sequence_length: int, mesh: Mesh | AbstractMesh
+    batch_size: int, sequence_length: int, mesh: Mesh | AbstractMesh, *, seeds: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes [B, T] of a `data.Batch`, its rows sharded over the devices."""
+    """Returns the shapes [B, T] of a `data.Batch`, its rows sharded over the devices.
+
+    With `seeds`, there is a random seed for each row, [B], for dropout.
+    """
     shape = (batch_size, sequence_length)
     sharded = NamedSharding(mesh, PartitionSpec(sharding.BATCH, None))
     int32, float32 = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharded) for dtype in (jnp.int32, jnp.float32)
     )
     names = ("tokens", "positions", "segments", "targets")
-    return dict.fromkeys(names, int32) | {"weights": float32}
+    shapes = dict.fromkeys(names, int32) | {"weights": float32}
+    if seeds:
+        of_rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+        shapes["seeds"] = jax.ShapeDtypeStruct((batch_size,), jnp.uint32, sharding=of_rows)
+    return shapes
 
 
 def local_rows(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
@@ -186,13 +193,19 @@ def local_rows(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[int]:
     return sorted({row for rows in _rows_by_device(shapes["tokens"]).values() for row in rows})
 
 
+def row_seeds(seed: int, step: int, rows: Sequence[int]) -> np.ndarray:
+    """Returns the random seeds of rows of the batch of a step, uint32; the same in each run."""
+    of_row = [np.random.SeedSequence((seed, step, row)).generate_state(1) for row in rows]
+    return np.concatenate(of_row)
+
+
 def batch_sender(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
     """Returns a function that sends the rows of a batch to the devices.
 
-    It maps arrays [local rows, T], by name, to global arrays [B, T]. The local rows are those of
-    `local_rows`.
+    It maps arrays [local rows, ...], by name, to global arrays [B, ...]. The local rows are those
+    of `local_rows`.
 
     Args:
       shapes: The shapes from `batch_shapes`.
@@ -210,7 +223,7 @@ def batch_sender(
         sent: Any = jax.device_put(parts, {name: list(places) for name in batch})
         return {
             name: jax.make_array_from_single_device_arrays(
-                tokens.shape, tokens.sharding, sent[name]
+                shapes[name].shape, shapes[name].sharding, sent[name]
             )
             for name in batch
         }

@@ -57,7 +57,8 @@ class Run(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     dataset: data.TextSplits
     held_out: list[data.Batch]  # in host memory
-    send: Callable[[Any], Any]  # sends a batch to the devices
+    rows: list[int]  # of each batch, those that this process reads
+    send: Callable[[Any], Any]  # sends them to the devices
     update: jax.stages.Compiled  # the compiled step
     params: nnx.State
     state: lomo_jax.StepState
@@ -145,7 +146,9 @@ def _set_up(
         params = _load_params(config, model, mesh, adapter_path)
     base = lora.split(params)[1] if model.is_base_frozen else None
     base_sums = None if base is None else checksums(base).sums
-    batch = devices.batch_shapes(config.batch_size, config.sequence_length, mesh)
+    batch = devices.batch_shapes(
+        config.batch_size, config.sequence_length, mesh, seeds=model.has_dropout
+    )
     rows, send = devices.local_rows(batch), devices.batch_sender(batch)
     dataset, held_out = _load_dataset(config, tokenizer, model.config.vocab_size, rows, display)
     if jax.process_count() > 1:
@@ -178,7 +181,7 @@ def _set_up(
             dataset.train.set_state(progress.data)
     metadata = CheckpointMetadata(progress, settings, dataset.fingerprint, {}, base_sums)
     run = Run(
-        *(config, model, tokenizer, dataset, held_out, send),
+        *(config, model, tokenizer, dataset, held_out, rows, send),
         *(compiled.update, params, state, metadata),
     )
     if jax.process_index() == 0:
@@ -371,8 +374,10 @@ def _make_steps(
         if is_last or should_stop:
             return run, should_stop
 
-        batch = run.send(next(run.dataset.train))
-        params, state, out, scale = run.update(run.params, run.state, batch)
+        batch: dict[str, Any] = {**next(run.dataset.train)}
+        if run.model.has_dropout:
+            batch["seeds"] = devices.row_seeds(config.seed, step, run.rows)
+        params, state, out, scale = run.update(run.params, run.state, run.send(batch))
         run = run._replace(params=params, state=state)
         run.progress.step = step + 1
         recorder.step(step + 1, out, scale)

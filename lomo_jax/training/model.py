@@ -35,10 +35,14 @@ class Model(NamedTuple):
     quantized: str = "none"  # the kernels of the base: "int8" or "nf4"
 
     def loss(self, params: nnx.State, batch: Any) -> tuple[jax.Array, Metrics]:
-        """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight."""
+        """Returns the mean next-token loss of a `data.Batch`, and its accuracy and weight.
+
+        A batch with seeds is for training, with dropout.
+        """
         model = nnx.merge(self.graphdef, params)
+        key = jax.random.key(batch["seeds"].sum()) if "seeds" in batch else None
         x_BxTxD, balance = model.hidden_and_balance(
-            batch["tokens"], batch["positions"], batch["segments"]
+            batch["tokens"], batch["positions"], batch["segments"], key
         )
         loss, metrics = next_token_loss(
             x_BxTxD,
@@ -50,6 +54,11 @@ class Model(NamedTuple):
         if balance is not None and self.config.router_loss:
             loss += self.config.router_loss * balance
         return loss, metrics
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether batches for training need seeds."""
+        return self.adapters is not None and self.adapters.dropout > 0
 
     def saved(self, params: nnx.State) -> nnx.State:
         """Returns the parameters that a checkpoint holds: the adapters alone of a frozen base."""

@@ -75,7 +75,7 @@ def compile_run(
     check_batch(mesh, config.batch_size, config.microbatches)
     model = _abstract_model(config, gpu, mesh)
     step = make_step(model.loss, config.make_optimizer(), **config.step_options())
-    batch = batch_shapes(config.batch_size, config.sequence_length, mesh)
+    batch = batch_shapes(config.batch_size, config.sequence_length, mesh, seeds=model.has_dropout)
     inputs = layer_inputs(batch, model)
     plan_mesh = make_plan_mesh(gpu, *sizes)
     executable, state = compile_step(step, model.shapes, batch, plan_mesh, compiler_options)
@@ -252,7 +252,9 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
         source = dataclasses.replace(config.model, init="random")
         params = model_lib.load_params(source, model, on_host=config.offload.params, mesh=mesh)
         step = make_step(model.loss, config.make_optimizer(), **config.step_options())
-        shapes = batch_shapes(config.batch_size, config.sequence_length, mesh)
+        shapes = batch_shapes(
+            config.batch_size, config.sequence_length, mesh, seeds=model.has_dropout
+        )
         tokens = np.random.default_rng(0).integers(
             model.config.vocab_size, size=shapes["tokens"].shape, dtype=np.int32
         )

@@ -17,10 +17,10 @@ from lomo_jax.fused import arrays
 TOKENS_BxT = np.random.default_rng(0).integers(0, 48, (3, 4, 12), dtype=np.int32)
 
 
-def adapted_llama(*, targets="all", rank=3, seed=0, **changes):
+def adapted_llama(*, targets="all", rank=3, seed=0, dropout=0.0, **changes):
     """Returns a tiny LLaMA with adapters that are not zero."""
     model = models.Decoder(tiny_llama(**changes), rngs=nnx.Rngs(0))
-    lora.add(model, lora.LoRA(rank, 6, targets), rngs=nnx.Rngs(1))
+    lora.add(model, lora.LoRA(rank, 6, targets, dropout=dropout), rngs=nnx.Rngs(1))
     graphdef, params = nnx.split(model)
     adapters, base = lora.split(params)
     leaves, treedef = jax.tree.flatten(adapters)
@@ -248,3 +248,73 @@ def test_eight_devices_compute_what_one_does(sizes, standard_promotion, assert_c
     new, expected = (lora.split(tree[0]) for tree in (eight, one))
     assert_close(new[1], expected[1])
     chex.assert_trees_all_close(new[0], expected[0], atol=1e-4)  # Adam: a sign of a tiny gradient
+
+
+def test_dropout_is_of_the_inputs_of_adapters_alone():
+    linear = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    model = nnx.Sequential(linear)
+    lora.add(model, lora.LoRA(64, 64, dropout=0.25), rngs=nnx.Rngs(1))
+    model.layers[0].lora_a[...] = model.layers[0].lora_b[...] = jnp.eye(64)
+    x = 1 + abs(normal(0, 50, 64))
+    chex.assert_trees_all_close(model(x) - linear(x), x, rtol=1e-4)
+    lora.set_keys(model, jax.random.key(0))
+    found = np.asarray((model(x) - linear(x)) / x)
+    dropped = np.isclose(found, 0, atol=1e-5)
+    assert abs(dropped.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / x.size)
+    chex.assert_trees_all_close(found[~dropped], np.full((~dropped).sum(), 1 / 0.75), rtol=1e-4)
+    lora.set_keys(model, jax.random.key(1))
+    assert not np.array_equal(model(x) - linear(x), found * x)
+    assert np.array_equal(lora.merge(*nnx.split(model))[1]["layers"][0]["bias"], linear.bias[...])
+
+
+def test_layers_and_linear_maps_drop_different_inputs(monkeypatch):
+    graphdef, params = adapted_llama(targets=("q", "v"), dropout=0.5)
+    keys = []
+
+    def drop(self, x):
+        data = jax.random.key_data(self.dropout_key)
+        jax.debug.callback(lambda key: keys.append(tuple(np.asarray(key).tolist())), data)
+        return x
+
+    monkeypatch.setattr(lora.LoRALinear, "_drop", drop)
+    model = nnx.merge(graphdef, params)
+    model.hidden_and_balance(TOKENS_BxT[0], dropout_key=jax.random.key(0))
+    jax.effects_barrier()
+    assert len(keys) == len(set(keys)) == 3 * 2
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_fused_equals_reference_with_dropout(microbatches, assert_steps_agree, standard_promotion):
+    """Each recomputation of a layer drops the same inputs."""
+    graphdef, params = adapted_llama(targets=("q", "down"), num_layers=2, dropout=0.5)
+
+    def loss(params, batch):
+        model = nnx.merge(graphdef, params)
+        hidden, _ = model.hidden_and_balance(batch["tokens"], dropout_key=batch["key"])
+        return jnp.mean(hidden**2)
+
+    assert_steps_agree(
+        loss,
+        optax.sgd(0.1),
+        params,
+        [{"tokens": x, "key": jax.random.key(i)} for i, x in enumerate(jnp.asarray(TOKENS_BxT))],
+        trainable=lora.is_adapter,
+        tolerance=2e-5,
+        microbatches=microbatches,
+    )
+
+
+def test_dropout_on_eight_devices_is_that_on_one(standard_promotion):
+    graphdef, params = adapted_llama(dropout=0.5)
+    tokens = jnp.asarray(np.tile(TOKENS_BxT[0], (2, 1)))
+
+    def hidden(params, tokens):
+        model = nnx.merge(graphdef, params)
+        return model.hidden_and_balance(tokens, dropout_key=jax.random.key(0))[0]
+
+    expected = jax.jit(hidden)(params, tokens)
+    mesh = sharding.make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, models.shardings(tiny_llama(), params, mesh))
+        found = jax.jit(hidden)(sharded, sharding.shard_batch(tokens))
+    chex.assert_trees_all_close(jax.device_get(found), expected, rtol=1e-4, atol=1e-4)

@@ -148,6 +148,29 @@ def test_four_devices_as_one(frozen, text, base, tmp_path):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_dropout(frozen, text, base, tmp_path):
+    config = set_fields(_config(text, tmp_path / "run", base), {"lora.dropout": 0.5})
+    loop.train(config)
+    assert runs.column(tmp_path / "run", "loss")[6] != runs.column(frozen, "loss")[6]
+    adapter_config = json.loads((tmp_path / "run/export/adapter_config.json").read_text())
+    assert adapter_config["lora_dropout"] == 0.5
+    # An evaluation drops nothing.
+    fields = {"lora.path": str(tmp_path / "run" / "export")}
+    loop.train(set_fields(_config(text, tmp_path / "again", base, steps=1), fields))
+    found, expected = (runs.column(tmp_path / name, "eval_loss") for name in ("again", "run"))
+    assert found[0] == pytest.approx(expected[6], rel=1e-6)
+    # A resumed run drops the same inputs, and so do four devices.
+    before = _names(tmp_path / "run")[0]
+    for name in ("export", "checkpoints/6"):
+        shutil.rmtree(tmp_path / "run" / name)
+    loop.train(config)
+    assert _names(tmp_path / "run")[0].checksums == before.checksums
+    mesh = MeshConfig(data=2, fsdp=2)
+    loop.train(set_fields(config, {"workdir": str(tmp_path / "four"), "mesh": mesh}))
+    found = runs.column(tmp_path / "four", "eval_loss")
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_another_base_is_refused(text, base, tmp_path, capsys):
     shutil.copytree(base, tmp_path / "base")
     config = _config(text, tmp_path / "run", tmp_path / "base", steps=1)
