@@ -72,10 +72,11 @@ def last_step(workdir: Path) -> int:
 
 
 def weights(workdir: Path) -> dict[str, np.ndarray]:
-    """Returns the exported weights."""
+    """Returns the exported weights, of a model or of adapters."""
     from safetensors.numpy import load_file
 
-    return load_file(workdir / "export" / "model.safetensors")
+    (file,) = (workdir / "export").glob("*.safetensors")
+    return load_file(file)
 
 
 def assert_same_run(workdir: Path, expected: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from lomo_jax.training import Config
+from lomo_jax.training import Config, LoraConfig
 
 pytestmark = pytest.mark.slow
 
@@ -18,6 +18,9 @@ VARIANTS = {
     "microbatches, stochastic rounding, float16 with a dynamic loss scale": {
         **{"microbatches": 2, "rounding": "stochastic", "param_dtype": "float16"},
         **{"dynamic_loss_scale": True},
+    },
+    "adapters with dropout": {
+        **{"lora": LoraConfig(rank=2, dropout=0.1), "optimizer": "adamw", "learning_rate": 1e-3}
     },
 }
 
@@ -46,7 +49,13 @@ def _start_and_kill(config: Config, rng: random.Random, ceiling: int) -> None:
     assert status() == -signal.SIGKILL, runs.output_of(config).read_text()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *list(VARIANTS)[:2],
+        pytest.param("adapters with dropout", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_run_killed_many_times_equals_an_uninterrupted_one(tmp_path, variant):
     text = runs.write_text(tmp_path / "text.jsonl")
     fields = {
