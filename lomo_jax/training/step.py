@@ -118,25 +118,26 @@ def make_optimizer(
     try:
         if decay is None or decay_mask == "all" or not kwargs.get(decay, signature[decay].default):
             return make()
-        # Two optimizers: not all take a mask.
-        both: dict[Hashable, Any] = {"decays": make(), "stays": make(**{decay: 0.0})}
-        return optax.partition(both, functools.partial(_decay_labels, decay_mask))
+        decays = functools.partial(_decays, decay_mask)
+        mask = next((a for a in ("mask", "weight_decay_mask") if a in signature), None)
+        if mask is not None:
+            return make(**{mask: decays})
+        both: dict[Hashable, Any] = {True: make(), False: make(**{decay: 0.0})}
+        return optax.partition(both, decays)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{kwargs_field}: {name} refuses {dict(kwargs)}: {error}") from error
 
 
-def _decay_labels(mask: str, params: Params) -> Any:
-    """Returns "decays" or "stays" for each parameter."""
+def _decays(mask: str, params: Params) -> Any:
+    """Returns whether the weights of each parameter decay."""
 
-    def label(path, _):
+    def decays(path, _) -> bool:
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         if mask == MATRICES:
-            decays = name.rpartition("/")[2] not in ("scale", "bias", "embedding")
-        else:
-            decays = re.search(mask, name) is not None
-        return "decays" if decays else "stays"
+            return name.rpartition("/")[2] not in ("scale", "bias", "embedding")
+        return re.search(mask, name) is not None
 
-    return jax.tree_util.tree_map_with_path(label, params)
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def _optimizers() -> dict[str, Any]:
