@@ -49,6 +49,13 @@ OPTIONS = {
 # Each kind with one option, and each option with one kind, are quick.
 QUICK = set(zip(itertools.cycle(KINDS), OPTIONS))
 
+
+def _marks(kind, option):
+    if (kind, option) in QUICK:
+        return []
+    return [pytest.mark.slow] if option == "all" else [pytest.mark.slow, pytest.mark.exhaustive]
+
+
 # The reference does not follow the backward pass into a scan of scans.
 LEFT_OUT = {("stages", "dynamic_layers"), ("groups", "dynamic_layers")}
 
@@ -56,7 +63,7 @@ LEFT_OUT = {("stages", "dynamic_layers"), ("groups", "dynamic_layers")}
 @pytest.mark.parametrize(
     ("name", "option"),
     [
-        pytest.param(n, o, marks=() if (n, o) in QUICK else pytest.mark.slow)
+        pytest.param(n, o, marks=_marks(n, o))
         for n in KINDS
         for o in OPTIONS
         if (n, o) not in LEFT_OUT

@@ -325,7 +325,10 @@ def temporaries(make_step, case):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.exhaustive] if n == "alphafold" else []) for n in CASES],
+)
 def test_steps_agree(name, standard_promotion, assert_steps_agree):
     found = CASES[name](4, 16)
     trainable = arrays.trainable_flags(found.params, None)

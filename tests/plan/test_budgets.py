@@ -91,9 +91,12 @@ def test_budget(row, options):
     [
         ("lora", Offload(), {}, 14.7),
         ("qlora", Offload(), {}, 5.7),
-        ("qlora", INPUTS, {}, 4.8),
+        pytest.param("qlora", INPUTS, {}, 4.8, marks=pytest.mark.exhaustive),
         ("lora_lomo", Offload(), {}, 14.4),
-        ("llama65b", Offload(), {"lora.quantize": "nf4", "lora.rank": 16}, 38.0),  # 48 GB
+        pytest.param(
+            *("llama65b", Offload(), {"lora.quantize": "nf4", "lora.rank": 16}, 38.0),  # 48 GB
+            marks=pytest.mark.exhaustive,
+        ),
         ("llama65b", ALL, {"lora.quantize": "nf4", "lora.rank": 16}, 4.0),  # 12 GB
     ],
 )
@@ -107,7 +110,11 @@ def test_budget_of_adapters(name, offload, changes, most):
     assert plan.total_gib <= most
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 4, 1), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [(1, 8, 1), pytest.param((2, 4, 1), marks=pytest.mark.exhaustive), (1, 4, 2)],
+    ids=str,
+)
 def test_weights_are_gathered_and_gradients_reduce_scattered_layer_by_layer(mesh):
     """LLaMA-65B on eight GPUs."""
     layers, width, mlp_width = 4, 8192, 22016
@@ -135,7 +142,12 @@ def test_weights_are_gathered_and_gradients_reduce_scattered_layer_by_layer(mesh
 
 @pytest.mark.parametrize(
     ("name", "offload"),
-    [("llama7b", Offload()), ("llama7b", ALL), ("lora", Offload()), ("qlora", Offload())],
+    [
+        ("llama7b", Offload()),
+        pytest.param("llama7b", ALL, marks=pytest.mark.exhaustive),
+        pytest.param("lora", Offload(), marks=pytest.mark.exhaustive),
+        ("qlora", Offload()),
+    ],
 )
 def test_temporaries_do_not_grow_with_depth(name, offload):
     plans = [compiled(name, 8, 512, offload, layers=n).plan for n in (16, 32)]

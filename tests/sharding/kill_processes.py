@@ -24,7 +24,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from safetensors.numpy import load_file  # noqa: E402
 from test_processes import finish, train  # noqa: E402
 
-LIMIT = 90  # seconds; a process without a heartbeat counts as dead after 60
+MEETING = 45  # seconds for both processes to come
+LIMIT = 120  # seconds; a process without a heartbeat counts as dead after 60
 STEPS = 120
 MESHES = {"data=2, fsdp=2": (2, 2, 1), "fsdp=2, tensor=2": (1, 2, 2)}
 MOMENTS = ("start", "step", "save", "export")
@@ -34,7 +35,8 @@ def start(folder, mesh):
     """Starts the two processes."""
     fields = {"steps": STEPS, "checkpoint_every": 5, "keep_checkpoints": 2, "eval_every": 20}
     fields |= dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), MESHES[mesh], strict=True))
-    return train(folder, 2, *(f"--config.{name}={value}" for name, value in fields.items()))
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    return train(folder, 2, f"--connect_timeout={MEETING}", *flags)
 
 
 def last_step(workdir):

@@ -120,7 +120,7 @@ def test_several_processes_train_like_one(tmp_path):
     from safetensors.numpy import load_file
 
     found = {}
-    for processes in (1, 2, 4):
+    for processes in (1, 2):
         running = train(tmp_path, processes)
         outputs = finish(running)
         assert [p.returncode for p in running] == [0] * processes, outputs
@@ -135,10 +135,10 @@ def test_several_processes_train_like_one(tmp_path):
         assert "step 10" in outputs[0]
         assert all("loss" not in output for output in outputs[1:])
     assert len(found[1][0]) == 13
-    for losses, weights in (found[2], found[4]):
-        np.testing.assert_allclose(losses, found[1][0], rtol=1e-5)
-        for name, weight in found[1][1].items():
-            np.testing.assert_allclose(weights[name], weight, rtol=0, atol=1e-5 * abs(weight).max())
+    losses, weights = found[2]
+    np.testing.assert_allclose(losses, found[1][0], rtol=1e-5)
+    for name, weight in found[1][1].items():
+        np.testing.assert_allclose(weights[name], weight, rtol=0, atol=1e-5 * abs(weight).max())
 
 
 def test_processes_stop_after_the_same_step_and_one_process_resumes(tmp_path):
