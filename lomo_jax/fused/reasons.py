@@ -1,5 +1,6 @@
 """Finds out why the layers of a stack cannot be updated one by one, and what to do about it."""
 
+import collections
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,11 +41,17 @@ class Finder:
             for segment in loss.program.segments
             if isinstance(segment, LayerScan) and segment.stacked
         }
+        # Once: a model may have thousands of parameters and operations.
+        self.uses: dict[jex.Var, list[Operation]] = collections.defaultdict(list)
+        for op in self.program:
+            for var in jaxprs.variables(op.invars):
+                self.uses[var].append(op)
+        self.calls = [op for op in self.program if self.is_active(op) and _has_bodies(op)]
 
     def reason(self, i: int) -> Reason | None:
         """Returns why parameter i gets a whole gradient; None if no layer loop could help."""
         var = self.loss.inputs.params[i]
-        uses = [op for op in self.program if any(a is var for a in op.invars)]
+        uses = self.uses.get(var, [])
         scanned = [op for op in uses if isinstance(op, Scan) and any(x is var for x in op.xs)]
         uses = [op for op in uses if self.is_active(op)]
         if not uses:
@@ -57,11 +64,10 @@ class Finder:
         scanned = [op for op in scanned if op in uses]
         if scanned:
             return self._scanned(var, scanned, uses)
-        for operation in self.program:
-            if self.is_active(operation):
-                reason = self._inside(i, operation)
-                if reason is not None:
-                    return reason
+        for operation in self.calls:
+            reason = self._inside(i, operation)
+            if reason is not None:
+                return reason
         if self._is_read_by_layer(var):
             return Reason(
                 "a Python loop indexes its layers", "loop over the layers with jax.lax.scan"
@@ -162,9 +168,7 @@ class Finder:
         reads, pending = 0, [var]
         while pending:
             top = pending.pop()
-            for op in self.program:
-                if not any(a is top for a in op.invars):
-                    continue
+            for op in self.uses.get(top, []):
                 if isinstance(op, Scan):
                     return False
                 if op.primitive.name in ("slice", "dynamic_slice", "gather"):
@@ -272,6 +276,12 @@ def _has_layer_scan(closed: Any, flags: Sequence[bool]) -> bool:
 def _bodies(eqn: jex.JaxprEqn) -> list[Any]:
     """Returns the jaxprs inside an equation; not those for one device, which see no whole stack."""
     return [] if eqn.primitive.name == "shard_map" else jaxprs.bodies(eqn)
+
+
+def _has_bodies(operation: Operation) -> bool:
+    if isinstance(operation, Scan):
+        return True
+    return jaxprs.is_scan(operation) or bool(_bodies(operation))
 
 
 def _is_number_or_flag(atom: Any) -> bool:

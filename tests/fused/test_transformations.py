@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -398,3 +399,21 @@ def test_under_the_flags_of_jax(flag, value, options, assert_close):
         assert results[0][0]["in"].dtype == dtype
     finally:
         jax.config.update(flag, before)
+
+
+@pytest.mark.slow
+def test_two_thousand_parameters():
+    """`init` takes little longer for each of many parameters than for each of a few."""
+
+    def loss(params, x):
+        return sum(jnp.sum(x * w * w) for w in params.values())
+
+    x, seconds = jnp.ones(2), []
+    for count in (500, 2000):
+        params = {f"w{i}": jnp.ones(2) for i in range(count)}
+        step = lomo_jax.fused_step(loss, lomo_jax.lomo(0.1))
+        start = time.process_time()
+        with pytest.warns(UserWarning, match="no trainable parameter is in a layer scan"):
+            step.init(params, x)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 12 * seconds[0]  # 16 times, if it grew with the square

@@ -121,10 +121,11 @@ def main():
             while kills.total() < options.kills:
                 folder = Path(temporary) / f"killed{runs}"
                 folder.mkdir(exist_ok=True)
-                left = last_step(folder / "run2") < STEPS
-                moment = rng.choice(MOMENTS[:3]) if left and rng.random() < 0.8 else "export"
-                seconds = kill(folder, mesh, moment, rng)
-                if seconds is None:
+                moment = rng.choices(MOMENTS, (2, 4, 4, 1))[0]
+                if last_step(folder / "run2") >= STEPS:
+                    moment = rng.choice(["export", None, None])
+                seconds = kill(folder, mesh, moment, rng) if moment else complete(folder, mesh)
+                if seconds is None:  # it has finished
                     assert results(folder) == expected, f"{mesh}: other losses or weights"
                     runs += 1
                     continue
