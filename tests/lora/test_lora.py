@@ -135,11 +135,13 @@ BASES = {
 @pytest.mark.parametrize(
     ("base", "options"),
     [
-        *(("frozen", name) for name in OPTIONS),
+        ("frozen", "plain"),
+        ("frozen", "microbatches"),
         ("lomo", "plain"),
-        ("lomo", "microbatches"),
-        ("lomo", "clip_norm"),
-        ("adalomo", "offload"),
+        *(pytest.param("frozen", name, marks=pytest.mark.slow) for name in list(OPTIONS)[2:]),
+        pytest.param("lomo", "clip_norm", marks=pytest.mark.slow),
+        pytest.param("lomo", "microbatches", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        pytest.param("adalomo", "offload", marks=pytest.mark.slow),
     ],
 )
 def test_fused_equals_reference(base, options, assert_steps_agree, standard_promotion):
