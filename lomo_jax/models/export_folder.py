@@ -82,6 +82,8 @@ def replace(path: str | os.PathLike[str]) -> Iterator[Path]:
             _wait_for_all("written")
             if is_first:
                 files = sorted(file for file in new.rglob("*") if file.is_file())
+                for file in files:  # safetensors writes files that only their owner can read
+                    file.chmod(new.stat().st_mode & 0o666)
                 described = {file.relative_to(new).as_posix(): _describe(file) for file in files}
                 write_json(new / MANIFEST, {"format": _FORMAT, "files": described})
                 _swap(target, new, old)

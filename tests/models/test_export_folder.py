@@ -302,3 +302,10 @@ def test_a_killed_save_loses_nothing(made, export, other_params, killed):
         models.save(export, graphdef_of(CONFIG), other_params, tokenizer=BrokenTokenizer())
     assert contents(export) == expected
     assert list(export.parent.iterdir()) == [export]
+
+
+def test_files_have_the_usual_permissions(made, tmp_path):
+    """Whoever can read other files of this user can read an export."""
+    (tmp_path / "usual").touch()
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {file.name for file in made.iterdir() if file.stat().st_mode != usual} == set()
