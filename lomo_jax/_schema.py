@@ -34,7 +34,7 @@ class Kind:
     def problem(self, name: str, value: Any) -> str | None:
         """Returns what is wrong with a value, or None."""
         if not self.fits(value):
-            return f"{name}={_short(value)} must be {self.text}"
+            return f"{name}={short(value)} must be {self.text}"
         return self.inside(name, value)
 
     def check(self, value: Any, source: object = None) -> None:
@@ -50,7 +50,8 @@ class Kind:
         return Kind(f"{self.text} or {other.text}", lambda x: self.fits(x) or other.fits(x), inside)
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Returns a value as a message shows it."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
@@ -100,8 +101,8 @@ def object_of(item: Kind, key: Kind = TEXT) -> Kind:
     def inside(name: str, value: Any) -> str | None:
         for inner, part in value.items():
             if not key.fits(inner):
-                return f"{name}: the key {_short(inner)} must be {key.text}"
-            where = f"{name}.{inner}" if inner.isprintable() else f"{name}[{_short(inner)}]"
+                return f"{name}: the key {short(inner)} must be {key.text}"
+            where = f"{name}.{inner}" if inner.isprintable() else f"{name}[{short(inner)}]"
             if (problem := item.problem(where, part)) is not None:
                 return problem
         return None
@@ -291,6 +292,12 @@ TOKENIZER_FILES = {
     "added_tokens.json": object_of(_TOKEN),
     "vocab.json": object_of(_TOKEN),
 }
+
+# adapter_config.json of PEFT, as far as `peft_files` uses it.
+ADAPTER_CONFIG = record(
+    {"r": integer(1, 2**16), "lora_alpha": number(-1e9, 1e9)},
+    {"use_rslora": BOOLEAN},
+)
 
 # A longer token would take quadratic time where merges are computed.
 _PIECE = Kind("a token of at most 1024 characters", lambda x: isinstance(x, str) and len(x) <= 1024)

@@ -19,6 +19,7 @@ from flax import nnx
 
 from lomo_jax import lora, models
 from lomo_jax._json import read_json, write_json
+from lomo_jax._schema import ADAPTER_CONFIG, short
 from lomo_jax.errors import UserError
 from lomo_jax.fused import arrays
 from lomo_jax.lora import LoRA
@@ -132,14 +133,13 @@ def load(path: str | os.PathLike[str], config: DecoderConfig) -> tuple[LoRA, nnx
     path = Path(path)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise UserError(f"{path} has no {CONFIG} and {WEIGHTS}; give the folder of a LoRA adapter")
-    hf_config = read_json(path / CONFIG)
+    hf_config = read_json(path / CONFIG, ADAPTER_CONFIG)
     for key, value in _PLAIN.items():
         found = hf_config.get(key, value)
         if found != value and (found or value):
-            raise UserError(f"{path / CONFIG}: {key}={found!r} is not supported, only {value!r}")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(hf_config.get(key), int | float):
-            raise UserError(f"{path / CONFIG} has no number {key}; copy the adapter again")
+            raise UserError(
+                f"{path / CONFIG}: {key}={short(found)} is not supported, only {value!r}"
+            )
     try:
         tensors = safetensors.numpy.load_file(path / WEIGHTS)
     except (safetensors.SafetensorError, OSError) as error:

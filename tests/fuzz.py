@@ -180,6 +180,25 @@ def _read_checkpoint(file: Path) -> None:
     model_card(CheckpointMetadata(**values | {"progress": Progress(**progress)}), file.parent)
 
 
+def _make_adapters(folder: Path) -> None:
+    from flax import nnx
+    from small_models import CONFIG
+
+    from lomo_jax import lora, peft_files
+
+    model = models.Decoder(CONFIG, rngs=nnx.Rngs(0))
+    lora.add(model, lora.LoRA(2, 16), rngs=nnx.Rngs(1))
+    peft_files.save(folder / "adapters", CONFIG, lora.LoRA(2, 16), nnx.state(model))
+
+
+def _read_adapters(file: Path) -> None:
+    from small_models import CONFIG
+
+    from lomo_jax import peft_files
+
+    peft_files.load(file.parent, CONFIG)
+
+
 READERS = {
     "config": Reader(_make_configs, "*.json", _read_config),
     "index": Reader(_make_model, "model/*index.json", lambda file: models.load(file.parent)),
@@ -197,6 +216,7 @@ READERS = {
         "model/lomo_jax_export.json",
         lambda file: models.check_save_path(file.parent),
     ),
+    "adapters": Reader(_make_adapters, "adapters/adapter_*", _read_adapters),
     "checkpoint": Reader(_make_checkpoint, "*.json", _read_checkpoint),
 }
 
