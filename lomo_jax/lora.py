@@ -101,15 +101,9 @@ class LoRALinear(nnx.Linear):
         return y_BxTxO + jnp.asarray(self.scale, y_BxTxO.dtype) * dot(low_BxTxR, b_RxO)
 
     def _drop(self, x: jax.Array) -> jax.Array:
-        if self.dropout_key is None or self.dropout == 0:
+        if self.dropout_key is None:
             return x
-        keep = jax.random.bernoulli(
-            self.dropout_key,
-            1 - self.dropout,
-            x.shape,
-            out_sharding=arrays.explicit_sharding(x),
-        )
-        return jnp.where(keep, x / jnp.asarray(1 - self.dropout, x.dtype), jnp.zeros_like(x))
+        return nnx.Dropout(self.dropout, deterministic=False)(x, rngs=self.dropout_key)
 
     def merged(self) -> nnx.Linear:
         """Returns the linear map without an adapter that computes the same; donates the kernel."""

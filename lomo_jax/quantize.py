@@ -107,8 +107,10 @@ def quantize_kernels(model: nnx.Module, kind: str, targets: Sequence[str] | str 
       targets: See `lora.LoRA`.
 
     Raises:
-      UserError: There is no such linear map, or its inputs are no multiple of 64 for "nf4".
+      UserError: There is no such kind or linear map, or its inputs are no multiple of 64 for "nf4".
     """
+    if kind not in KINDS:
+        raise UserError(f"quantisation {kind!r} is not one of {', '.join(KINDS)}")
     if kind == NONE:
         return
     for path, linear in find(model, targets):

@@ -160,7 +160,7 @@ class Checkpoints:
         If writing fails, `warn` is called, and the earlier checkpoints stay.
 
         Args:
-          params: The parameters after `metadata.progress.step` steps; of a frozen base none.
+          params: The parameters after `metadata.progress.step` steps, without a frozen base.
           state: The state of the step.
           metadata: The metadata; `save` sets its checksums.
 

@@ -153,7 +153,7 @@ def _adapter_rows(lora: dict[str, Any]) -> dict[str, str]:
     names = targets if isinstance(targets, str) else ", ".join(targets)
     return {
         "adapters": f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {names}",
-        "base model": lora["base"],
+        "other parameters": lora["base"],
     }
 
 

@@ -169,3 +169,8 @@ def test_mistakes_are_one_line():
     lora.add(model, lora.LoRA(2, 16), rngs=nnx.Rngs(1))
     with pytest.raises(UserError, match="quantised: merge the adapters into the original model"):
         lora.merge(*nnx.split(model))
+
+
+def test_an_unknown_kind_is_an_error():
+    with pytest.raises(UserError, match="quantisation 'int4' is not one of none, int8, nf4"):
+        models.abstract(tiny_llama(), quantized="int4")
