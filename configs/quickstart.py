@@ -36,6 +36,6 @@ def get_config() -> Config:
         eval_batches=8,
         log_every=1,
         prompt="### SCENE II. A forest.\n\n_Enter the KING and a Messenger_\n\n**KING**  \n",
-        prompt_tokens=24,  # each token recomputes the whole prefix
+        prompt_tokens=24,
         workdir="runs/quickstart",
     )

@@ -50,6 +50,6 @@ def get_config() -> Config:
         eval_every=16,
         log_every=1,
         prompt=_TEMPLATE.partition("{% generation")[0].replace("{{ doc.question }}", _QUESTION),
-        prompt_tokens=48,  # each token recomputes the whole prefix
+        prompt_tokens=48,
         workdir="runs/quickstart_chat",
     )

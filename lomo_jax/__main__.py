@@ -3,6 +3,7 @@
     lomo-jax train --config quickstart                             fine-tune a model
     lomo-jax data --config quickstart                              show what it trains on
     lomo-jax plan --config llama7b --gpu rtx3090                   plan the memory of a run
+    lomo-jax eval RUN --tasks boolq,mmlu                           evaluate a run or a model
     lomo-jax report RUN                                            show a run as a page
     lomo-jax export RUN DIR                                        export a checkpoint
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "train": "lomo_jax.training.__main__",
     "data": "lomo_jax.data.__main__",
     "plan": "lomo_jax.plan.__main__",
+    "eval": "lomo_jax.evaluation.__main__",
     "report": "lomo_jax.report.__main__",
     "export": "lomo_jax.training.export",
 }

@@ -355,6 +355,12 @@ METRICS_RECORD = record(
     },
 )
 
+# A line of evaluations.jsonl; see `run_files`.
+EVALUATION_RECORD = record(
+    {"step": _STEP, "time": number(0, 2**36), "metrics": object_of(_FINITE, key=_NAME)},
+    {"limit": _STEP | NULL, "num_fewshot": _STEP | NULL, "examples": _STEP},
+)
+
 _GIB = number(0.0, 1e9)
 
 # run.json of a run.

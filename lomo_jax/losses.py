@@ -71,6 +71,30 @@ def next_token_loss(
     return (share_N * loss_N).sum(), Metrics((share_N * correct_N).sum(), weight)
 
 
+def token_losses(
+    x_NxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_N: jax.Array,
+    *,
+    chunk: int = 2048,
+    cap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes each token's cross-entropy, and whether it is the likeliest one.
+
+    Args:
+      x_NxD: the model's output at the positions before the tokens.
+      head_DxV: see `next_token_loss`.
+      targets_N: int32, the tokens.
+      chunk: see `next_token_loss`.
+      cap: see `next_token_loss`.
+
+    Returns:
+      float32 [N] in nats, and float32 [N], 1 where the target is the likeliest token, else 0.
+    """
+    x_NxD, targets_N = sharding.shard_batch((x_NxD, targets_N))
+    return _token_losses(_Logits(chunk, cap), x_NxD, head_DxV, targets_N)
+
+
 class _Logits(NamedTuple):
     """How logits are computed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lomo_jax._json import read_json, write_json
-from lomo_jax._schema import METRICS_RECORD, RUN_INFO, check_regular
+from lomo_jax._schema import EVALUATION_RECORD, METRICS_RECORD, RUN_INFO, check_regular
 from lomo_jax.plan import MemoryPlan
 
 CHECKPOINTS = "checkpoints"  # one folder per saved step, by orbax
@@ -22,13 +23,18 @@ METRICS = "metrics.jsonl"  # one `Record` per line
 LOG = "log.txt"  # the lines of the terminal, and the traceback of an error
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
+EVALUATIONS = "evaluations.jsonl"  # a line for each `lomo-jax eval`
 REPORT = "report.html"
-ALL = (CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, REPORT, RUN)
+ALL = (
+    *(CHECKPOINTS, EXPORT, MODEL, CONFIG, METRICS, LOG, TENSORBOARD, WANDB, EVALUATIONS),
+    *(REPORT, RUN),
+)
 
 # A line of metrics.jsonl: "step" (steps made), "time" (Unix seconds), and one of
 # * a logged step: "loss", "learning_rate", "accuracy", "tokens_per_second", and where there is one
 #   "flop_utilisation", "device_memory_gib", "grad_norm", "loss_scale", "skipped";
-# * an evaluation: "eval_loss", "eval_accuracy";
+# * an evaluation: "eval_loss", "eval_accuracy", "eval_perplexity", and each metric of the tasks,
+#   such as "eval_boolq_acc";
 # * a sample: "prompt", "sample";
 # * a resumed run: "resumed". Earlier lines with a higher step are superseded.
 Record = dict[str, Any]
@@ -114,6 +120,33 @@ def read_metrics(folder: Path) -> Iterator[Record | None]:
     with (folder / METRICS).open(encoding="utf-8", errors="replace") as file:
         lines = iter(lambda: file.readline(_MAX_LINE), "")
         yield from (_parse(line) for line in lines if line.strip())
+
+
+def append_evaluation(folder: Path, record: Record) -> None:
+    """Appends a record to evaluations.jsonl: "step", "time", "metrics" by name, and how."""
+    with (folder / EVALUATIONS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_evaluations(folder: Path) -> list[Record]:
+    """Returns the records of evaluations.jsonl, without lines that hold none.
+
+    Raises:
+      UserError: It is not a regular file.
+      OSError: The file cannot be read.
+    """
+    path = folder / EVALUATIONS
+    check_regular(path)
+    if not path.exists():
+        return []
+    found = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in iter(lambda: file.readline(_MAX_LINE), ""):
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if EVALUATION_RECORD.problem("", record) is None:
+                    found.append(record)
+    return found
 
 
 def _parse(line: str) -> Record | None:

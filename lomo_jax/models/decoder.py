@@ -29,6 +29,7 @@ from lomo_jax import lora, sharding
 from lomo_jax.fused.arrays import to_device
 from lomo_jax.models import attention as attention_
 from lomo_jax.models import rope
+from lomo_jax.models.cache import PADDING, Cache, LayerCache
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.embedding import EMBEDDING, look_up
 from lomo_jax.models.experts import Load, balance
@@ -169,29 +170,88 @@ class Decoder(nnx.Module):
             layer = to_device(layer)
             if key is not None:
                 lora.set_keys(layer, key)
-            return layer(x_BxTxD, context)
+            x_BxTxD, load, _ = layer(x_BxTxD, context)
+            return x_BxTxD, load
 
         x_BxTxD = look_up(to_device(self.embedding[...]), tokens_BxT)
         x_BxTxD = multiply(x_BxTxD, config.embedding_multiplier)
         keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
-        inputs = self.layers, _per_layer(config, length), keys
+        inputs = self.layers, _per_layer(config, length, length), keys
         x_BxTxD, load = jax.lax.scan(apply, x_BxTxD, inputs)
         x_BxTxD = multiply(self.norm(x_BxTxD), config.logit_multiplier)
         return x_BxTxD, None if load is None else balance(load)
 
+    def extend(
+        self,
+        cache: Cache,
+        tokens_BxQ: jax.Array,
+        positions_BxQ: jax.Array,
+        branches_BxQ: jax.Array,
+        rope_length: int,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads the next tokens of each row.
+
+        Args:
+          cache: The tokens before them, with room for these.
+          tokens_BxQ: int32 `[B, Q]`.
+          positions_BxQ: int32 `[B, Q]`, each token's position in its text, `cache.PADDING` for
+            padding.
+          branches_BxQ: int32 `[B, Q]`; see `models.cache`.
+          rope_length: The longest text in tokens, which some rotary embeddings depend on.
+
+        Returns:
+          The hidden states after the final norm, `[B, Q, D]`, and the cache with these tokens.
+        """
+        tokens_BxQ, positions_BxQ, branches_BxQ = sharding.shard_batch(
+            (tokens_BxQ, positions_BxQ, branches_BxQ)
+        )
+        config, start, slots = self.config, cache.length, cache.k.shape[3]
+        cache = cache.append(positions_BxQ, branches_BxQ)
+        distance_BxQxS = cache.distance(positions_BxQ, branches_BxQ)
+        window = _shared_window(config, slots)
+        shared = self._rotary(positions_BxQ, rope_length)
+        if config.num_experts:
+            shared = shared._replace(is_token=positions_BxQ != PADDING)
+
+        def apply(
+            carry: tuple[jax.Array, jax.Array, jax.Array],
+            inputs: tuple[Layer, PerLayer, jax.Array],
+        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+            (x_BxQxD, k, v), (layer, own, index) = carry, inputs
+            sees = slots if window is None else window
+            mask_BxQxS = distance_BxQxS < (sees if own.window is None else own.window)
+            context = self._rotate(shared, own, positions_BxQ)
+            own_cache = LayerCache(k, v, index, start, mask_BxQxS)
+            x_BxQxD, _, own_cache = to_device(layer)(x_BxQxD, context._replace(cache=own_cache))
+            assert own_cache is not None
+            return (x_BxQxD, own_cache.k, own_cache.v), None
+
+        x_BxQxD = look_up(to_device(self.embedding[...]), tokens_BxQ)
+        x_BxQxD = multiply(x_BxQxD, config.embedding_multiplier)
+        layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+        inputs = self.layers, _per_layer(config, slots, rope_length), layers
+        (x_BxQxD, k, v), _ = jax.lax.scan(apply, (x_BxQxD, cache.k, cache.v), inputs)
+        x_BxQxD = multiply(self.norm(x_BxQxD), config.logit_multiplier)
+        return x_BxQxD, cache._replace(k=k, v=v)
+
     def context(self, positions_BxT: jax.Array, segments_BxT: jax.Array | None) -> Context:
         """Returns what all layers share."""
-        config, length = self.config, positions_BxT.shape[1]
-        cos = sin = angle = None
-        frequency_r, magnitude = rope.frequencies(config, length)
-        if rope.layer_frequencies(config, length) is None:
-            angle = rope.angle(positions_BxT, frequency_r)
-        window = _shared_window(config, length)
+        length = positions_BxT.shape[1]
+        window = _shared_window(self.config, length)
         if self._is_long(length):
             visible = attention_.Visible(segments_BxT, window, None)
         else:
             mask = None if segments_BxT is None else attention_.segment_mask(segments_BxT)
             visible = attention_.Visible(None, None, attention_.and_window(mask, length, window))
+        return self._rotary(positions_BxT, length)._replace(visible=visible)
+
+    def _rotary(self, positions_BxT: jax.Array, length: int) -> Context:
+        """Returns what all layers share about positions, in texts of up to `length` tokens."""
+        config = self.config
+        cos = sin = angle = None
+        frequency_r, magnitude = rope.frequencies(config, length)
+        if rope.layer_frequencies(config, length) is None:
+            angle = rope.angle(positions_BxT, frequency_r)
         query_scale = None
         if config.query_growth and config.rope_scaling is not None:
             periods = positions_BxT // config.rope_scaling.original_max_length
@@ -200,14 +260,19 @@ class Decoder(nnx.Module):
         if angle is not None:
             cos = multiply(jnp.cos(angle), magnitude)
             sin = multiply(jnp.sin(angle), magnitude)
-        return Context(cos, sin, visible, query_scale)
+        return Context(cos, sin, attention_.Visible(None, None, None), query_scale)
+
+    def _rotate(self, shared: Context, own: PerLayer, positions_BxT: jax.Array) -> Context:
+        """Returns the context with the rotary angles of one layer."""
+        if own.frequency is None or own.magnitude is None:
+            return shared
+        angle = rope.angle(positions_BxT, own.frequency)
+        cos, sin = jnp.cos(angle) * own.magnitude, jnp.sin(angle) * own.magnitude
+        return shared._replace(cos=cos, sin=sin)
 
     def _specialise(self, shared: Context, own: PerLayer, positions_BxT: jax.Array) -> Context:
         """Returns the context of one layer."""
-        if own.frequency is not None and own.magnitude is not None:
-            angle = rope.angle(positions_BxT, own.frequency)
-            cos, sin = jnp.cos(angle) * own.magnitude, jnp.sin(angle) * own.magnitude
-            shared = shared._replace(cos=cos, sin=sin)
+        shared = self._rotate(shared, own, positions_BxT)
         if own.window is not None:
             length, visible = positions_BxT.shape[1], shared.visible
             if self._is_long(length):
@@ -234,9 +299,13 @@ class Decoder(nnx.Module):
         segments_BxT: jax.Array | None = None,
     ) -> jax.Array:
         """Returns float32 logits `[B, T, V]`; see `hidden` for the arguments."""
+        return self.logits(self.hidden(tokens_BxT, positions_BxT, segments_BxT))
+
+    def logits(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Returns the float32 logits `[B, T, V]` of what `hidden` or `extend` returned."""
         logits_BxTxV = jnp.einsum(
             "btd,dv->btv",
-            self.hidden(tokens_BxT, positions_BxT, segments_BxT),
+            x_BxTxD,
             sharding.gather(self.head()),
             preferred_element_type=jnp.float32,
         )
@@ -251,13 +320,13 @@ def _shared_window(config: DecoderConfig, length: int) -> int | None:
     return config.window if shared else None
 
 
-def _per_layer(config: DecoderConfig, length: int) -> PerLayer:
-    """Returns what differs by layer in rows of this length."""
+def _per_layer(config: DecoderConfig, length: int, rope_length: int) -> PerLayer:
+    """Returns what differs by layer in rows of this length, and texts of that one."""
     window = frequency = magnitude = None
     if config.window is not None and config.sliding_layers and config.window < length:
         sees = [config.window if config.is_sliding(i) else length for i in range(config.num_layers)]
         window = jnp.asarray(np.array(sees, np.int32))
-    if (rotary := rope.layer_frequencies(config, length)) is not None:
+    if (rotary := rope.layer_frequencies(config, rope_length)) is not None:
         frequency, magnitude = map(jnp.asarray, rotary)
     return PerLayer(window, frequency, magnitude)
 

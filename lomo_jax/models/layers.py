@@ -23,6 +23,7 @@ from lomo_jax import sharding
 from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import to_device
 from lomo_jax.models.attention import Scores, Visible, attend
+from lomo_jax.models.cache import LayerCache
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.experts import Experts, Load
 from lomo_jax.models.rope import rotate
@@ -45,6 +46,7 @@ class Context(NamedTuple):
     visible: Visible
     query_scale: jax.Array | None = None  # [B, T, 1, 1] float32
     is_token: jax.Array | None = None  # bool [B, T], for mixtures of experts: not padding
+    cache: LayerCache | None = None  # keys and values of earlier tokens, in place of `visible`
 
 
 class Norm(nnx.Module):
@@ -96,18 +98,24 @@ class Attention(nnx.Module):
         self.q_norm = norm(q_width) if self.qk_norm != "none" else None
         self.k_norm = norm(k_width) if self.qk_norm != "none" else None
 
-    def __call__(self, x_BxTxD: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, context: Context) -> tuple[jax.Array, LayerCache | None]:
+        """Returns the block's output, and the cache with the keys and values of these tokens."""
         batch, length, _ = x_BxTxD.shape
         q_BxTxHxh = self._position(self.q(x_BxTxD), self.q_norm, context)
         k_BxTxKxh = self._position(self.k(x_BxTxD), self.k_norm, context)
         v_BxTxKxh = _split(self.v(x_BxTxD), self.head_dim)
         if context.query_scale is not None:
             q_BxTxHxh = (q_BxTxHxh * context.query_scale).astype(q_BxTxHxh.dtype)
-        y_BxTxHxh = attend(
-            q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, context.visible, self.scores, self.implementation
-        )
+        cache = context.cache
+        if cache is None:
+            y_BxTxHxh = attend(
+                q_BxTxHxh, k_BxTxKxh, v_BxTxKxh, context.visible, self.scores, self.implementation
+            )
+        else:
+            cache = cache.write(k_BxTxKxh, v_BxTxKxh)
+            y_BxTxHxh = cache.attend(q_BxTxHxh, self.scores)
         y_BxTxD = y_BxTxHxh.reshape(batch, length, -1)
-        return self.o(y_BxTxD, out_sharding=sharding.unsharded_last_axis(y_BxTxD))
+        return self.o(y_BxTxD, out_sharding=sharding.unsharded_last_axis(y_BxTxD)), cache
 
     def _position(self, x_BxTxNh: jax.Array, norm: Norm | None, context: Context) -> jax.Array:
         """Normalises queries or keys, splits them into heads and rotates them."""
@@ -166,17 +174,19 @@ class Layer(nnx.Module):
             self.mlp = MLP(config, param_dtype=param_dtype, rngs=rngs)
         self.mlp_post_norm = norm() if after else None
 
-    def __call__(self, x_BxTxD: jax.Array, context: Context) -> tuple[jax.Array, Load | None]:
-        """Returns the layer's output, and how a mixture of experts used them."""
+    def __call__(
+        self, x_BxTxD: jax.Array, context: Context
+    ) -> tuple[jax.Array, Load | None, LayerCache | None]:
+        """Returns the layer's output, how a mixture of experts used them, and the cache."""
         if self.parallel:
             normal_BxTxD = _apply(self.attention_norm, x_BxTxD)
-            attended_BxTxD = self.attention(normal_BxTxD, context)
+            attended_BxTxD, cache = self.attention(normal_BxTxD, context)
             y_BxTxD, load = self._mlp(normal_BxTxD, context)
-            return x_BxTxD + self._scale(attended_BxTxD + y_BxTxD), load
-        y_BxTxD = self.attention(_apply(self.attention_norm, x_BxTxD), context)
+            return x_BxTxD + self._scale(attended_BxTxD + y_BxTxD), load, cache
+        y_BxTxD, cache = self.attention(_apply(self.attention_norm, x_BxTxD), context)
         x_BxTxD += self._scale(_apply(self.attention_post_norm, y_BxTxD))
         y_BxTxD, load = self._mlp(_apply(self.mlp_norm, x_BxTxD), context)
-        return x_BxTxD + self._scale(_apply(self.mlp_post_norm, y_BxTxD)), load
+        return x_BxTxD + self._scale(_apply(self.mlp_post_norm, y_BxTxD)), load, cache
 
     def _mlp(self, x_BxTxD: jax.Array, context: Context) -> tuple[jax.Array, Load | None]:
         if isinstance(self.mlp, Experts):

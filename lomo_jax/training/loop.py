@@ -411,7 +411,9 @@ def _evaluate(
         return False
     is_best = recorder.evaluation(run.progress.step, result)
     if prompt:
-        text = continue_prompt(run.model, run.tokenizer, run.params, prompt, prompt_tokens)
+        text = models.generate_text(
+            run.model.graphdef, run.params, run.tokenizer, [prompt], prompt_tokens
+        )[0]
         recorder.sample(run.progress.step, prompt, text)
     return is_best
 
@@ -458,23 +460,6 @@ def make_evaluate(
         return Evaluation(float(loss / weight), float(accuracy / weight))
 
     return evaluate
-
-
-def continue_prompt(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    params: nnx.State,
-    prompt: str,
-    max_new_tokens: int,
-) -> str:
-    """Returns the greedy continuation of `prompt`, up to the end-of-text token."""
-    tokens = tokenizer(prompt)["input_ids"]
-    end = tokenizer.eos_token_id
-    if tokens[-1] == end:  # some tokenizers append it, which would leave nothing to continue
-        tokens = tokens[:-1]
-    generated = models.generate(model.graphdef, params, np.array([tokens]), max_new_tokens)
-    new = generated[0, len(tokens) :].tolist()
-    return str(tokenizer.decode(new[: new.index(end)] if end in new else new))
 
 
 def _save(run: Run, checkpoints: Checkpoints) -> None:

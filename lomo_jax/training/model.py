@@ -189,7 +189,7 @@ def _load_base(
     if source.init == "random":
         return models.init_layer_by_layer(model.config, seed, dtype, **placement)
     assert source.path is not None, "validate() requires it"
-    run = _find_run(source.path)
+    run = find_run(source.path)
     if run is None:
         return models.load(resolve(source.path), dtype, **placement)[1]
     if model.quantized != "none":
@@ -255,11 +255,11 @@ def compute_capability() -> tuple[int, int] | None:
 
 def hf_path(path: str) -> str:
     """Returns the folder of config.json and tokenizer; for a checkpoint, that is in its run."""
-    run = _find_run(path)
+    run = find_run(path)
     return resolve(path) if run is None else str(run[0] / run_files.MODEL)
 
 
-def _find_run(path: str) -> tuple[Path, int | None] | None:
+def find_run(path: str) -> tuple[Path, int | None] | None:
     """Returns (workdir, step) if a path is the workdir of a run (step None) or a checkpoint."""
     place = Path(path).expanduser()
     if (place / run_files.CHECKPOINTS).is_dir() and (place / run_files.MODEL).is_dir():

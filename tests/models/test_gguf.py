@@ -314,9 +314,8 @@ def test_a_real_model_knows_english(smollm2):
     # 19.8 in float32; five times as much with the q and k rows in llama.cpp's order.
     assert found < 22
 
-    prompt = tokenizer("The capital of France is")["input_ids"]
-    continued = models.generate(graphdef, params, np.array([prompt]), 2)
-    assert "Paris" in tokenizer.decode(continued[0])
+    prompts = ["The capital of France is"]
+    assert "Paris" in models.generate_text(graphdef, params, tokenizer, prompts, 2)[0]
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B", "Gemma-2-2B", "Gemma-3-270M"])

@@ -119,10 +119,14 @@ def test_no_device_gets_a_whole_stack(mesh, tmp_path, monkeypatch):
 def test_generation_is_the_same_as_on_one_device(mesh):
     graphdef, params = models.init(CONFIG, 3)
     prompt = np.array([[1, 2, 3]])
-    expected = models.generate(graphdef, params, prompt, 5)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 9]]
+    sampled = models.Sampling(repetition_penalty=1.1, temperature=2.0, top_k=30, top_p=0.9)
+    settings = ({}, {"sampling": sampled}, {"stop_tokens": [3, 4, 5, 6]})
+    expected = [models.generate(graphdef, params, prompts, 5, **each) for each in settings]
     with jax.set_mesh(mesh):
         params = jax.device_put(params, models.shardings(CONFIG, params, mesh))
-        np.testing.assert_array_equal(models.generate(graphdef, params, prompt, 5), expected)
+        found = [models.generate(graphdef, params, prompts, 5, **each) for each in settings]
+        assert found == expected
         logits = nnx.merge(graphdef, params)(np.tile(prompt, (4, 1)))
     whole = nnx.merge(*models.init(CONFIG, 3))(np.tile(prompt, (4, 1)))
     np.testing.assert_allclose(logits, whole, rtol=0, atol=1e-5)

@@ -1,0 +1,389 @@
+"""lm-evaluation-harness on a model of this library: its tasks, without an export.
+
+Needs the package `lm_eval`, the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flax import nnx
+
+from lomo_jax import models
+from lomo_jax.errors import UserError, did_you_mean
+from lomo_jax.evaluation.choices import (
+    encode,
+    encode_pair,
+    first_token,
+    log_likelihoods_of_pairs,
+)
+from lomo_jax.models.generation import cut_at, end_tokens
+
+if importlib.util.find_spec("lm_eval") is None:
+    raise UserError("tasks need lm_eval: pip install 'lomo_jax[eval]'")
+
+import lm_eval.api.model
+
+if TYPE_CHECKING:  # slow to import
+    from transformers import PreTrainedTokenizerBase
+
+_NEW_TOKENS = 256  # of an answer whose task does not say how long it may be
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+
+
+class LM(lm_eval.api.model.LM):
+    """A model for `lm_eval.simple_evaluate(model=...)`.
+
+    Use it under the mesh that its parameters are sharded over. A prompt that is longer than the
+    model loses its beginning, as with the harness's own models; `cut` counts them.
+
+    Args:
+      graphdef: The structure of a `models.Decoder`.
+      params: Its parameters.
+      tokenizer: Its tokenizer.
+      batch_size: Prompts that are read or continued together.
+
+    Raises:
+      UserError: lm_eval is not installed.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef[models.Decoder],
+        params: nnx.State,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__()
+        self.graphdef, self.params, self.tokenizer = graphdef, params, tokenizer
+        self.config = nnx.merge(graphdef, params).config
+        self.batch_size = batch_size
+        self.cut = 0  # prompts that lost their beginning
+
+    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """Returns (log-likelihood, whether it is the greedy one) of each continuation."""
+        pairs = [encode_pair(self.tokenizer, *request.args) for request in requests]
+        return self._score([self._fit(*pair) for pair in pairs])
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+        """Returns the log-likelihood of each text, in windows of the model's length."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        texts = []
+        for request in requests:
+            tokens = encode(self.tokenizer, request.args[0], special=False)
+            length, first = self.config.max_length, first_token(self.tokenizer)
+            windows = get_rolling_token_windows(tokens, first, length, context_len=1)
+            texts.append(list(map(make_disjoint_window, windows)))
+        scores = iter(self._score([window for windows in texts for window in windows]))
+        return [sum(next(scores)[0] for _ in windows) for windows in texts]
+
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+        """Returns the text that follows each prompt, up to a string that ends it."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        found: dict[int, str] = {}
+        for numbers in groups.values():
+            settings = requests[numbers[0]].args[1]
+            prompts = [requests[number].args[0] for number in numbers]
+            found.update(zip(numbers, self._generate(prompts, settings), strict=True))
+        return [found[number] for number in range(len(requests))]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Returns a conversation as text."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The name of the tokenizer."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the template of conversations."""
+        return self.tokenizer.chat_template if chat_template else None
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        found = log_likelihoods_of_pairs(
+            self.graphdef, self.params, [[pair] for pair in pairs], batch_size=self.batch_size
+        )
+        return [(each.log_likelihood, each.is_greedy) for (each,) in found]
+
+    def _fit(self, prompt: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Cuts a prompt at its beginning to the length of the model."""
+        room = self.config.max_length + 1 - len(continuation)
+        if len(prompt) <= room:
+            return prompt, continuation
+        if room < 1:
+            raise UserError(
+                f"an answer of a task has {len(continuation)} tokens, more than the model's "
+                f"max_length={self.config.max_length}"
+            )
+        self.cut += 1
+        return prompt[-room:], continuation
+
+    def _generate(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
+        until = settings.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        lengths = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+        new = int(next((settings[name] for name in lengths if settings.get(name)), _NEW_TOKENS))
+        room = self.config.max_length - new
+        if room < 1:
+            raise UserError(
+                f"a task asks for {new} new tokens, and the model's max_length is "
+                f"{self.config.max_length}; set --gen_kwargs max_gen_toks=N"
+            )
+        tokens = [encode(self.tokenizer, prompt) for prompt in prompts]
+        self.cut += sum(len(row) > room for row in tokens)
+        sampling = models.Sampling()
+        if settings.get("do_sample", settings.get("temperature", 0) > 0):
+            values = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
+            sampling = models.Sampling(**{"temperature": 1.0} | values)
+
+        def is_finished(row: list[int]) -> bool:
+            text = self.tokenizer.decode(row)
+            return any(stop in text for stop in until)
+
+        rows = models.generate(
+            self.graphdef,
+            self.params,
+            [row[-room:] for row in tokens],
+            new,
+            sampling=sampling,
+            stop_tokens=end_tokens(self.config, self.tokenizer),
+            is_finished=is_finished if until else None,
+            batch_size=self.batch_size,
+        )
+        decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
+        return [cut_at(str(decode(row)), until) for row in rows]
+
+
+class Tasks:
+    """Tasks of the harness, read once and evaluated as often as one likes.
+
+    Args:
+      names: Names of tasks and groups, such as "boolq" or "mmlu".
+      data: Folders with their data, see `find_dataset`; none: the Hugging Face Hub.
+      num_fewshot: Examples before each question, instead of what the task says.
+
+    Raises:
+      UserError: There is no such task, or its data cannot be read.
+    """
+
+    def __init__(
+        self, names: Sequence[str], *, data: Sequence[Path] = (), num_fewshot: int | None = None
+    ) -> None:
+        self.num_fewshot = num_fewshot
+        with _quiet():
+            from lm_eval.tasks import TaskManager
+
+            manager = TaskManager()
+            for name in names:
+                if name not in manager.all_tasks:
+                    hint = did_you_mean(name, manager.all_tasks)
+                    raise UserError(
+                        f"there is no task {name!r} in lm_eval"
+                        + (hint or "; `lm-eval ls tasks` lists them")
+                    )
+            with _data_from(data):
+                try:
+                    self.tasks = manager.load_task_or_group(list(names))
+                except UserError:
+                    raise
+                except Exception as error:  # the hub, the network, datasets
+                    raise UserError(
+                        f"the data of {', '.join(names)} cannot be read "
+                        f"({_first_line(error)}); give a folder with it: --data DIR"
+                    ) from error
+
+    def evaluate(
+        self, lm: LM, *, limit: int | None = None, gen_kwargs: str | None = None
+    ) -> dict[str, Any]:
+        """Returns the results of `lm_eval.evaluate`, as it writes them to JSON.
+
+        Args:
+          lm: The model.
+          limit: The largest number of examples of each task.
+          gen_kwargs: Settings of generation, such as "temperature=0.8,max_gen_toks=64".
+
+        Raises:
+          UserError: A task does not fit the model.
+        """
+        with _quiet():
+            from lm_eval import evaluator
+
+            for task in _leaves(self.tasks):
+                if self.num_fewshot is not None:
+                    task.set_config(key="num_fewshot", value=self.num_fewshot)
+                if gen_kwargs and task.config.output_type == "generate_until":
+                    from lm_eval.utils import simple_parse_args_string
+
+                    values = simple_parse_args_string(gen_kwargs)
+                    task.set_config(key="generation_kwargs", value=values, update=True)
+                task.set_fewshot_seed(seed=1234)  # the harness's
+            found = evaluator.evaluate(
+                lm, self.tasks, limit=limit, bootstrap_iters=0, log_samples=False, verbosity="ERROR"
+            )
+        assert found is not None
+        return dict(found)
+
+
+def metrics(results: dict[str, Any]) -> dict[str, float]:
+    """Returns the numbers of `Tasks.evaluate`, such as {"boolq_acc": 0.61}."""
+    found = {}
+    for task, values in {**results["results"], **results.get("groups", {})}.items():
+        for key, value in values.items():
+            name, _, rule = key.partition(",")
+            if isinstance(value, int | float) and not name.endswith("_stderr") and rule:
+                suffix = "" if rule == "none" else f"_{rule.replace('-', '_')}"
+                found[f"{task}_{name}{suffix}"] = float(value)
+    return found
+
+
+def counts(results: dict[str, Any]) -> dict[str, int]:
+    """Returns the number of examples of each task of `Tasks.evaluate`."""
+    return {task: each["effective"] for task, each in results.get("n-samples", {}).items()}
+
+
+def _leaves(tasks: dict[Any, Any]) -> Iterator[Any]:
+    for value in tasks.values():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def find_dataset(folders: Sequence[Path], names: Sequence[str]) -> Path:
+    """Returns the folder or file of a data set.
+
+    Args:
+      folders: The folders given by --data.
+      names: Places to look in each, such as ["boolq", "aps/super_glue/boolq", "super_glue/boolq"].
+
+    Raises:
+      UserError: There is none.
+    """
+    for place in (folder / name for folder in folders for name in names):
+        # "none" and "plain_text" are the configs of data sets on the hub that have only one.
+        for path in (place, place / "none", place / "plain_text"):
+            if path.is_dir() and _splits(path):
+                return path
+        for ending in (".jsonl", ".json", ".parquet"):
+            if (path := place.with_name(place.name + ending)).is_file():
+                return path
+    where = ", ".join(map(str, folders))
+    raise UserError(f"--data {where}: there is no {' or '.join(names)}")
+
+
+_SPLITS = ("train", "validation", "test", "dev")
+
+
+def _splits(folder: Path) -> dict[str, Path]:
+    """Returns the files or folders of the splits in a folder."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        stem = path.name.partition(".")[0].partition("-")[0]
+        if stem in _SPLITS:
+            found[stem] = path
+    return found
+
+
+def read_dataset(place: Path) -> Any:
+    """Reads a `datasets.DatasetDict`: a file, or a folder of files or folders named after splits.
+
+    Raises:
+      UserError: It cannot be read.
+    """
+    import datasets
+
+    # One file is all splits: of a task of one's own there is often no other.
+    splits = dict.fromkeys(_SPLITS, place) if place.is_file() else _splits(place)
+    try:
+        return datasets.DatasetDict({name: _read_split(path) for name, path in splits.items()})
+    except Exception as error:  # datasets and pyarrow raise anything
+        raise UserError(f"{place}: it cannot be read as data ({_first_line(error)})") from error
+
+
+def _read_split(path: Path) -> Any:
+    import datasets
+
+    if path.is_dir() and (path / "state.json").exists():
+        return datasets.load_from_disk(str(path))
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    if all(file.suffix == ".arrow" for file in files):
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
+    names = [str(file) for file in files]
+    if files[0].suffix == ".parquet":
+        return datasets.Dataset.from_parquet(names)
+    return datasets.Dataset.from_json(names)
+
+
+@contextlib.contextmanager
+def _data_from(folders: Sequence[Path]) -> Iterator[None]:
+    """Lets tasks read their data from folders, in place of the hub."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--data {folder}: there is no such folder")
+    if not folders:
+        yield
+        return
+    from lm_eval.api.task import ConfigurableTask
+
+    def download(self: Any, dataset_kwargs: Any = None, **_: Any) -> None:
+        path, name = str(self.DATASET_PATH), self.DATASET_NAME
+        parts = [[self.config.task], [path, name], [path.rpartition("/")[2], name], [name]]
+        names = dict.fromkeys("/".join(filter(None, part)) for part in parts)
+        self.dataset = read_dataset(find_dataset(folders, [each for each in names if each]))
+        config = self.config
+        if config.test_split not in self.dataset and config.validation_split in self.dataset:
+            config.test_split = None
+        if config.fewshot_split not in self.dataset:
+            config.fewshot_split = None
+
+    before = ConfigurableTask.download
+    ConfigurableTask.download = download
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the harness, which logs and warns about each task."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = bars
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
