@@ -110,9 +110,14 @@ def object_of(item: Kind, key: Kind = TEXT) -> Kind:
     return Kind("an object", lambda x: isinstance(x, dict), inside)
 
 
-def record(required: Mapping[str, Kind], optional: Mapping[str, Kind] | None = None) -> Kind:
-    """Accepts objects with these keys, and any others."""
+def record(
+    required: Mapping[str, Kind],
+    optional: Mapping[str, Kind] | None = None,
+    prefixed: Mapping[str, Kind] | None = None,
+) -> Kind:
+    """Accepts objects with these keys, keys that begin with those of `prefixed`, and any others."""
     kinds = {**required, **(optional or {})}
+    by_prefix = prefixed or {}
 
     def inside(name: str, value: Any) -> str | None:
         for key in required:
@@ -121,6 +126,14 @@ def record(required: Mapping[str, Kind], optional: Mapping[str, Kind] | None = N
         for key, kind in kinds.items():
             if key in value and (problem := kind.problem(f"{name}.{key}", value[key])) is not None:
                 return problem
+        for start, kind in by_prefix.items():
+            for key in value:
+                if not key.startswith(start):
+                    continue
+                if not _NAME.fits(key):
+                    return f"{name}: the key {_short(key)} must be {_NAME.text}"
+                if (problem := kind.problem(f"{name}.{key}", value[key])) is not None:
+                    return problem
         return None
 
     return Kind("an object", lambda x: isinstance(x, dict), inside)
@@ -348,11 +361,12 @@ METRICS_RECORD = record(
     {
         **dict.fromkeys(("loss", "learning_rate", "accuracy", "tokens_per_second"), _MEASURED),
         **dict.fromkeys(("flop_utilisation", "device_memory_gib", "grad_norm"), _MEASURED),
-        **dict.fromkeys(("loss_scale", "eval_loss", "eval_accuracy"), _MEASURED),
+        "loss_scale": _MEASURED,
         "skipped": _STEP,
         **dict.fromkeys(("prompt", "sample"), TEXT),
         "resumed": BOOLEAN,
     },
+    {"eval_": _MEASURED},
 )
 
 # A line of evaluations.jsonl; see `run_files`.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lomo_jax.evaluation.likelihood import Likelihood as Likelihood
     from lomo_jax.evaluation.likelihood import log_likelihoods as log_likelihoods
     from lomo_jax.evaluation.loading import load as load
+    from lomo_jax.evaluation.tasks import Tasks as Tasks
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
@@ -21,5 +22,6 @@ __getattr__, __dir__ = _lazy.attach(
         "harness": ["LM"],
         "likelihood": ["Likelihood", "log_likelihoods"],
         "loading": ["load"],
+        "tasks": ["Tasks"],
     },
 )

@@ -1,13 +1,17 @@
-"""Evaluates a run or a model on tasks of lm-evaluation-harness, without an export.
+"""Evaluates a run or a model on tasks, without an export.
 
     lomo-jax eval runs/quickstart --tasks boolq,piqa --limit 200
     lomo-jax eval MODEL --tasks mmlu --data DIR --json results.json
 
 RUN_OR_MODEL is the folder of a run, one of its checkpoints, a Hugging Face directory, the id of a
-model on the hub, or a .gguf file. The weights are sharded over all devices. The data of the tasks
-come from the hub, or from the folders of --data: DIR/boolq, or DIR/super_glue/boolq as on the hub,
-with files or folders named after the splits. The results of a run are added to evaluations.jsonl in
-its folder, which `lomo-jax report` shows. `lm-eval ls tasks` lists the tasks.
+model on the hub, or a .gguf file. The weights are sharded over all devices.
+
+Tasks are those of lm-evaluation-harness (`lm-eval ls tasks` lists them), superglue/boolq and the
+like as the authors of LOMO run them, and files of questions: FILE.jsonl with `prompt`, `choices`,
+and `answer`, an index. Their data come from the hub, or from the folders of --data: DIR/boolq, or
+DIR/super_glue/boolq as on the hub, with files or folders named after the splits.
+
+The results of a run are added to evaluations.jsonl in its folder, which `lomo-jax report` shows.
 """
 
 from __future__ import annotations
@@ -65,9 +69,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from lomo_jax.evaluation import harness  # slow to import: report typos first
+    from lomo_jax.evaluation.tasks import Tasks  # slow to import: report typos first
 
-    tasks = harness.Tasks(names, data=options.data, num_fewshot=options.num_fewshot)
+    tasks = Tasks(names, data=options.data, limit=options.limit, num_fewshot=options.num_fewshot)
     import jax
 
     from lomo_jax import sharding
@@ -83,20 +87,21 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError(f"--tensor: {error}") from None
     loaded = load(options.path, step=options.step, dtype=options.dtype, mesh=mesh)
     with jax.set_mesh(mesh):
-        lm = harness.LM(
-            loaded.graphdef, loaded.params, loaded.tokenizer, batch_size=options.batch_size
+        results = tasks.evaluate(
+            *(loaded.graphdef, loaded.params, loaded.tokenizer),
+            batch_size=options.batch_size,
+            gen_kwargs=options.gen_kwargs,
         )
-        results = tasks.evaluate(lm, limit=options.limit, gen_kwargs=options.gen_kwargs)
     if jax.process_index() > 0:
         return
     seconds = time.perf_counter() - started
     step = "" if loaded.step is None else f" after {loaded.step} steps"
     print(f"{options.path}{step}, {seconds:.0f} s")
     print(_table(results))
-    if lm.cut:
+    if tasks.cut:
         print(
-            f"warning: {lm.cut} prompts are longer than the model, {lm.config.max_length} tokens, "
-            "and lost their beginning"
+            f"warning: {tasks.cut} prompts are longer than the model, "
+            f"{loaded.config.max_length} tokens, and lost their beginning"
         )
     if options.json is not None:
         from lomo_jax._json import write_text
@@ -108,7 +113,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _table(results: dict[str, Any]) -> str:
     """Returns the metrics of each task, one a line."""
-    from lomo_jax.evaluation.harness import counts, metrics
+    from lomo_jax.evaluation.tasks import counts, metrics
 
     rows = [(name, f"{value:.4f}") for name, value in metrics(results).items()]
     width = max((len(name) for name, _ in rows), default=0)
@@ -118,7 +123,7 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _append(run: Path, step: int, options: argparse.Namespace, results: dict[str, Any]) -> None:
-    from lomo_jax.evaluation.harness import counts, metrics
+    from lomo_jax.evaluation.tasks import counts, metrics
     from lomo_jax.run_files import append_evaluation
 
     append_evaluation(

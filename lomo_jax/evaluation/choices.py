@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from flax import nnx
@@ -44,6 +44,7 @@ def answer(
     rank: str = "sum",
     with_end: bool = False,
     batch_size: int = 8,
+    on_batch: Callable[[], None] | None = None,
 ) -> Answers:
     """Answers questions by the likelihood of their choices.
 
@@ -56,6 +57,7 @@ def answer(
         token, "byte" per byte of UTF-8, "unconditional" by how much the prompt raises it.
       with_end: Whether an end of text belongs to each choice.
       batch_size: See `log_likelihoods`.
+      on_batch: See `log_likelihoods`.
 
     Raises:
       UserError: `rank` is unknown, there is no question, a prompt is too long, or the tokenizer has
@@ -83,6 +85,7 @@ def answer(
             params,
             [[(start, [*rest, *endings]) for start, rest in pairs] for pairs in encoded],
             batch_size=batch_size,
+            on_batch=on_batch,
         )
 
     found = score([question.prompt for question in questions])
@@ -113,6 +116,7 @@ def log_likelihoods_of_pairs(
     groups: Sequence[Sequence[Pair]],
     *,
     batch_size: int = 8,
+    on_batch: Callable[[], None] | None = None,
 ) -> list[list[Likelihood]]:
     """Returns how likely each continuation is; pairs with the same prompt share a row.
 
@@ -121,13 +125,15 @@ def log_likelihoods_of_pairs(
       params: See `log_likelihoods`.
       groups: Lists of (prompt, continuation), as tokens.
       batch_size: See `log_likelihoods`.
+      on_batch: See `log_likelihoods`.
     """
     rows: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
     for group in groups:
         for prompt, continuation in group:
             rows.setdefault(tuple(prompt), {})[tuple(continuation)] = None
     prompts = [(prompt, list(continuations)) for prompt, continuations in rows.items()]
-    found = log_likelihoods(graphdef, params, prompts, batch_size=batch_size)
+    options = {"batch_size": batch_size, "on_batch": on_batch}
+    found = log_likelihoods(graphdef, params, prompts, **options)
     by_text = {
         (prompt, continuation): likelihood
         for (prompt, continuations), likelihoods in zip(prompts, found, strict=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import io
 import logging
-import os
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ from flax import nnx
 
 from lomo_jax import models
 from lomo_jax.errors import UserError, did_you_mean
+from lomo_jax.evaluation import datasets
 from lomo_jax.evaluation.choices import (
     encode,
     encode_pair,
     first_token,
     log_likelihoods_of_pairs,
 )
+from lomo_jax.evaluation.datasets import first_line
 from lomo_jax.models.generation import cut_at, end_tokens
 
 if importlib.util.find_spec("lm_eval") is None:
@@ -50,6 +53,7 @@ class LM(lm_eval.api.model.LM):
       params: Its parameters.
       tokenizer: Its tokenizer.
       batch_size: Prompts that are read or continued together.
+      on_batch: Called before each batch.
 
     Raises:
       UserError: lm_eval is not installed.
@@ -62,11 +66,12 @@ class LM(lm_eval.api.model.LM):
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int = 8,
+        on_batch: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.graphdef, self.params, self.tokenizer = graphdef, params, tokenizer
         self.config = nnx.merge(graphdef, params).config
-        self.batch_size = batch_size
+        self.batch_size, self.on_batch = batch_size, on_batch
         self.cut = 0  # prompts that lost their beginning
 
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -119,11 +124,15 @@ class LM(lm_eval.api.model.LM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Returns the template of conversations."""
-        return self.tokenizer.chat_template if chat_template else None
+        return str(self.tokenizer.chat_template) if chat_template else None
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         found = log_likelihoods_of_pairs(
-            self.graphdef, self.params, [[pair] for pair in pairs], batch_size=self.batch_size
+            self.graphdef,
+            self.params,
+            [[pair] for pair in pairs],
+            batch_size=self.batch_size,
+            on_batch=self.on_batch,
         )
         return [(each.log_likelihood, each.is_greedy) for (each,) in found]
 
@@ -155,8 +164,8 @@ class LM(lm_eval.api.model.LM):
         self.cut += sum(len(row) > room for row in tokens)
         sampling = models.Sampling()
         if settings.get("do_sample", settings.get("temperature", 0) > 0):
-            values = {name: settings[name] for name in _SAMPLING if settings.get(name) is not None}
-            sampling = models.Sampling(**{"temperature": 1.0} | values)
+            found: Any = {name: settings[name] for name in _SAMPLING if name in settings}
+            sampling = models.Sampling(**{"temperature": 1.0} | found)
 
         def is_finished(row: list[int]) -> bool:
             text = self.tokenizer.decode(row)
@@ -171,17 +180,18 @@ class LM(lm_eval.api.model.LM):
             stop_tokens=end_tokens(self.config, self.tokenizer),
             is_finished=is_finished if until else None,
             batch_size=self.batch_size,
+            on_batch=self.on_batch,
         )
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         return [cut_at(str(decode(row)), until) for row in rows]
 
 
-class Tasks:
+class HarnessTasks:
     """Tasks of the harness, read once and evaluated as often as one likes.
 
     Args:
       names: Names of tasks and groups, such as "boolq" or "mmlu".
-      data: Folders with their data, see `find_dataset`; none: the Hugging Face Hub.
+      data: Folders with their data, see `datasets.find`; none: the Hugging Face Hub.
       num_fewshot: Examples before each question, instead of what the task says.
 
     Raises:
@@ -193,7 +203,7 @@ class Tasks:
     ) -> None:
         self.num_fewshot = num_fewshot
         with _quiet():
-            from lm_eval.tasks import TaskManager
+            from lm_eval.tasks import TaskManager  # slow to import
 
             manager = TaskManager()
             for name in names:
@@ -211,7 +221,7 @@ class Tasks:
                 except Exception as error:  # the hub, the network, datasets
                     raise UserError(
                         f"the data of {', '.join(names)} cannot be read "
-                        f"({_first_line(error)}); give a folder with it: --data DIR"
+                        f"({first_line(error)}); give a folder with it: --data DIR"
                     ) from error
 
     def evaluate(
@@ -246,23 +256,6 @@ class Tasks:
         return dict(found)
 
 
-def metrics(results: dict[str, Any]) -> dict[str, float]:
-    """Returns the numbers of `Tasks.evaluate`, such as {"boolq_acc": 0.61}."""
-    found = {}
-    for task, values in {**results["results"], **results.get("groups", {})}.items():
-        for key, value in values.items():
-            name, _, rule = key.partition(",")
-            if isinstance(value, int | float) and not name.endswith("_stderr") and rule:
-                suffix = "" if rule == "none" else f"_{rule.replace('-', '_')}"
-                found[f"{task}_{name}{suffix}"] = float(value)
-    return found
-
-
-def counts(results: dict[str, Any]) -> dict[str, int]:
-    """Returns the number of examples of each task of `Tasks.evaluate`."""
-    return {task: each["effective"] for task, each in results.get("n-samples", {}).items()}
-
-
 def _leaves(tasks: dict[Any, Any]) -> Iterator[Any]:
     for value in tasks.values():
         if isinstance(value, dict):
@@ -271,77 +264,9 @@ def _leaves(tasks: dict[Any, Any]) -> Iterator[Any]:
             yield value
 
 
-def find_dataset(folders: Sequence[Path], names: Sequence[str]) -> Path:
-    """Returns the folder or file of a data set.
-
-    Args:
-      folders: The folders given by --data.
-      names: Places to look in each, such as ["boolq", "aps/super_glue/boolq", "super_glue/boolq"].
-
-    Raises:
-      UserError: There is none.
-    """
-    for place in (folder / name for folder in folders for name in names):
-        # "none" and "plain_text" are the configs of data sets on the hub that have only one.
-        for path in (place, place / "none", place / "plain_text"):
-            if path.is_dir() and _splits(path):
-                return path
-        for ending in (".jsonl", ".json", ".parquet"):
-            if (path := place.with_name(place.name + ending)).is_file():
-                return path
-    where = ", ".join(map(str, folders))
-    raise UserError(f"--data {where}: there is no {' or '.join(names)}")
-
-
-_SPLITS = ("train", "validation", "test", "dev")
-
-
-def _splits(folder: Path) -> dict[str, Path]:
-    """Returns the files or folders of the splits in a folder."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        stem = path.name.partition(".")[0].partition("-")[0]
-        if stem in _SPLITS:
-            found[stem] = path
-    return found
-
-
-def read_dataset(place: Path) -> Any:
-    """Reads a `datasets.DatasetDict`: a file, or a folder of files or folders named after splits.
-
-    Raises:
-      UserError: It cannot be read.
-    """
-    import datasets
-
-    # One file is all splits: of a task of one's own there is often no other.
-    splits = dict.fromkeys(_SPLITS, place) if place.is_file() else _splits(place)
-    try:
-        return datasets.DatasetDict({name: _read_split(path) for name, path in splits.items()})
-    except Exception as error:  # datasets and pyarrow raise anything
-        raise UserError(f"{place}: it cannot be read as data ({_first_line(error)})") from error
-
-
-def _read_split(path: Path) -> Any:
-    import datasets
-
-    if path.is_dir() and (path / "state.json").exists():
-        return datasets.load_from_disk(str(path))
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    if all(file.suffix == ".arrow" for file in files):
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
-    names = [str(file) for file in files]
-    if files[0].suffix == ".parquet":
-        return datasets.Dataset.from_parquet(names)
-    return datasets.Dataset.from_json(names)
-
-
 @contextlib.contextmanager
 def _data_from(folders: Sequence[Path]) -> Iterator[None]:
     """Lets tasks read their data from folders, in place of the hub."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"--data {folder}: there is no such folder")
     if not folders:
         yield
         return
@@ -351,12 +276,16 @@ def _data_from(folders: Sequence[Path]) -> Iterator[None]:
         path, name = str(self.DATASET_PATH), self.DATASET_NAME
         parts = [[self.config.task], [path, name], [path.rpartition("/")[2], name], [name]]
         names = dict.fromkeys("/".join(filter(None, part)) for part in parts)
-        self.dataset = read_dataset(find_dataset(folders, [each for each in names if each]))
-        config = self.config
-        if config.test_split not in self.dataset and config.validation_split in self.dataset:
-            config.test_split = None
-        if config.fewshot_split not in self.dataset:
-            config.fewshot_split = None
+        self.dataset = datasets.read(datasets.find(folders, [each for each in names if each]))
+        for split in ("training_split", "validation_split", "test_split", "fewshot_split"):
+            if getattr(self.config, split) not in self.dataset:
+                setattr(self.config, split, None)
+        if self.config.test_split is self.config.validation_split is None:
+            raise UserError(
+                f"--data: the data of {self.config.task} have only {', '.join(self.dataset)}, and "
+                "not the split that the task evaluates"
+            )
+        _check_target(self)
 
     before = ConfigurableTask.download
     ConfigurableTask.download = download
@@ -366,24 +295,26 @@ def _data_from(folders: Sequence[Path]) -> Iterator[None]:
         ConfigurableTask.download = before
 
 
+def _check_target(task: Any) -> None:
+    """Raises UserError if the column of the right answer is missing: all would count as wrong."""
+    target, columns = task.config.doc_to_target, next(iter(task.dataset.values())).column_names
+    is_name = isinstance(target, str) and re.fullmatch(r"[A-Za-z_]\w*", target)
+    if is_name and task.config.process_docs is None and target not in columns:
+        raise UserError(
+            f"--data: the data of {task.config.task} have no column {target!r}, which has the "
+            f"right answer; they have {', '.join(columns)}"
+        )
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the harness, which logs and warns about each task."""
+    """Silences the harness, which logs, warns and shows bars for each task."""
     logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            logger.setLevel(logging.ERROR)
             yield
     finally:
         logger.setLevel(level)
-        if bars is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = bars
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -50,6 +50,7 @@ def log_likelihoods(
     prompts: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
     *,
     batch_size: int = 8,
+    on_batch: Callable[[], None] | None = None,
 ) -> list[list[Likelihood]]:
     """Returns how likely each continuation of each prompt is.
 
@@ -60,6 +61,7 @@ def log_likelihoods(
       params: Its parameters.
       prompts: Pairs of a prompt and its continuations, as tokens. None of them is empty.
       batch_size: Prompts that are read together; rounded up to the devices of the mesh.
+      on_batch: Called before each batch; it may raise an exception.
 
     Returns:
       A `Likelihood` of each continuation, in lists as in `prompts`.
@@ -91,6 +93,8 @@ def log_likelihoods(
             found[number] = rows[number].likelihoods(scores_M)
 
     for start in range(0, len(order), count):
+        if on_batch is not None:
+            on_batch()
         numbers = order[start : start + count]
         batch = [rows[number] for number in numbers]
         longest = max(row.longest for row in batch)

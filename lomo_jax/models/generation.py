@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ def generate(
     is_finished: Callable[[list[int]], bool] | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    on_batch: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """Continues prompts.
 
@@ -60,6 +61,7 @@ def generate(
         keeps the tokens up to the first one with which they are.
       batch_size: Prompts that are continued together; rounded up to the devices of the mesh.
       seed: Random seed. The result does not depend on `batch_size`.
+      on_batch: Called before each batch; it may raise an exception.
 
     Returns:
       The new tokens of each prompt, without the stop token.
@@ -88,6 +90,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # padded least
     found: dict[int, list[int]] = {}
     for start in range(0, len(order), rows):
+        if on_batch is not None:
+            on_batch()
         batch = order[start : start + rows]
         new = _Batch(graphdef, config, [prompts[i] for i in batch], rows, max_new_tokens).run(
             params, batch, sampling, stop_tokens, is_finished, seed
@@ -160,7 +164,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def end_tokens(config: DecoderConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Returns the tokens that end a text, of the model and of its tokenizer."""
     ends = config.eos_id if isinstance(config.eos_id, tuple) else (config.eos_id,)
-    known = (end for end in (*ends, tokenizer.eos_token_id) if end is not None)
+    end_of_text: Any = tokenizer.eos_token_id
+    known = (end for end in (*ends, end_of_text) if end is not None)
     return tuple(dict.fromkeys(known))
 
 
@@ -270,7 +275,7 @@ class _Batch:
         slots = self.tokens_BxT.shape[1] + bucket(self.max_new_tokens)
         state = _read_prompts(
             *(*program, slots, params, self.tokens_BxT, self.positions_BxT),
-            *(is_done_B, self._seen(), rows),
+            *(is_done_B, self._seen(sampling), rows),
         )
         made, every = 1, self.max_new_tokens if is_finished is None else _LOOK_EVERY
         while True:
@@ -286,12 +291,15 @@ class _Batch:
         if is_finished is None:
             return texts
         # The first tokens that are enough, of all those since the last look.
-        return [
-            text[: bisect.bisect_left(range(len(text)), True, key=lambda n: is_finished(text[:n]))]
-            for text in texts
-        ]
+        found = []
+        for text in texts:
+            is_enough = functools.partial(lambda text, n: is_finished(text[:n]), text)
+            found.append(text[: bisect.bisect_left(range(len(text)), True, key=is_enough)])
+        return found
 
-    def _seen(self) -> np.ndarray:
+    def _seen(self, sampling: Sampling) -> np.ndarray | None:
+        if sampling.repetition_penalty is None:
+            return None
         seen_BxV = np.zeros((self.num_rows, self.config.vocab_size), bool)
         for row, prompt in enumerate(self.prompts):
             seen_BxV[row, prompt] = True
@@ -318,7 +326,7 @@ def _read_prompts(
     tokens_BxT: jax.Array,
     positions_BxT: jax.Array,
     is_done_B: jax.Array,
-    seen_BxV: jax.Array,
+    seen_BxV: jax.Array | None,
     rows: _Rows,
 ) -> _State:
     """Reads the prompts and chooses the first new tokens."""
@@ -326,9 +334,8 @@ def _read_prompts(
     batch, length = tokens_BxT.shape
     cache = Cache.empty(model.config, batch, slots, model.embedding.dtype)
     x_BxTxD, cache = read(model, cache, tokens_BxT, positions_BxT, rope_length=rope_length)
-    seen = rows.sampling.repetition_penalty is not None
     tokens, is_done_B, seen_BxV = sharding.shard_batch(
-        (jnp.zeros((batch, slots - length), jnp.int32), is_done_B, seen_BxV if seen else None)
+        (jnp.zeros((batch, slots - length), jnp.int32), is_done_B, seen_BxV)
     )
     first = jnp.zeros((), jnp.int32)
     state = _State(cache, tokens[:, 0], tokens, is_done_B, first, seen_BxV)
@@ -395,13 +402,14 @@ def read(
     if at_once == length:
         return model.extend(cache, tokens_BxT, positions_BxT, branches_BxT, rope_length)
 
-    def extend(cache: Cache, part: tuple[jax.Array, ...]) -> tuple[Cache, jax.Array]:
-        x_BxQxD, cache = model.extend(cache, *part, rope_length)
+    def extend(cache: Cache, part: tuple[jax.Array, jax.Array, jax.Array]):
+        tokens_BxQ, positions_BxQ, branches_BxQ = part
+        x_BxQxD, cache = model.extend(cache, tokens_BxQ, positions_BxQ, branches_BxQ, rope_length)
         return cache, x_BxQxD
 
     def parts(x_BxT: jax.Array) -> jax.Array:
         return jnp.moveaxis(x_BxT.reshape(batch, length // at_once, at_once), 1, 0)
 
-    rows = tuple(map(parts, sharding.shard_batch((tokens_BxT, positions_BxT, branches_BxT))))
+    rows = jax.tree.map(parts, sharding.shard_batch((tokens_BxT, positions_BxT, branches_BxT)))
     cache, x_PxBxQxD = jax.lax.scan(extend, cache, rows)
     return jnp.moveaxis(x_PxBxQxD, 0, 1).reshape(batch, length, -1), cache

@@ -63,10 +63,12 @@ class Chart(NamedTuple):
 def draw(runs: Sequence[Run]) -> list[Chart]:
     """Draws the charts that the runs have values for, the most important first."""
     charts = _CHARTS
+    if tasks := dict.fromkeys(key for run in runs for key in run.task_keys()):
+        charts = charts | {"tasks": {key.removeprefix("eval_"): key for key in tasks}}
     if len(runs) > 1:  # training and held-out curves of several runs in one chart are a tangle
         charts = {
             f"{name} {title}".strip(): {"": key}
-            for title, keys in _CHARTS.items()
+            for title, keys in charts.items()
             for name, key in reversed(keys.items())
         }
     drawn = ((title, _curves(keys, runs)) for title, keys in charts.items())

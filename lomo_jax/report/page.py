@@ -31,6 +31,7 @@ def render(runs: Sequence[Run]) -> str:
     loader = jinja2.PackageLoader("lomo_jax.report", "")
     environment = jinja2.Environment(autoescape=True, loader=loader, trim_blocks=True)
     config = _rows(_fields(run.config) for run in runs)
+    evaluations = _rows(_evaluations(run) for run in runs)
     return environment.get_template("page.html.jinja").render(
         runs=runs,
         charts=charts.draw(runs),
@@ -39,6 +40,7 @@ def render(runs: Sequence[Run]) -> str:
         facts=_rows(_facts(run) for run in runs),
         memory=_rows(_memory(run) for run in runs),
         config=config,
+        evaluations=evaluations,
         differing=[(name, cells) for name, cells in config if len(set(cells)) > 1],
     )
 
@@ -79,6 +81,15 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "Skipped updates", f"{np.nanmax(skipped):,.0f}, gradient not finite"
     if run.unreadable:
         yield "Unreadable lines", f"{run.unreadable:,} in metrics.jsonl"
+
+
+def _evaluations(run: Run) -> Iterator[tuple[str, str]]:
+    """Yields each metric that `lomo-jax eval` measured, at the step that it measured last."""
+    for record in run.evaluated:
+        examples = record.get("limit")
+        limit = f", at most {examples:,} examples" if examples else ""
+        for name, value in record["metrics"].items():
+            yield name, f"{value:.4g} at step {record['step']:,}{limit}"
 
 
 def _memory(run: Run) -> Iterator[tuple[str, str]]:

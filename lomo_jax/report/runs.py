@@ -32,7 +32,14 @@ class Run:
     resumes: list[int]  # steps of the checkpoints it resumed from, in order of time
     started: float  # Unix time
     seconds: float  # of training, without the time between a stop and a resume
+    evaluated: list[Record]  # by `lomo-jax eval`; see `run_files.append_evaluation`
     unreadable: int  # lines that hold no record, except a last one that is being written
+
+    def task_keys(self) -> list[str]:
+        """Returns the keys of what the tasks of the evaluations measure, "eval_boolq_acc"."""
+        own = ("eval_loss", "eval_accuracy", "eval_perplexity")
+        keys = dict.fromkeys(key for record in self.evaluations for key in record)
+        return [key for key in keys if key.startswith("eval_") and key not in own]
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the steps and the values of a number, such as "loss", as float64 arrays.
@@ -91,6 +98,7 @@ def _read(path: Path, name: str) -> Run:
         resumes=[record["step"] for record in history if "resumed" in record],
         started=history[0]["time"],
         seconds=_seconds(history),
+        evaluated=run_files.read_evaluations(path),
         unreadable=lines[:-1].count(None),
     )
 

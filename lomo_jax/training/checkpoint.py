@@ -46,8 +46,8 @@ class Progress:
     step: int = 0  # finished steps
     data: dict[str, Any] = dataclasses.field(default_factory=dict)  # grain's position
     evaluated: int = -1  # the step of the last evaluation; -1 before the first one
-    best: float | None = None  # the lowest held-out loss after step 0
-    best_step: int | None = None  # step of the lowest held-out loss
+    best: float | None = None  # after step 0 the lowest held-out loss, or see Config.keep_best
+    best_step: int | None = None  # its step
     skipped: int = 0  # updates skipped because loss or gradient was not finite
     skipped_in_a_row: int = 0  # until now; without overflows that a lower loss scale may fix
 

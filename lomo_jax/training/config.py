@@ -23,7 +23,7 @@ import optax
 from absl import flags
 
 from lomo_jax._json import read_json
-from lomo_jax.data import kinds
+from lomo_jax.data import kinds, resolve
 from lomo_jax.errors import ConfigError, did_you_mean
 from lomo_jax.fused import REMAT_POLICIES, ROUNDINGS, Offload
 from lomo_jax.models.config import DecoderConfig
@@ -167,6 +167,11 @@ class Config:
     eval_every: int = 100  # steps; 0: only before the first step and after the last one
     eval_batches: int | None = None  # limit on held-out batches per evaluation; None: all
     log_every: int = 10  # steps
+    # Tasks whose accuracy is measured at each evaluation: superglue/boolq and the like, a file of
+    # questions (.jsonl), or tasks of lm-evaluation-harness, "('boolq', 'piqa')".
+    eval_tasks: tuple[str, ...] | str | None = None
+    eval_examples: int = 200  # limit on the examples of each task
+    eval_data: tuple[str, ...] | str | None = None  # folders with their data; None: from the hub
     prompt: str = ""  # the model continues it at each evaluation, as a sample; "": no sample
     prompt_tokens: int = 48  # length of the sample
     wandb: str | None = None  # Weights & Biases project to log to, in addition to workdir
@@ -177,8 +182,27 @@ class Config:
     )
     checkpoint_every: int = 100  # steps; 0: only by time, at the end and when stopped
     checkpoint_minutes: float = 30.0  # longest time between checkpoints; 0: no limit
-    keep_best: bool = True  # keep the checkpoint with the lowest held-out loss as well
+    # Keep the checkpoint with the lowest held-out loss as well; or with the best value of another
+    # metric of an evaluation: "accuracy", "boolq_acc".
+    keep_best: bool | str = True
     keep_checkpoints: int = 1  # number of last checkpoints; each is as large as weights and state
+
+    def __post_init__(self) -> None:
+        for name in ("eval_tasks", "eval_data"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, tuple(value))
+
+    def task_names(self) -> tuple[str, ...]:
+        """Returns the names of `eval_tasks`."""
+        return _names(self.eval_tasks)
+
+    def task_folders(self) -> list[Path]:
+        """Returns the folders of `eval_data`."""
+        return [Path(resolve(name)) for name in _names(self.eval_data)]
+
+    def best_metric(self) -> str:
+        """Returns the name of the metric that says which checkpoint is the best."""
+        return self.keep_best if isinstance(self.keep_best, str) else "loss"
 
     def make_schedule(self) -> optax.Schedule:
         """Returns the learning rate as a function of the number of finished steps."""
@@ -221,6 +245,10 @@ class Config:
         from lomo_jax.lora import is_adapter
 
         return options | {"trainable": is_adapter}
+
+
+def _names(value: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    return value if isinstance(value, tuple) else tuple(filter(None, (value or "").split(",")))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -288,7 +316,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             continue
         negated, name, text = match.groups()
         kind = field_type(name)
-        if text is None and kind is bool:
+        if text is None and bool in _alternatives(kind):
             text = "false" if negated else "true"
         elif negated:
             raise ConfigError(f"{argument}: only for true or false; set --config.{name}=VALUE")
@@ -679,6 +707,8 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("seed", lambda x: 0 <= x < 2**31, "between 0 and 2**31 - 1"),
     ("eval_every", _not_negative, _NOT_NEGATIVE),
     ("eval_batches", _positive, _POSITIVE),
+    ("eval_examples", _positive, _POSITIVE),
+    ("keep_best", lambda x: x != "", "true, false or the name of a metric"),
     ("log_every", _positive, _POSITIVE),
     ("prompt", _is_unicode, "text in UTF-8"),
     ("prompt_tokens", _positive, _POSITIVE),

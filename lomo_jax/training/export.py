@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("out", metavar="OUT", help="the directory to write")
     parser.add_argument(
         "--step",
-        help="the step of the checkpoint, or best: the lowest held-out loss; default: last",
+        help="the step of the checkpoint, or best, see keep_best of the config; default: last",
     )
     parser.add_argument(
         "--merge", action="store_true", help="add the adapters to the base: a whole model"
@@ -189,6 +189,7 @@ def model_card(checkpoint: CheckpointMetadata, original: Path) -> str:
         pipeline_tag="text-generation",
         tags=["lomo_jax", optimizer],
     )
+    metric = config.get("keep_best")
     tokens = progress.step * config["batch_size"] * config["sequence_length"]
     source = "Random weights" if model["init"] == "random" else f"`{model['path']}`"
     rows = {
@@ -199,7 +200,7 @@ def model_card(checkpoint: CheckpointMetadata, original: Path) -> str:
         "learning rate": f"{config['learning_rate']:g}, {config['schedule']}",
         **(_adapter_rows(adapters) if adapters else {}),
         "dtype": config["param_dtype"],
-        "lowest held-out loss": None
+        f"best {metric}" if isinstance(metric, str) else "lowest held-out loss": None
         if progress.best is None or progress.best_step is None
         else f"{progress.best:.4f}, after step {progress.best_step:,}",
         "skipped updates": progress.skipped or None,

@@ -8,8 +8,9 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, Self, TextIO
 
 import jax
@@ -236,10 +237,21 @@ class Sink(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """Means over the held-out tokens."""
+    """Means over the held-out tokens, and what the tasks measure."""
 
     loss: float  # nats per token
     accuracy: float  # fraction of the targets that have the largest logit
+    tasks: Mapping[str, float] = MappingProxyType({})  # by name, such as "boolq_acc"
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean loss."""
+        return math.exp(min(self.loss, 700))  # the largest that a float holds
+
+    def metrics(self) -> dict[str, float]:
+        """Returns all numbers by name."""
+        own = {"loss": self.loss, "accuracy": self.accuracy, "perplexity": self.perplexity}
+        return own | dict(self.tasks)
 
 
 class Recorder:
@@ -257,6 +269,7 @@ class Recorder:
         skip_nonfinite: int = 0,
         dynamic_loss_scale: bool = False,
         is_resumed: bool = False,
+        best_metric: str = "loss",
     ) -> None:
         """Starts to record.
 
@@ -270,7 +283,9 @@ class Recorder:
           skip_nonfinite: Number of updates in a row that may be skipped.
           dynamic_loss_scale: Whether the loss scale may fall after an overflow.
           is_resumed: Whether the sinks already have records of this run.
+          best_metric: The metric of an evaluation that says which checkpoint is the best.
         """
+        self._best_metric = best_metric
         self._progress, self._display, self._sinks = progress, display, sinks
         self._stopwatch, self._learning_rates = stopwatch, learning_rates
         self._log_every, self._skip_nonfinite = log_every, skip_nonfinite
@@ -354,25 +369,37 @@ class Recorder:
         """Records an evaluation after `step` steps.
 
         Returns:
-          Whether its loss is the lowest so far, ignoring the evaluation before the first step.
+          Whether it is the best so far, ignoring the evaluation before the first step.
 
         Raises:
           NonFiniteError: The held-out loss is NaN or infinite.
+          ConfigError: `best_metric` is not among the metrics.
         """
         if not math.isfinite(result.loss):
             raise NonFiniteError(self._advice("held-out loss", result.loss, step))
-        self._write({"step": step, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
+        metrics = result.metrics()
+        if self._best_metric not in metrics:
+            raise ConfigError(
+                f"keep_best: {self._best_metric!r} is no metric of an evaluation; they are "
+                f"{', '.join(metrics)}"
+            )
+        self._write({"step": step} | {f"eval_{name}": value for name, value in metrics.items()})
         self._display.line(
             "held out",
-            f"loss {result.loss:.4f}  perplexity {math.exp(min(result.loss, 700)):.4g}  "
+            f"loss {result.loss:.4f}  perplexity {result.perplexity:.4g}  "
             f"accuracy {result.accuracy:.1%}  after {step} steps",
         )
+        if result.tasks:
+            values = (f"{name} {value:.4g}" for name, value in result.tasks.items())
+            self._display.line("tasks", "  ".join(values))
         self._shown["eval_loss"] = result.loss
         self._progress.evaluated = step
-        best = math.inf if self._progress.best is None else self._progress.best
-        if step == 0 or result.loss >= best:
+        value, best = metrics[self._best_metric], self._progress.best
+        is_lower_better = self._best_metric.endswith(("loss", "perplexity"))
+        is_better = best is None or (value < best if is_lower_better else value > best)
+        if step == 0 or not is_better:
             return False
-        self._progress.best, self._progress.best_step = result.loss, step
+        self._progress.best, self._progress.best_step = value, step
         return True
 
     def sample(self, step: int, prompt: str, text: str) -> None:

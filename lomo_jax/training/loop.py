@@ -48,6 +48,8 @@ from lomo_jax.training.step import (
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
 
+    from lomo_jax.evaluation.tasks import Tasks
+
 
 class Run(NamedTuple):
     """A run between two steps."""
@@ -57,6 +59,7 @@ class Run(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     dataset: data.TextSplits
     held_out: list[data.Batch]  # in host memory
+    tasks: Tasks | None  # to evaluate besides
     rows: list[int]  # of each batch, those that this process reads
     send: Callable[[Any], Any]  # sends them to the devices
     update: jax.stages.Compiled  # the compiled step
@@ -107,7 +110,7 @@ def train(config: Config) -> None:
             Checkpoints(
                 workdir / run_files.CHECKPOINTS,
                 keep=config.keep_checkpoints,
-                keep_best=config.keep_best,
+                keep_best=bool(config.keep_best),
                 warn=display.warn,
             ) as checkpoints,
         ):
@@ -151,6 +154,7 @@ def _set_up(
     )
     rows, send = devices.local_rows(batch), devices.batch_sender(batch)
     dataset, held_out = _load_dataset(config, tokenizer, model.config.vocab_size, rows, display)
+    tasks = _load_tasks(config, display)
     if jax.process_count() > 1:
         meeting.check_same({"the fingerprint of the dataset": dataset.fingerprint})
     if config.epochs is not None:
@@ -181,7 +185,7 @@ def _set_up(
             dataset.train.set_state(progress.data)
     metadata = CheckpointMetadata(progress, settings, dataset.fingerprint, {}, base_sums)
     run = Run(
-        *(config, model, tokenizer, dataset, held_out, rows, send),
+        *(config, model, tokenizer, dataset, held_out, tasks, rows, send),
         *(compiled.update, params, state, metadata),
     )
     if jax.process_index() == 0:
@@ -264,6 +268,18 @@ def _load_dataset(
     return dataset, held_out
 
 
+@os_errors_are_the_users()
+def _load_tasks(config: Config, display: Display) -> Tasks | None:
+    """Returns the tasks to evaluate, if there are any."""
+    if not config.task_names():
+        return None
+    display.status("reading the tasks")
+    from lomo_jax.evaluation.tasks import Tasks  # slow to import
+
+    names, folders = config.task_names(), config.task_folders()
+    return Tasks(names, data=folders, limit=config.eval_examples)
+
+
 def _compile(config: Config, model: Model, batch: Any, display: Display) -> CompiledStep:
     display.status("compiling the step")
     started = time.perf_counter()
@@ -335,6 +351,7 @@ def _open_recorder(
         skip_nonfinite=config.skip_nonfinite,
         dynamic_loss_scale=config.dynamic_loss_scale,
         is_resumed=is_resumed,
+        best_metric=config.best_metric(),
     )
 
 
@@ -363,7 +380,7 @@ def _make_steps(
         if eval_is_due and run.progress.evaluated < step and not stop.requested:
             with recorder.pause():
                 display.status("evaluating")
-                is_best = _evaluate(run, evaluate, recorder, config.prompt, config.prompt_tokens)
+                is_best = _evaluate(run, evaluate, recorder, stop)
 
         should_stop = stop.should_stop(step)
         save_is_due = is_last or should_stop or (is_best and config.keep_best)
@@ -402,20 +419,45 @@ def _evaluate(
     run: Run,
     evaluate: Callable[[nnx.State], Evaluation | None],
     recorder: Recorder,
-    prompt: str,
-    prompt_tokens: int,
+    stop: devices.Stop,
 ) -> bool:
-    """Records the held-out loss and a sample; returns whether the loss is the lowest so far."""
-    result = evaluate(run.params)
+    """Records the held-out loss, the tasks and a sample; returns whether it is the best so far."""
+    result, config = evaluate(run.params), run.config
+    if result is not None and run.tasks is not None:
+        measured = _evaluate_tasks(run, run.tasks, stop)
+        result = None if measured is None else result._replace(tasks=measured)
     if result is None:  # a stop was requested
         return False
     is_best = recorder.evaluation(run.progress.step, result)
-    if prompt:
+    if config.prompt:
         text = models.generate_text(
-            run.model.graphdef, run.params, run.tokenizer, [prompt], prompt_tokens
+            *(run.model.graphdef, run.params, run.tokenizer, [config.prompt]), config.prompt_tokens
         )[0]
-        recorder.sample(run.progress.step, prompt, text)
+        recorder.sample(run.progress.step, config.prompt, text)
     return is_best
+
+
+class _StopRequestedError(Exception):
+    """Ends the evaluation of tasks."""
+
+
+def _evaluate_tasks(run: Run, tasks: Tasks, stop: devices.Stop) -> dict[str, float] | None:
+    """Returns the metrics of the tasks, or None if a stop was requested."""
+    from lomo_jax.evaluation.tasks import metrics  # slow to import
+
+    def check() -> None:
+        if stop.requested:
+            raise _StopRequestedError
+
+    try:
+        results = tasks.evaluate(
+            *(run.model.graphdef, run.params, run.tokenizer),
+            batch_size=run.config.batch_size // run.config.microbatches,
+            on_batch=check,
+        )
+    except _StopRequestedError:
+        return None
+    return metrics(results)
 
 
 def make_evaluate(

@@ -254,8 +254,10 @@ def restore(
     if metadata.config["dynamic_loss_scale"] != config["dynamic_loss_scale"]:
         state = state._replace(loss_scale=None)  # skip_nonfinite's is always 1
     progress = metadata.progress
-    if metadata.config["eval_batches"] != config["eval_batches"]:
-        progress.best = progress.best_step = None  # losses on other batches cannot be compared
+    compared = ("eval_batches", "eval_tasks", "eval_examples", "keep_best")
+    saved, now = json.loads(json.dumps([metadata.config, config]))
+    if any(saved.get(name, now[name]) != now[name] for name in compared):
+        progress.best = progress.best_step = None  # other metrics cannot be compared
     damaged = [step for step in checkpoints.steps() if step > progress.step]
     if damaged:
         checkpoints.set_aside(damaged)
