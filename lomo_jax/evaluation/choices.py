@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import nnx
 
@@ -25,6 +25,7 @@ class Question:
     prompt: str
     choices: tuple[str, ...]
     answers: tuple[int, ...]  # index of each right choice, one in most tasks
+    with_end: bool = False  # whether an end of text belongs to each choice
 
 
 class Answers(NamedTuple):
@@ -42,7 +43,6 @@ def answer(
     questions: Sequence[Question],
     *,
     rank: str = "sum",
-    with_end: bool = False,
     batch_size: int = 8,
     on_batch: Callable[[], None] | None = None,
 ) -> Answers:
@@ -55,13 +55,12 @@ def answer(
       questions: The questions.
       rank: "sum" ranks choices by the log-likelihood of all their tokens, "token" by its mean per
         token, "byte" per byte of UTF-8, "unconditional" by how much the prompt raises it.
-      with_end: Whether an end of text belongs to each choice.
       batch_size: See `log_likelihoods`.
       on_batch: See `log_likelihoods`.
 
     Raises:
       UserError: `rank` is unknown, there is no question, a prompt is too long, or the tokenizer has
-        no end of text and `with_end` asks for it.
+        no end of text and a question asks for it.
     """
     if rank not in RANKINGS:
         raise UserError(
@@ -69,24 +68,18 @@ def answer(
         )
     if not questions:
         raise UserError("there are no questions to answer")
-    end = tokenizer.eos_token_id
-    if with_end and end is None:
+    end: Any = tokenizer.eos_token_id
+    if end is None and any(question.with_end for question in questions):
         raise UserError("the tokenizer has no end of text, which belongs to each choice")
-    endings = [end] if with_end else []
 
     def score(prompts: Sequence[str]) -> list[list[Likelihood]]:
-        # Choices may share a prompt in text and not in tokens: one that begins with a space.
-        encoded = [
-            [encode_pair(tokenizer, prompt, choice) for choice in question.choices]
-            for prompt, question in zip(prompts, questions, strict=True)
-        ]
-        return log_likelihoods_of_pairs(
-            graphdef,
-            params,
-            [[(start, [*rest, *endings]) for start, rest in pairs] for pairs in encoded],
-            batch_size=batch_size,
-            on_batch=on_batch,
-        )
+        groups = []
+        for prompt, question in zip(prompts, questions, strict=True):
+            ending = [end] if question.with_end else []
+            pairs = (encode_pair(tokenizer, prompt, choice) for choice in question.choices)
+            groups.append([(start, [*rest, *ending]) for start, rest in pairs])
+        options = {"batch_size": batch_size, "on_batch": on_batch}
+        return log_likelihoods_of_pairs(graphdef, params, groups, **options)
 
     found = score([question.prompt for question in questions])
     without = score([""] * len(questions)) if rank == "unconditional" else None
@@ -176,7 +169,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Tru
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the token that begins a text, or if there is none the one that ends it."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    ends: Any = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    for token in ends:
         if token is not None:
             return int(token)
     raise UserError("the tokenizer has neither a begin nor an end of text, for an empty prompt")

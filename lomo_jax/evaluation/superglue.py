@@ -7,7 +7,8 @@ largest log-likelihood of its tokens, the end of text included, is its answer.
 
     python -m lomo_jax.evaluation.superglue boolq OUT [--data DIR]
 
-writes OUT/train.jsonl (prompt, completion) and OUT/validation.jsonl (prompt, choices, answers).
+writes OUT/train.jsonl, with `prompt` and `completion`, and OUT/boolq.jsonl, also with `choices` and
+`answers`.
 
 References:
   Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources,
@@ -69,7 +70,7 @@ def _multirc(row: Row) -> Question:
 def _copa(row: Row) -> Question:
     link = "so" if row["question"] == "effect" else "because"
     choices = (row["choice1"], row["choice2"])
-    return Question(f"{row['premise']} {link} ", choices, (int(row["label"]),))
+    return Question(f"{row['premise']} {link} ", choices, (int(row["label"]),), with_end=True)
 
 
 def _record(row: Row) -> Question:
@@ -78,11 +79,11 @@ def _record(row: Row) -> Question:
     choices = tuple(entity for entity in row["entities"] if entity not in answers[1:])
     passage = row["passage"].replace("@highlight\n", "- ")
     prompt = f'{passage}\n{row["query"]}\nQuestion: What is the "@placeholder"?\nAnswer: '
-    return Question(prompt, choices, (choices.index(answers[0]),))
+    return Question(prompt, choices, (choices.index(answers[0]),), with_end=True)
 
 
 def _asked(text: str, choices: tuple[str, ...], row: Row) -> Question:
-    return Question(f"{text}\nAnswer: ", choices, (int(row["label"]),))
+    return Question(f"{text}\nAnswer: ", choices, (int(row["label"]),), with_end=True)
 
 
 TASKS: dict[str, Callable[[Row], Question]] = {
@@ -141,24 +142,24 @@ def write(task: str, out: Path, *, data: Sequence[Path] = ()) -> None:
 
     Args:
       task: One of `TASKS`.
-      out: The folder of train.jsonl and validation.jsonl.
+      out: The folder of train.jsonl and of a file of questions, named after the task.
       data: See `questions`.
 
     Raises:
       UserError: See `questions`.
       OSError: The files cannot be written.
     """
-    train, held_out = (questions(task, split, data=data) for split in ("train", "validation"))
+    found = {name: questions(task, name, data=data) for name in ("train", "validation")}
     out.mkdir(parents=True, exist_ok=True)
-    records = {
-        "train": [{"prompt": q.prompt, "completion": q.choices[q.answers[0]]} for q in train],
-        "validation": [
-            {"prompt": q.prompt, "choices": q.choices, "answers": q.answers} for q in held_out
-        ],
-    }
-    for split, rows in records.items():
+    train = [{"prompt": q.prompt, "completion": q.choices[q.answers[0]]} for q in found["train"]]
+    held_out = [
+        {"prompt": q.prompt, "completion": q.choices[q.answers[0]]}
+        | {"choices": q.choices, "answers": q.answers, "with_end": q.with_end}
+        for q in found["validation"]
+    ]
+    for name, rows in {"train": train, task: held_out}.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def main(argv: Sequence[str]) -> int:

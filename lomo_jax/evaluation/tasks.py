@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flax import nnx
 
 from lomo_jax import models
-from lomo_jax._schema import ANY, TEXT, check_regular, integer, list_of, record
+from lomo_jax._schema import BOOLEAN, TEXT, check_regular, integer, list_of, record
 from lomo_jax.errors import UserError
 from lomo_jax.evaluation import superglue
 from lomo_jax.evaluation.choices import Question, answer
@@ -22,7 +22,7 @@ _SUPERGLUE = "superglue/"
 _INDEX = integer(0, 10**6)
 _QUESTION = record(
     {"prompt": TEXT, "choices": list_of(TEXT)},
-    {"answer": _INDEX, "answers": list_of(_INDEX), "with_end": ANY},
+    {"answer": _INDEX, "answers": list_of(_INDEX), "with_end": BOOLEAN},
 )
 
 
@@ -31,8 +31,9 @@ class Tasks:
 
     Args:
       names: Each is "superglue/NAME", as the authors of LOMO run it; a file of questions, one JSON
-        object a line with `prompt`, `choices` and `answer` (an index) or `answers`; or a task or
-        group of lm-evaluation-harness, such as "boolq" or "mmlu".
+        object a line with `prompt`, `choices` and `answer` (an index) or `answers`, and perhaps
+        `with_end`, whether an end of text belongs to each choice; or a task or group of
+        lm-evaluation-harness, such as "boolq" or "mmlu".
       data: Folders with the data of tasks, see `datasets.find`; none: the Hugging Face Hub.
       limit: The largest number of examples of each task.
       num_fewshot: Examples before each question of the harness, instead of what the task says.
@@ -107,7 +108,6 @@ class Tasks:
         for name, questions in self._questions.items():
             found = answer(
                 *(graphdef, params, tokenizer, questions),
-                with_end=name.startswith(_SUPERGLUE),
                 batch_size=batch_size,
                 on_batch=on_batch,
             )
@@ -159,7 +159,8 @@ def read_questions(path: Path) -> list[Question]:
                 f"{path}:{number}: answers={list(answers)} must be indices of the "
                 f"{len(row['choices'])} choices, from 0"
             )
-        found.append(Question(row["prompt"], tuple(row["choices"]), answers))
+        choices, with_end = tuple(row["choices"]), row.get("with_end", False)
+        found.append(Question(row["prompt"], choices, answers, with_end))
     if not found:
         raise UserError(f"{path} has no questions")
     return found

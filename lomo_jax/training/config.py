@@ -394,16 +394,17 @@ def read_config(name: str) -> Config:
 
     Args:
       name: A config file (.py), the config.json of a run, or the name of a config that ships with
-        the package, such as "quickstart".
+        the package, such as "quickstart". After a colon comes the argument of `get_config`, if it
+        has one: "superglue:boolq".
 
     Raises:
       ConfigError: It does not exist, or reading it failed.
     """
-    path = _find_config(name)
+    path, argument = _find_config(name)
     if path.suffix not in (".py", ".json"):
         raise ConfigError(f"--config {path}: a config file ends in .py or .json")
     is_json = path.suffix == ".json"
-    config = _from_dict(Config, read_json(path), "") if is_json else _run_file(path)
+    config = _from_dict(Config, read_json(path), "") if is_json else _run_file(path, argument)
     if not isinstance(config, Config):
         raise ConfigError(f"--config {path}: get_config() returned {config!r}, not a Config")
     _check_types(config)
@@ -417,18 +418,23 @@ def shipped_configs() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
-def _find_config(name: str) -> Path:
+def _find_config(name: str) -> tuple[Path, str | None]:
+    """Returns the file of a config, and the argument of its `get_config`."""
     path = Path(name).expanduser()
     if path.is_file():
-        return path
+        return path, None
+    name, _, argument = name.partition(":")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path, argument or None
     names = sorted(file.stem for file in shipped_configs().glob("*.py"))
     if name in names:
-        return shipped_configs() / f"{name}.py"
+        return shipped_configs() / f"{name}.py", argument or None
     hint = did_you_mean(name, names) or f"; give a file or one of {', '.join(names)}"
     raise ConfigError(f"--config: {name!r} does not exist{hint}")
 
 
-def _run_file(path: Path) -> Any:
+def _run_file(path: Path, argument: str | None) -> Any:
     """Returns the result of `get_config()` in a config file."""
     folder, modules = str(path.absolute().parent), set(sys.modules)
     spec = importlib.util.spec_from_file_location("config_file", path)
@@ -438,7 +444,7 @@ def _run_file(path: Path) -> Any:
     sys.path.insert(0, folder)  # a config may import its neighbours
     try:
         spec.loader.exec_module(module)
-        return module.get_config()
+        return module.get_config() if argument is None else module.get_config(argument)
     except ConfigError:
         raise
     except Exception as error:  # the user's code may raise anything

@@ -187,3 +187,20 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     ),
     "hunyuan": ("hunyuan_v1_dense", {}),
 }
+
+
+def random_model(name):
+    """Returns a transformers model with weights so large that every part affects the logits."""
+    import torch
+    import transformers
+
+    model_type, changes = CONFIGS[name]
+    sizes = {key: value for key, value in (SIZES | changes).items() if value is not None}
+    sizes |= {key: None for key in ("sliding_window",) if key in changes and not changes[key]}
+    config = transformers.AutoConfig.for_model(model_type, **sizes, dtype="float32")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.15)
+    return model.eval()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import quick_jit
-from tiny_families import CONFIGS, SIZES
+from tiny_families import CONFIGS, SIZES, random_model
 
 import lomo_jax
 from lomo_jax import models, sharding
@@ -39,20 +39,6 @@ TRAINED = [
     for name in CONFIGS
 ]
 TOKENS_BxT = np.random.default_rng(0).integers(3, SIZES["vocab_size"], (2, LENGTH))
-
-
-def random_model(name):
-    """Returns a transformers model with weights so large that every part affects the logits."""
-    model_type, changes = CONFIGS[name]
-    sizes = {key: value for key, value in (SIZES | changes).items() if value is not None}
-    sizes |= {key: None for key in ("sliding_window",) if key in changes and not changes[key]}
-    config = transformers.AutoConfig.for_model(model_type, **sizes, dtype="float32")
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.15)
-    return model.eval()
 
 
 def logits_of_torch(model):

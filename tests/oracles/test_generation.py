@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_families import CONFIGS, SIZES
+from tiny_families import CONFIGS, SIZES, random_model
 
 from lomo_jax import models
 from lomo_jax.models.sampling import keep_likely
@@ -27,20 +27,6 @@ NAMES = [
 ]
 _RNG = np.random.default_rng(1)
 PROMPTS = [_RNG.integers(3, SIZES["vocab_size"], n).tolist() for n in (17, 5, 1, 24)]
-
-
-def random_model(name):
-    """Returns a transformers model with weights so large that every part affects the logits."""
-    model_type, changes = CONFIGS[name]
-    sizes = {key: value for key, value in (SIZES | changes).items() if value is not None}
-    sizes |= {key: None for key in ("sliding_window",) if key in changes and not changes[key]}
-    config = transformers.AutoConfig.for_model(model_type, **sizes, dtype="float32")
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.15)
-    return model.eval()
 
 
 def their_continuation(model, prompt, new):

@@ -90,6 +90,8 @@ _OPTIONAL = {
     "lora.base_schedule": "linear",
     "lora.base_warmup": 0.1,
     "eval_batches": 3,
+    "eval_tasks": "boolq",
+    "eval_data": "x",
     "wandb": "x",
     "model.architecture.rope_scaling": RopeScaling("llama3", 8.0, 8192),
     "model.architecture.rotary_dim": 64,
@@ -132,6 +134,8 @@ def test_every_optional_field_can_be_set_to_none(tmp_path, name, form):
         ),
         data=DataConfig("x", validation_path="x", eval_documents=3, format="chat", template="x"),
         epochs=2.0,
+        eval_tasks="boolq",
+        eval_data="x",
         clip_norm=1.0,
         eval_batches=3,
         wandb="x",
@@ -188,6 +192,39 @@ def test_a_config_that_ships_with_the_package_is_found_by_its_name(tmp_path, mon
     (tmp_path / "llama7b").write_text("")  # a file of that name takes precedence
     with pytest.raises(ConfigError, match=r"^--config llama7b: a config file ends in"):
         read_config("llama7b")
+
+
+def test_a_config_may_have_an_argument(tmp_path):
+    assert read_config("superglue:copa").eval_tasks == "data/superglue/copa/copa.jsonl"
+    path = shipped_configs() / "superglue.py"
+    assert read_config(f"{path}:copa:lora") == read_config("superglue:copa:lora")
+    assert read_config("superglue:copa:lora").lora.rank == 2
+    with pytest.raises(ConfigError, match="superglue:cope: give one of boolq, rte"):
+        read_config("superglue:cope")
+    with pytest.raises(ConfigError, match=r"llama7b.py: TypeError: get_config\(\) takes 0"):
+        read_config("llama7b:boolq")
+
+
+@pytest.mark.parametrize(
+    ("flags", "value", "metric"),
+    [
+        ([], True, "loss"),
+        (["--config.keep_best"], True, "loss"),
+        (["--noconfig.keep_best"], False, "loss"),
+        (["--config.keep_best=false"], False, "loss"),
+        (["--config.keep_best=boolq_acc"], "boolq_acc", "boolq_acc"),
+    ],
+)
+def test_the_best_checkpoint_by_any_metric(flags, value, metric):
+    config = parse(["", "--config=quickstart", *flags])
+    assert (config.keep_best, config.best_metric()) == (value, metric)
+
+
+def test_tasks_are_one_text_or_several():
+    for text in ("boolq,piqa", "('boolq', 'piqa')"):
+        config = parse(["", "--config=quickstart", f"--config.eval_tasks={text}"])
+        assert config.task_names() == ("boolq", "piqa")
+    assert parse(["", "--config=quickstart"]).task_names() == ()
 
 
 def test_a_config_may_import_its_neighbours(tmp_path):

@@ -1,0 +1,117 @@
+"""Tasks that a run evaluates while it trains, and `lomo-jax eval` on its checkpoint."""
+
+import json
+
+import numpy as np
+import pytest
+import runs
+
+from lomo_jax.errors import ConfigError, UserError
+from lomo_jax.evaluation.__main__ import main
+from lomo_jax.evaluation.tasks import Tasks, read_questions
+from lomo_jax.training import MeshConfig, loop
+
+pytestmark = pytest.mark.usefixtures("mixed_dtypes")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Twenty questions whose right answer is a common word of the training text."""
+    rng = np.random.default_rng(0)
+    words = ["cat", "dog", "house"]
+    lines = [
+        json.dumps(
+            {
+                "prompt": f"the {rng.choice(words)} sat on a",
+                "choices": [" mat and", " zyx", " qqq wv"],
+                "answer": int(rng.integers(0, 3)),
+            }
+        )
+        for _ in range(20)
+    ]
+    path = tmp_path_factory.mktemp("questions") / "own.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text, questions, tmp_path_factory, mixed_dtypes):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    config = runs.make_config(
+        text, workdir, eval_tasks=str(questions), keep_best="own_acc", prompt="the", prompt_tokens=4
+    )
+    loop.train(config)
+    return workdir
+
+
+def test_accuracy_is_recorded_at_each_evaluation(trained):
+    accuracy = runs.column(trained, "eval_own_acc")
+    assert list(accuracy) == [0, 5, 10, 12]
+    assert all(0 <= value <= 1 for value in accuracy.values())
+    loss, perplexity = (runs.column(trained, f"eval_{name}") for name in ("loss", "perplexity"))
+    np.testing.assert_allclose(list(perplexity.values()), np.exp(list(loss.values())))
+    assert "own_acc" in (trained / "log.txt").read_text()
+
+
+def test_eval_on_the_checkpoint_finds_the_same(trained, questions, capsys, tmp_path):
+    out = tmp_path / "results.json"
+    arguments = ["lomo-jax eval", str(trained), "--tasks", str(questions), "--json", str(out)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    expected = runs.column(trained, "eval_own_acc")[12]
+    assert f"own_acc  {expected:.4f}" in printed
+    assert "after 12 steps" in printed
+    assert "20 examples of 1 tasks" in printed
+    assert json.loads(out.read_text())["results"][str(questions)]["acc,none"] == expected
+    line = json.loads((trained / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert line["metrics"] == {"own_acc": expected}
+    assert (line["step"], line["examples"]) == (12, 20)
+
+
+def test_the_report_shows_both(trained, questions):
+    from lomo_jax import report
+
+    assert main(["lomo-jax eval", str(trained), "--tasks", str(questions), "--limit", "5"]) == 0
+    page = report.render(report.read([trained]))
+    assert "<h2>Tasks</h2>" in page
+    assert "at step 12, at most 5 examples" in page
+    assert "<h3>Tasks</h3>" in page
+
+
+def test_the_best_checkpoint_is_that_of_the_metric(trained):
+    accuracy = runs.column(trained, "eval_own_acc")
+    best = max((value, -step) for step, value in accuracy.items() if step > 0)
+    metadata = json.loads((trained / "checkpoints/12/metadata/metadata").read_text())
+    assert metadata["progress"]["best"] == best[0]
+    assert metadata["progress"]["best_step"] == -best[1]
+
+
+def test_all_devices_find_the_same(text, questions, trained, tmp_path):
+    config = runs.make_config(
+        text, tmp_path / "run", eval_tasks=str(questions), mesh=MeshConfig(fsdp=4)
+    )
+    loop.train(config)
+    expected = runs.column(trained, "eval_own_acc")
+    assert runs.column(tmp_path / "run", "eval_own_acc") == pytest.approx(expected, abs=0.11)
+    assert runs.column(tmp_path / "run", "eval_own_acc")[0] == expected[0]
+
+
+def test_an_unknown_metric_is_one_line(text, tmp_path):
+    config = runs.make_config(text, tmp_path / "run", keep_best="acc")
+    with pytest.raises(ConfigError, match=r"keep_best: 'acc' is no metric .*; they are loss, acc"):
+        loop.train(config)
+
+
+def test_bad_questions_are_one_line(tmp_path):
+    path = tmp_path / "q.jsonl"
+    for line, message in (
+        ("{", "q.jsonl:1 is not JSON"),
+        ('{"prompt": "a"}', "q.jsonl:1: the key 'choices' is missing"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 1}', "must be indices of the 1 choices"),
+        ("", "has no questions"),
+    ):
+        path.write_text(line)
+        with pytest.raises(UserError, match=message):
+            read_questions(path)
+    with pytest.raises(UserError, match="cannot be read as questions"):
+        Tasks([str(tmp_path / "missing.jsonl")])
