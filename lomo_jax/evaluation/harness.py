@@ -33,7 +33,7 @@ from lomo_jax.models.generation import cut_at, end_tokens
 if importlib.util.find_spec("lm_eval") is None:
     raise UserError("tasks need lm_eval: pip install 'lomo_jax[eval]'")
 
-import lm_eval.api.model
+import lm_eval.api.model  # pyright: ignore[reportMissingImports]
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ class LM(lm_eval.api.model.LM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Returns the log-likelihood of each text, in windows of the model's length."""
-        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
         texts = []
         for request in requests:
@@ -203,7 +203,7 @@ class HarnessTasks:
     ) -> None:
         self.num_fewshot = num_fewshot
         with _quiet():
-            from lm_eval.tasks import TaskManager  # slow to import
+            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
             manager = TaskManager()
             for name in names:
@@ -238,13 +238,13 @@ class HarnessTasks:
           UserError: A task does not fit the model.
         """
         with _quiet():
-            from lm_eval import evaluator
+            from lm_eval import evaluator  # pyright: ignore[reportMissingImports]
 
             for task in _leaves(self.tasks):
                 if self.num_fewshot is not None:
                     task.set_config(key="num_fewshot", value=self.num_fewshot)
                 if gen_kwargs and task.config.output_type == "generate_until":
-                    from lm_eval.utils import simple_parse_args_string
+                    from lm_eval.utils import simple_parse_args_string  # pyright: ignore[reportMissingImports]
 
                     values = simple_parse_args_string(gen_kwargs)
                     task.set_config(key="generation_kwargs", value=values, update=True)
@@ -270,7 +270,7 @@ def _data_from(folders: Sequence[Path]) -> Iterator[None]:
     if not folders:
         yield
         return
-    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.api.task import ConfigurableTask  # pyright: ignore[reportMissingImports]
 
     def download(self: Any, dataset_kwargs: Any = None, **_: Any) -> None:
         path, name = str(self.DATASET_PATH), self.DATASET_NAME
