@@ -231,7 +231,7 @@ class _Rows(NamedTuple):
     numbers: jax.Array | np.ndarray  # int32 [B], of the prompts among all
     stops: np.ndarray  # int32, tokens that end a text
     sampling: Sampling
-    key: jax.Array
+    seed: np.uint32
 
 
 class _Batch:
@@ -269,7 +269,7 @@ class _Batch:
         lengths_B[: len(numbers)] = [len(prompt) for prompt in self.prompts]
         numbers_B[: len(numbers)] = numbers
         stops = np.array(list(stop_tokens) or [-1], np.int32)
-        rows = _Rows(lengths_B, numbers_B, stops, sampling, jax.random.key(seed))
+        rows = _Rows(lengths_B, numbers_B, stops, sampling, np.uint32(seed))
         is_done_B = np.arange(self.num_rows) >= len(self.prompts)
         program = self.graphdef, self.rope_length
         slots = self.tokens_BxT.shape[1] + bucket(self.max_new_tokens)
@@ -373,7 +373,7 @@ def _continue(
 def _choose_next(model: Decoder, state: _State, x_Bx1xD: jax.Array, rows: _Rows) -> _State:
     """Returns the state with one more token of each row."""
     logits_BxV = model.logits(x_Bx1xD)[:, 0]
-    key = jax.random.fold_in(rows.key, state.made)
+    key = jax.random.fold_in(jax.random.key(rows.seed), state.made)
     numbers_B, stops = sharding.shard_batch(jnp.asarray(rows.numbers)), jnp.asarray(rows.stops)
     last_B = choose(logits_BxV, state.seen, rows.sampling, key, numbers_B)
     zero = jnp.zeros((), jnp.int32)

@@ -29,6 +29,7 @@ def get_config():
         data=DataConfig({text!r}, eval_fraction=0.1),
         learning_rate=3e-2, batch_size=8, sequence_length=32, steps=10, eval_every=5, log_every=1,
         param_dtype="float32", prompt="the", prompt_tokens=4, mesh=MeshConfig(tensor=2),
+        eval_tasks={tasks!r}, keep_best="own_acc",
     )
 """
 
@@ -79,7 +80,12 @@ def train(folder, processes, *flags, code=""):
     config, text = folder / "config.py", folder / "text.jsonl"
     words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "a", "mat"], (60, 60))
     text.write_text("\n".join(json.dumps({"text": " ".join(row)}) for row in words))
-    config.write_text(CONFIG.format(text=str(text)))
+    tasks = folder / "own.jsonl"
+    questions = (
+        {"prompt": f"the cat sat {n}", "choices": [" on a", " mat", " cat"]} for n in range(9)
+    )
+    tasks.write_text("\n".join(json.dumps({**each, "answer": 1}) for each in questions))
+    config.write_text(CONFIG.format(text=str(text), tasks=str(tasks)))
     # Four devices in all.
     devices = f"import jax; jax.config.update('jax_num_cpu_devices', {4 // processes}); "
     devices += "import sys, train; "
@@ -128,17 +134,33 @@ def test_several_processes_train_like_one(tmp_path):
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         records = list(map(json.loads, lines))
         losses = [r.get("loss", r.get("eval_loss")) for r in records if "sample" not in r]
+        losses += [r["eval_own_acc"] for r in records if "eval_own_acc" in r]
         found[processes] = losses, load_file(folder / "export" / "model.safetensors")
         # The export leaves no temporary folder.
         assert [path.name for path in folder.glob(".*")] == [".lock"]
         # Only the first process prints.
         assert "step 10" in outputs[0]
         assert all("loss" not in output for output in outputs[1:])
-    assert len(found[1][0]) == 13
+    assert len(found[1][0]) == 16
     losses, weights = found[2]
     np.testing.assert_allclose(losses, found[1][0], rtol=1e-5)
     for name, weight in found[1][1].items():
         np.testing.assert_allclose(weights[name], weight, rtol=0, atol=1e-5 * abs(weight).max())
+
+
+def test_two_processes_evaluate_a_run_like_one(tmp_path):
+    (process,) = train(tmp_path, 1)
+    (output,) = finish([process])
+    assert process.returncode == 0, output
+    lines = (tmp_path / "run1" / "metrics.jsonl").read_text().splitlines()
+    accuracy = [r["eval_own_acc"] for r in map(json.loads, lines) if "eval_own_acc" in r][-1]
+    command = ["-m", "lomo_jax", "eval", tmp_path / "run1", "--tasks", tmp_path / "own.jsonl"]
+    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    running = start([*command, f"--process_id={i}"] for i in range(2))
+    outputs = finish(running)
+    assert [p.returncode for p in running] == [0, 0], outputs
+    assert f"own_acc  {accuracy:.4f}" in outputs[0]
+    assert "own_acc" not in outputs[1]
 
 
 def test_processes_stop_after_the_same_step_and_one_process_resumes(tmp_path):

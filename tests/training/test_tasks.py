@@ -1,6 +1,10 @@
 """Tasks that a run evaluates while it trains, and `lomo-jax eval` on its checkpoint."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,19 +20,16 @@ pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """Twenty questions whose right answer is a common word of the training text."""
+    """Twenty questions whose right answer has the letters of the training text."""
     rng = np.random.default_rng(0)
-    words = ["cat", "dog", "house"]
-    lines = [
-        json.dumps(
-            {
-                "prompt": f"the {rng.choice(words)} sat on a",
-                "choices": [" mat and", " zyx", " qqq wv"],
-                "answer": int(rng.integers(0, 3)),
-            }
-        )
-        for _ in range(20)
-    ]
+    words = ["the", "cat", "sat", "on", "a", "mat", "dog", "house", "sea"]
+    lines = []
+    for number in range(20):
+        wrong = ["".join(rng.choice(list("#QZ7%xv"), 4)) for _ in range(2)]
+        answer = int(rng.integers(0, 3))
+        choices = [*wrong[:answer], f" {rng.choice(words)}", *wrong[answer:]]
+        prompt = f"{number} {' '.join(rng.choice(words, 4))}"
+        lines.append(json.dumps({"prompt": prompt, "choices": choices, "answer": answer}))
     path = tmp_path_factory.mktemp("questions") / "own.jsonl"
     path.write_text("\n".join(lines))
     return path
@@ -47,7 +48,7 @@ def trained(text, questions, tmp_path_factory, mixed_dtypes):
 def test_accuracy_is_recorded_at_each_evaluation(trained):
     accuracy = runs.column(trained, "eval_own_acc")
     assert list(accuracy) == [0, 5, 10, 12]
-    assert all(0 <= value <= 1 for value in accuracy.values())
+    assert accuracy[0] < 0.6 < accuracy[12]
     loss, perplexity = (runs.column(trained, f"eval_{name}") for name in ("loss", "perplexity"))
     np.testing.assert_allclose(list(perplexity.values()), np.exp(list(loss.values())))
     assert "own_acc" in (trained / "log.txt").read_text()
@@ -94,6 +95,71 @@ def test_all_devices_find_the_same(text, questions, trained, tmp_path):
     expected = runs.column(trained, "eval_own_acc")
     assert runs.column(tmp_path / "run", "eval_own_acc") == pytest.approx(expected, abs=0.11)
     assert runs.column(tmp_path / "run", "eval_own_acc")[0] == expected[0]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_stop_in_the_middle_of_the_tasks_postpones_them(
+    batch, text, questions, trained, tmp_path, monkeypatch
+):
+    """Of the second evaluation, after step 5, which has several batches."""
+    seen = []
+    evaluate = Tasks.evaluate
+
+    def interrupted(*args, on_batch, **options):
+        def check():
+            seen.append(runs.last_step(tmp_path))
+            if seen.count(5) == batch:
+                signal.raise_signal(signal.SIGTERM)
+            on_batch()
+
+        return evaluate(*args, on_batch=check, **options)
+
+    monkeypatch.setattr(Tasks, "evaluate", interrupted)
+    config = runs.make_config(
+        text,
+        tmp_path,
+        eval_tasks=str(questions),
+        keep_best="own_acc",
+        prompt="the",
+        prompt_tokens=4,
+    )
+    loop.train(config)
+    assert list(runs.column(tmp_path, "eval_own_acc")) == [0]
+    monkeypatch.undo()
+    loop.train(config)
+    runs.assert_same_run(tmp_path, trained)
+    assert runs.column(tmp_path, "eval_own_acc") == runs.column(trained, "eval_own_acc")
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_the_tasks_resumes(text, questions, trained, tmp_path):
+    config = runs.make_config(
+        text,
+        tmp_path / "run",
+        eval_tasks=str(questions),
+        keep_best="own_acc",
+        prompt="the",
+        prompt_tokens=4,
+    )
+    code = (
+        "import os; from lomo_jax.evaluation import tasks\n"
+        "calls, answer = [], tasks.answer\n"
+        "def killed(*args, on_batch, **options):\n"
+        "    calls.append(0)\n"
+        "    end = lambda: os.kill(os.getpid(), 9) if len(calls) == 3 else on_batch()\n"
+        "    return answer(*args, on_batch=end, **options)\n"
+        "tasks.answer = killed\n"
+        "import sys; from lomo_jax.training.__main__ import main; sys.exit(main(sys.argv))"
+    )
+    path = runs.write_config(config, tmp_path / "config.json")
+    command = [sys.executable, "-c", code, "--config", str(path)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == -9, done.stdout + done.stderr
+    assert list(runs.column(tmp_path / "run", "eval_own_acc")) == [0, 5]
+    loop.train(config)
+    runs.assert_same_run(tmp_path / "run", trained)
+    assert runs.column(tmp_path / "run", "eval_own_acc") == runs.column(trained, "eval_own_acc")
 
 
 def test_an_unknown_metric_is_one_line(text, tmp_path):
