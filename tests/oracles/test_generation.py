@@ -1,5 +1,6 @@
 """Generation and log-likelihoods against transformers: tiny families, and SmolLM2."""
 
+import copy
 import functools
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_families import CONFIGS, SIZES, random_model
 
-from lomo_jax import models
+from lomo_jax import evaluation, models
 from lomo_jax.models.sampling import keep_likely
 
 torch = pytest.importorskip("torch")
@@ -122,6 +123,22 @@ def test_a_real_model_writes_the_same(folder):
     for prompt, found in zip(prompts, ours, strict=True):
         row = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)[0]
         assert found == row[len(prompt) :].tolist()
+
+
+@pytest.mark.slow
+def test_a_real_model_scores_a_text_as_in_float64(folder):
+    graphdef, params, tokenizer, theirs = smollm2(folder)
+    text = (
+        "Remove the seeds from the pumpkin, then cut it into small pieces with a sharp knife, and "
+        "store the pieces in a bowl of cold water until the soup is ready for your guests."
+    )
+    tokens = tokenizer(text)["input_ids"]
+    prompts = [(tokens[:4], [tokens[4:]])]
+    ((found,),) = evaluation.log_likelihoods(graphdef, params, prompts)
+    with torch.no_grad():
+        logits = copy.deepcopy(theirs).double()(torch.tensor([tokens])).logits[0]
+    scores = torch.log_softmax(logits, dim=-1)[range(3, len(tokens) - 1), tokens[4:]]
+    assert found.log_likelihood == pytest.approx(scores.sum().item(), abs=1e-4)
 
 
 def test_the_greedy_text_depends_on_its_whole_prompt(tmp_path):

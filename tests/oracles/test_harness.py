@@ -146,8 +146,8 @@ def test_a_real_model_on_200_examples(task, smollm2, data, monkeypatch):
         results.append(found["results"][task])
     print(task, "seconds (ours, theirs):", seconds, "accuracy:", results[0]["acc,none"])
     found, expected = scores
-    # Sums of up to 200 tokens in float32.
-    np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-4, rtol=2e-6)
+    # Theirs is 3e-6 of the sum away from float64 where ours is 1e-6; see test_generation.py.
+    np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-4, rtol=1e-5)
     np.testing.assert_array_equal(found[:, 1], expected[:, 1])
     assert results[0]["acc,none"] == results[1]["acc,none"]
 
