@@ -131,7 +131,7 @@ def record(
                 if not key.startswith(start):
                     continue
                 if not _NAME.fits(key):
-                    return f"{name}: the key {_short(key)} must be {_NAME.text}"
+                    return f"{name}: the key {short(key)} must be {_NAME.text}"
                 if (problem := kind.problem(f"{name}.{key}", value[key])) is not None:
                     return problem
         return None
