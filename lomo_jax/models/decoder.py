@@ -205,7 +205,7 @@ class Decoder(nnx.Module):
         tokens_BxQ, positions_BxQ, branches_BxQ = sharding.shard_batch(
             (tokens_BxQ, positions_BxQ, branches_BxQ)
         )
-        config, start, slots = self.config, cache.length, cache.k.shape[3]
+        config, start, slots = self.config, cache.length, cache.positions.shape[1]
         cache = cache.append(positions_BxQ, branches_BxQ)
         distance_BxQxS = cache.distance(positions_BxQ, branches_BxQ)
         window = _shared_window(config, slots)
