@@ -56,7 +56,7 @@ def measure(config_name: str, folder: Path) -> dict[str, float]:
     """Reads the dataset twice; returns seconds and GB."""
     from lomo_jax import data
     from lomo_jax.training import model as model_lib
-    from lomo_jax.training.config import read_config
+    from lomo_jax.training.config_reader import read_config
 
     config = read_config(config_name)
     tokenizer = model_lib.load_tokenizer(config.model.path, config.model.architecture)

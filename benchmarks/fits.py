@@ -23,7 +23,7 @@ from lomo_jax.fused import REMAT_POLICIES
 from lomo_jax.models import DecoderConfig
 from lomo_jax.plan import find
 from lomo_jax.training import Config, ModelConfig
-from lomo_jax.training.config import read_config
+from lomo_jax.training.config_reader import read_config
 from lomo_jax.training.planning import compile_run
 
 LLAMA_3_8B = read_config("llama3_8b").model.architecture

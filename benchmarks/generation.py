@@ -63,7 +63,8 @@ def main() -> None:
     theirs = theirs.eval()
     rows = [*_generation(graphdef, params, theirs), _choices(graphdef, params, theirs, tokenizer)]
     for row in rows:
-        row.ours(), row.theirs()
+        row.ours()
+        row.theirs()
     times = {row.name: [] for row in rows}
     for _, row in itertools.product(range(options.rounds), rows):
         times[row.name].append((row.ours(), row.theirs()))
@@ -74,7 +75,9 @@ def main() -> None:
         print(f"{name:<24}{ours:>10.4g}{theirs:>14.4g}{ratio:>8.2f}")
 
 
-def _generation(graphdef: nnx.GraphDef[models.Decoder], params: nnx.State, theirs: Any) -> list[Row]:
+def _generation(
+    graphdef: nnx.GraphDef[models.Decoder], params: nnx.State, theirs: Any
+) -> list[Row]:
     rng = np.random.default_rng(0)
     vocab_size = nnx.merge(graphdef, params).config.vocab_size
 
@@ -130,7 +133,8 @@ def _choices(
 
         return measure
 
-    backend = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=8, device="cpu")
+    options: Any = {"pretrained": theirs, "tokenizer": tokenizer, "batch_size": 8, "device": "cpu"}
+    backend = HFLM(**options)
     return Row("choices, s", timed(evaluation.LM(graphdef, params, tokenizer)), timed(backend))
 
 

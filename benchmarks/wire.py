@@ -28,7 +28,7 @@ from lomo_jax import Offload
 from lomo_jax.plan import Program, gpus
 from lomo_jax.plan.program import Instruction, replica_groups, source_target_pairs
 from lomo_jax.training import MeshConfig
-from lomo_jax.training.config import parse
+from lomo_jax.training.config_reader import parse
 from lomo_jax.training.planning import CompiledRun, compile_run
 
 LENGTH = 1024

@@ -22,7 +22,8 @@ from lomo_jax.__main__ import main as command
 from lomo_jax.data import package_path
 from lomo_jax.training import loop
 from lomo_jax.training.__main__ import main
-from lomo_jax.training.config import read_config, validate
+from lomo_jax.training.config_reader import read_config
+from lomo_jax.training.validation import validate
 
 _ROOT = Path(__file__).parent.parent
 _CONFIGS = sorted((_ROOT / "configs").glob("*.py"))

@@ -19,7 +19,8 @@ import numpy as np
 from absl import flags
 
 from lomo_jax.errors import UserError, os_errors_are_the_users
-from lomo_jax.training.config import Config, parse
+from lomo_jax.training.config import Config
+from lomo_jax.training.config_reader import parse
 
 if TYPE_CHECKING:
     from rich.text import Text

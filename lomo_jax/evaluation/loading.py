@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from lomo_jax import lora, models, run_files
 from lomo_jax.errors import UserError
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.config import LoraConfig, ModelConfig, read_config
+from lomo_jax.training.config import LoraConfig, ModelConfig
+from lomo_jax.training.config_reader import read_config
 
 if TYPE_CHECKING:  # slow to import
     from transformers import PreTrainedTokenizerBase

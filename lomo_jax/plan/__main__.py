@@ -25,7 +25,8 @@ from rich.table import Table
 from lomo_jax.errors import UserError
 from lomo_jax.plan import gpus
 from lomo_jax.plan.memory import PARTS, Buffer, MemoryPlan
-from lomo_jax.training.config import parse, set_fields
+from lomo_jax.training.config import set_fields
+from lomo_jax.training.config_reader import parse
 
 
 def main(argv: Sequence[str]) -> int:

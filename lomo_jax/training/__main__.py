@@ -30,7 +30,7 @@ from absl import flags as absl_flags
 
 from lomo_jax.errors import UnexpectedError, UserError
 from lomo_jax.plan.gpus import MEMORY_FRACTION
-from lomo_jax.training.config import parse
+from lomo_jax.training.config_reader import parse
 
 _PROCESSES = {
     "coordinator": (absl_flags.DEFINE_string, None, "HOST:PORT of process 0"),

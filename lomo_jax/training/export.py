@@ -25,7 +25,8 @@ import lomo_jax
 from lomo_jax import lora, models, peft_files, run_files, sharding
 from lomo_jax.errors import ArgumentParser, CheckpointError, UserError
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.config import FROZEN, ModelConfig, read_config
+from lomo_jax.training.config import FROZEN, ModelConfig
+from lomo_jax.training.config_reader import read_config
 
 if TYPE_CHECKING:
     from lomo_jax.training.checkpoint import CheckpointMetadata

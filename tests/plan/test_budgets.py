@@ -19,7 +19,8 @@ from lomo_jax.losses import next_token_loss
 from lomo_jax.plan import Program, gpus, make_mesh, read_memory
 from lomo_jax.plan.memory import shard_shape
 from lomo_jax.training import MeshConfig
-from lomo_jax.training.config import parse, set_fields
+from lomo_jax.training.config import set_fields
+from lomo_jax.training.config_reader import parse
 from lomo_jax.training.planning import compile_run
 
 pytestmark = pytest.mark.plan

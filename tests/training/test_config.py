@@ -13,7 +13,9 @@ from lomo_jax import Offload
 from lomo_jax.errors import ConfigError
 from lomo_jax.models import DecoderConfig, RopeScaling
 from lomo_jax.training import Config, DataConfig, LoraConfig, ModelConfig
-from lomo_jax.training.config import parse, read_config, shipped_configs, to_dict, validate
+from lomo_jax.training.config import to_dict
+from lomo_jax.training.config_reader import parse, read_config, shipped_configs
+from lomo_jax.training.validation import validate
 
 _FILE = """
 from lomo_jax.models import DecoderConfig
@@ -105,16 +107,16 @@ _OPTIONAL = {
 }
 
 
-def _leaves(node, prefix=""):
+def leaves(node, prefix=""):
     for name, value in vars(node).items():
         if dataclasses.is_dataclass(value) and not isinstance(value, RopeScaling):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
 def test_all_optional_fields_are_tested():
-    default = dict(_leaves(Config()))
+    default = dict(leaves(Config()))
     assert {name for name, value in default.items() if value is None} == set(_OPTIONAL)
 
 
@@ -143,8 +145,8 @@ def test_every_optional_field_can_be_set_to_none(tmp_path, name, form):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(to_dict(config)))
     flags = ["train.py", "--config", str(path), *form.format(name).split()]
-    found = dict(_leaves(parse(flags, for_plan=True)))
-    assert found == _OPTIONAL | dict(_leaves(config)) | {name: None}
+    found = dict(leaves(parse(flags, for_plan=True)))
+    assert found == _OPTIONAL | dict(leaves(config)) | {name: None}
 
 
 def test_none_is_a_word_where_a_field_is_not_optional(config_file):
@@ -397,7 +399,7 @@ def test_a_plan_needs_neither_checkpoint_nor_dataset():
 
 def test_to_dict_has_every_field():
     found = to_dict(_valid())
-    assert dict(_leaves(_valid())).keys() == dict(_flat(found)).keys()
+    assert dict(leaves(_valid())).keys() == dict(_flat(found)).keys()
     assert found["data"]["path"] == "text"
 
 

@@ -5,7 +5,8 @@ import pytest
 
 from lomo_jax import lora
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.config import read_config, validate
+from lomo_jax.training.config_reader import read_config
+from lomo_jax.training.validation import validate
 
 
 @pytest.mark.parametrize(

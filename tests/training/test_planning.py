@@ -15,7 +15,7 @@ from lomo_jax.plan import MemoryPlan
 from lomo_jax.sharding import abstract_mesh
 from lomo_jax.training import Config, MeshConfig, ModelConfig
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.config import set_fields, validate
+from lomo_jax.training.config import set_fields
 from lomo_jax.training.devices import batch_shapes, check_batch, make_mesh
 from lomo_jax.training.planning import (
     CompiledRun,
@@ -27,6 +27,7 @@ from lomo_jax.training.planning import (
     plan_step,
 )
 from lomo_jax.training.step import CompiledStep, make_step
+from lomo_jax.training.validation import validate
 
 PLAN = MemoryPlan(12.0, 0.5, 1.0, 1.2, 0.0, 14.7, 12.0, 11.0, False, "GPU", 1)
 

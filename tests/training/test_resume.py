@@ -15,8 +15,9 @@ from lomo_jax import models
 from lomo_jax.errors import CheckpointError, ConfigError, UserError
 from lomo_jax.training import Config, DataConfig, ModelConfig, loop, resume, to_dict
 from lomo_jax.training.checkpoint import Checkpoints, read_params
-from lomo_jax.training.config import _leaves, set_fields
+from lomo_jax.training.config import set_fields
 from lomo_jax.training.resume import IDENTITY_FIELDS
+from lomo_jax.training.validation import leaves
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
 
@@ -146,7 +147,7 @@ _ANOTHER = {
 
 
 def test_all_identity_fields_are_tested():
-    fields = {name for name, _, _ in _leaves(Config())}
+    fields = {name for name, _, _ in leaves(Config())}
     identity = {
         name
         for name in fields

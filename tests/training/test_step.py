@@ -17,8 +17,8 @@ from lomo_jax import models
 from lomo_jax.fused import arrays
 from lomo_jax.training import Config, ModelConfig
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.config import validate
 from lomo_jax.training.step import make_optimizer, make_schedule, make_step
+from lomo_jax.training.validation import validate
 
 _SHAPE = models.DecoderConfig(32, 8, 16, 2, 2, 1, 4, max_length=16)
 # For each option of a step: a config that sets it, the field of the step and its value.
