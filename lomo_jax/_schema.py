@@ -398,7 +398,7 @@ RUN_INFO = record(
     }
 )
 
-# config.json of a run, as far as reports and exports use it; `training.config` checks the rest.
+# config.json of a run, as far as reports and exports use it; `training.validation` checks the rest.
 _PATHS = TEXT | list_of(TEXT, 10**5) | object_of(_FINITE)
 RUN_CONFIG = record(
     {
