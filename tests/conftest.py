@@ -24,10 +24,18 @@ gc.set_threshold(10_000)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_datasets(tmp_path_factory):
-    """Tests, and the processes that they start, have a cache of tokenised datasets of their own."""
+def _caches(tmp_path_factory):
+    """Tests, and the processes that they start, share compiled programs and tokenised datasets."""
+    caches = {
+        "LOMO_JAX_CACHE": str(tmp_path_factory.mktemp("datasets")),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOMO_JAX_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        for name, value in caches.items():
+            patch.setenv(name, value)
+        jax.config.update("jax_compilation_cache_dir", caches["JAX_COMPILATION_CACHE_DIR"])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         yield
 
 

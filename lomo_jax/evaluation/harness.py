@@ -203,9 +203,7 @@ class HarnessTasks:
     ) -> None:
         self.num_fewshot = num_fewshot
         with _quiet():
-            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
-            manager = TaskManager()
+            manager = _manager()
             for name in names:
                 if name not in manager.all_tasks:
                     hint = did_you_mean(name, manager.all_tasks)
@@ -254,6 +252,14 @@ class HarnessTasks:
             )
         assert found is not None
         return dict(found)
+
+
+@functools.cache
+def _manager() -> Any:
+    """Returns the index of the harness's tasks, which takes seconds to read."""
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    return TaskManager()
 
 
 def _leaves(tasks: dict[Any, Any]) -> Iterator[Any]:
