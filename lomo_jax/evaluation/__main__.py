@@ -64,6 +64,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name}: {value} must be 1 or more")
     names = [name for name in options.tasks.split(",") if name]
+    if not names:
+        raise UserError(f"--tasks: {options.tasks!r} has no name; give such as boolq,mmlu")
     # JAX reads it when it first uses a device.
     from lomo_jax.plan.gpus import MEMORY_FRACTION
 
@@ -119,7 +121,7 @@ def _table(results: dict[str, Any]) -> str:
     width = max((len(name) for name, _ in rows), default=0)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     total = sum(counts(results).values())
-    return "\n".join([*lines, f"{total:,} examples of {len(counts(results))} tasks"])
+    return "\n".join([*lines, f"{total:,} examples"])
 
 
 def _append(run: Path, step: int, options: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -38,6 +38,8 @@ _NO_YES = ("No", "Yes")
 
 
 def _boolq(row: Row) -> Question:
+    if "answer" in row:  # as BoolQ's own files call it
+        row = {**row, "label": row["answer"]}
     return _asked(f"{row['passage']} {row['question']}", _NO_YES, row)
 
 

@@ -159,6 +159,8 @@ def read_questions(path: Path) -> list[Question]:
                 f"{path}:{number}: answers={list(answers)} must be indices of the "
                 f"{len(row['choices'])} choices, from 0"
             )
+        if not row["prompt"] or not all(row["choices"]):
+            raise UserError(f"{path}:{number}: a prompt or a choice is empty; each needs text")
         choices, with_end = tuple(row["choices"]), row.get("with_end", False)
         found.append(Question(row["prompt"], choices, answers, with_end))
     if not found:

@@ -96,6 +96,13 @@ def test_copa_asks_for_a_cause_too(tmp_path):
     assert question.answers == (1,)
 
 
+def test_boolq_may_be_its_own_files(tmp_path):
+    row = {"passage": "Sky.", "question": "is it", "answer": True}
+    data = folder_of(tmp_path, "boolq", {"validation": [row, row | {"answer": False}]})
+    found = superglue.questions("boolq", "validation", data=[data])
+    assert [question.answers for question in found] == [(1,), (0,)]
+
+
 def test_a_thousand_examples_are_drawn_as_the_authors_draw_them(tmp_path):
     rows = [{"passage": str(n), "question": "q", "label": n % 2} for n in range(1200)]
     data = folder_of(tmp_path, "boolq", {"train": rows, "validation": rows[:900]})

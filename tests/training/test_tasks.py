@@ -62,7 +62,7 @@ def test_eval_on_the_checkpoint_finds_the_same(trained, questions, capsys, tmp_p
     expected = runs.column(trained, "eval_own_acc")[12]
     assert f"own_acc  {expected:.4f}" in printed
     assert "after 12 steps" in printed
-    assert "20 examples of 1 tasks" in printed
+    assert "20 examples" in printed
     assert json.loads(out.read_text())["results"][str(questions)]["acc,none"] == expected
     line = json.loads((trained / "evaluations.jsonl").read_text().splitlines()[-1])
     assert line["metrics"] == {"own_acc": expected}
@@ -174,6 +174,7 @@ def test_bad_questions_are_one_line(tmp_path):
         ("{", "q.jsonl:1 is not JSON"),
         ('{"prompt": "a"}', "q.jsonl:1: the key 'choices' is missing"),
         ('{"prompt": "a", "choices": ["b"], "answer": 1}', "must be indices of the 1 choices"),
+        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "q.jsonl:1: a prompt or a choice"),
         ("", "has no questions"),
     ):
         path.write_text(line)
