@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT / "models"), str(ROOT / "report")]
 
-from lomo_jax import models  # noqa: E402
+from lomo_jax import models, run_files  # noqa: E402
 from lomo_jax.errors import UserError  # noqa: E402
 
 LIMIT = 20  # seconds for one input
@@ -150,6 +150,9 @@ def _make_run(folder: Path) -> None:
 
     records = [evaluation(0, 4.0), sample(0, "a"), *(step(n, 3.5) for n in range(1, 6))]
     write(folder, [*records, resumed(3), step(4, 3.0), evaluation(4, 3.1)])
+    for number in (3, 4):
+        found = {"step": number, "time": 1.8e9, "metrics": {"boolq_acc": 0.5}}
+        run_files.append_evaluation(folder, found | {"limit": None, "examples": 20})
 
 
 def _read_run(file: Path) -> None:
@@ -199,6 +202,23 @@ def _read_adapters(file: Path) -> None:
     peft_files.load(file.parent, CONFIG)
 
 
+def _make_questions(folder: Path) -> None:
+    from lomo_jax.evaluation import superglue
+
+    rows = [{"passage": "Sky.", "question": f"is it {n}", "label": n % 2} for n in range(3)]
+    for split in ("train", "validation"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "boolq").mkdir(exist_ok=True)
+        (folder / "boolq" / f"{split}.jsonl").write_text(lines)
+    superglue.write("boolq", folder / "questions", data=[folder])
+
+
+def _read_questions(file: Path) -> None:
+    from lomo_jax.evaluation.tasks import read_questions
+
+    read_questions(file)
+
+
 READERS = {
     "config": Reader(_make_configs, "*.json", _read_config),
     "index": Reader(_make_model, "model/*index.json", lambda file: models.load(file.parent)),
@@ -211,6 +231,8 @@ READERS = {
     "gguf": Reader(_make_gguf, "*.gguf", _read_gguf),
     "run": Reader(_make_run, "*.json", _read_run),
     "metrics": Reader(_make_run, "metrics.jsonl", _read_run),
+    "evaluations": Reader(_make_run, "evaluations.jsonl", _read_run),
+    "questions": Reader(_make_questions, "questions/boolq.jsonl", _read_questions),
     "manifest": Reader(
         _make_model,
         "model/lomo_jax_export.json",

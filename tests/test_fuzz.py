@@ -5,7 +5,7 @@ import itertools
 import fuzz
 import pytest
 
-COUNT = {"index": 100, "gguf": 150, "run": 60, "metrics": 60}
+COUNT = {"index": 100, "gguf": 150, "run": 60, "metrics": 60, "evaluations": 60}
 
 
 @pytest.mark.parametrize("reader", fuzz.READERS)
