@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lomo_jax._schema import short
 from lomo_jax.data.sources import Record
 from lomo_jax.errors import UserError
 
@@ -300,7 +301,7 @@ def _message(record: Record, number: int, turn: Any) -> dict[str, Any]:
     role = _SHAREGPT.get(str(turn.get("role")), turn.get("role"))
     if role not in _ROLES:
         raise UserError(
-            f"{where} has the role {role!r}: the roles are {', '.join((*_ROLES, *_SHAREGPT))}"
+            f"{where} has the role {short(role)}: the roles are {', '.join((*_ROLES, *_SHAREGPT))}"
         )
     message = {**turn, "role": role}
     content = message.get("content")

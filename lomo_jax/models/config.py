@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from lomo_jax._schema import short
 from lomo_jax.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
@@ -43,7 +44,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ROPE_SCALINGS:
             raise UserError(
-                f"rope scaling {self.kind!r} is not supported; supported: 'default', "
+                f"rope scaling {short(self.kind)} is not supported; supported: 'default', "
                 f"{', '.join(map(repr, ROPE_SCALINGS))}"
             )
         for field in dataclasses.fields(self):
@@ -131,7 +132,7 @@ class DecoderConfig:
         for field in dataclasses.fields(self):
             if field.type == "bool" and not isinstance(getattr(self, field.name), bool):
                 value = getattr(self, field.name)
-                raise UserError(f"{field.name}={value!r} must be true or false")
+                raise UserError(f"{field.name}={short(value)} must be true or false")
         for name, allowed in (
             ("activation", ACTIVATIONS),
             ("norm_places", NORM_PLACES),
@@ -139,7 +140,7 @@ class DecoderConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UserError(
-                    f"{name}={getattr(self, name)!r} is not supported; supported: "
+                    f"{name}={short(getattr(self, name))} is not supported; supported: "
                     f"{', '.join(map(repr, allowed))}"
                 )
         if self.num_heads % self.num_kv_heads:
@@ -195,6 +196,7 @@ def _require_positive(config: Any, name: str, kind: type[int] | type[float]) -> 
     value = getattr(config, name)
     allowed = int | float if kind is float else int
     if isinstance(value, bool) or not isinstance(value, allowed):
-        raise UserError(f"{name}={value!r} must be {'an integer' if kind is int else 'a number'}")
+        wanted = "an integer" if kind is int else "a number"
+        raise UserError(f"{name}={short(value)} must be {wanted}")
     if not 0 < value < math.inf:
         raise UserError(f"{name}={value} must be greater than 0 and finite")

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lomo_jax._schema import short
 from lomo_jax.errors import UserError
 
 Json = Mapping[str, Any]
@@ -98,7 +99,7 @@ def windows(hf: Json, slides: Callable[[int], bool] = lambda layer: True) -> dic
     for kind in types:
         if kind not in ("sliding_attention", "full_attention"):
             raise UserError(
-                f"layer_types has {kind!r}; supported: 'full_attention', 'sliding_attention'"
+                f"layer_types has {short(kind)}; supported: 'full_attention', 'sliding_attention'"
             )
     sliding = tuple(kind == "sliding_attention" for kind in types)[:num_layers]
     if window is None or not any(sliding):
@@ -137,7 +138,7 @@ def _smollm3(hf: Json) -> dict[str, Any]:
 
 def _refuse(hf: Json, key: str, supported: Any) -> dict[str, Any]:
     if hf.get(key, supported) != supported:
-        raise UserError(f"{key}={hf[key]!r} is not supported; supported: {supported!r}")
+        raise UserError(f"{key}={short(hf[key])} is not supported; supported: {supported!r}")
     return {}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lomo_jax._schema import gguf_metadata
+from lomo_jax._schema import gguf_metadata, short
 from lomo_jax.errors import UserError, library_errors_are_the_users
 from lomo_jax.models import gguf_file
 from lomo_jax.models.config import DecoderConfig
@@ -157,7 +157,8 @@ class _Metadata:
         return None if token_id is None else pieces[token_id]
 
     def unsupported(self, key: str, value: Any, supported: str) -> UserError:
-        return UserError(f"{self.path}: {key}={value!r} is not supported; supported: {supported}")
+        found = f"{key}={short(value)}"
+        return UserError(f"{self.path}: {found} is not supported; supported: {supported}")
 
 
 def _open(path: Path) -> tuple[_Metadata, list[StoredTensor]]:

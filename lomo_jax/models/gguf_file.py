@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from lomo_jax._schema import short
 from lomo_jax.errors import UserError
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
@@ -94,17 +95,17 @@ class _Reader:
         for _ in range(num_keys):
             key = self._string()
             if key in metadata:
-                raise ValueError(f"{key!r} is there twice")
+                raise ValueError(f"{short(key)} is there twice")
             metadata[key] = self._value(self._integer("<I"))
         headers = {}
         for _ in range(num_tensors):
             name, *header = self._header()
             if name in headers:
-                raise ValueError(f"the tensor {name!r} is there twice")
+                raise ValueError(f"the tensor {short(name)} is there twice")
             headers[name] = header
         alignment = metadata.get("general.alignment", 32)
         if alignment not in (1 << n for n in range(21)):
-            raise ValueError(f"general.alignment={alignment!r} is not a power of two")
+            raise ValueError(f"general.alignment={short(alignment)} is not a power of two")
         start = -(-self._at // alignment) * alignment
         return metadata, [self._tensor(name, start, *rest) for name, rest in headers.items()]
 
@@ -140,7 +141,7 @@ class _Reader:
         """Returns name, shape, type and offset of a tensor."""
         name, num_dims = self._string(), self._integer("<I")
         if num_dims > _MAX_DIMS:
-            raise ValueError(f"the tensor {name!r} has {num_dims} dimensions")
+            raise ValueError(f"the tensor {short(name)} has {num_dims} dimensions")
         shape = tuple(self._integer("<Q") for _ in range(num_dims))
         return name, shape[::-1], self._integer("<I"), self._integer("<Q")
 
@@ -148,10 +149,10 @@ class _Reader:
         self, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int
     ) -> StoredTensor:
         if kind not in gguf.GGML_QUANT_SIZES:
-            raise ValueError(f"the tensor {name!r} has the unknown type {kind}")
+            raise ValueError(f"the tensor {short(name)} has the unknown type {kind}")
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         if (shape or (1,))[-1] % per_block:
-            raise ValueError(f"the tensor {name!r} has rows that are not whole blocks")
+            raise ValueError(f"the tensor {short(name)} has rows that are not whole blocks")
         self._at = start + offset
         row_bytes = (shape or (1,))[-1] // per_block * block_bytes
         data = self._take(math.prod(shape[:-1]) * row_bytes)

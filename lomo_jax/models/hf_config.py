@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lomo_jax._schema import MODEL_CONFIG
+from lomo_jax._schema import MODEL_CONFIG, short
 from lomo_jax.errors import UserError, did_you_mean
 from lomo_jax.models.config import ROPE_SCALINGS, DecoderConfig, RopeScaling
 from lomo_jax.models.families import FAMILIES, Family
@@ -41,8 +41,8 @@ def read_config(hf: Json) -> DecoderConfig:
     family = FAMILIES[name]
     if hf.get("quantization_config") is not None:
         raise UserError(
-            f"quantization_config={hf['quantization_config']!r} is not supported; use the model's "
-            "original weights"
+            f"quantization_config={short(hf['quantization_config'])} is not supported; "
+            "use the model's original weights"
         )
     hf = {**family.defaults, **hf}
     try:
@@ -129,7 +129,7 @@ def family_name(hf: Json) -> str:
     else:
         name = hf.get("model_type")
     if name is None or name not in FAMILIES:
-        named = ", ".join(found) if found else f"model_type {hf.get('model_type')!r}"
+        named = ", ".join(found) if found else f"model_type {short(hf.get('model_type'))}"
         hint = did_you_mean(named, names) or "; python -m lomo_jax.models prints those that are"
         raise UserError(f"architecture {named} is not supported{hint}")
     return name
@@ -139,7 +139,7 @@ def _activation(hf: Json) -> str:
     found = hf.get("hidden_activation") or hf.get("hidden_act", "silu")
     if found not in _ACTIVATIONS:
         raise UserError(
-            f"hidden_act={found!r} is not supported; supported: "
+            f"hidden_act={short(found)} is not supported; supported: "
             f"{', '.join(map(repr, _ACTIVATIONS))}"
         )
     return _ACTIVATIONS[found]
@@ -167,7 +167,8 @@ def _read_rope(hf: Json, head_dim: int, fields: Json) -> dict[str, Any]:
     if fields.get("local_rope_theta") is not None:
         if local is not None and (kind := _kind(local)) != "default":
             raise UserError(
-                f"rope scaling {kind!r} of sliding layers is not supported; supported: 'default'"
+                f"rope scaling {short(kind)} of sliding layers is not supported; "
+                "supported: 'default'"
             )
         base = (local or {}).get("rope_theta", fields["local_rope_theta"])
         found["local_rope_theta"] = float(base)
@@ -200,8 +201,8 @@ def _read_scaling(rope: Json, hf: Json) -> RopeScaling | None:
     match kind:
         case "dynamic" if rope.get("alpha"):
             raise UserError(
-                f"rope scaling 'dynamic' with alpha={rope['alpha']} is not supported; supported: "
-                "factor alone"
+                f"rope scaling 'dynamic' with alpha={short(rope['alpha'])} is not supported; "
+                "supported: factor alone"
             )
         case "llama3":
             fields = {

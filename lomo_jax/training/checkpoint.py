@@ -499,6 +499,9 @@ def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, word)
 
 
+_failed = threading.Event()  # whether orbax failed since the last collection of garbage
+
+
 @contextlib.contextmanager
 def silence_orbax() -> Iterator[None]:
     """Silences orbax's logs and warnings; we report the failure in one line."""
@@ -512,8 +515,13 @@ def silence_orbax() -> Iterator[None]:
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             try:
                 yield
+            except BaseException:
+                _failed.set()
+                raise
             finally:
-                gc.collect()  # failed coroutines warn when they are collected
+                if _failed.is_set():
+                    gc.collect()  # failed coroutines warn when they are collected
+                    _failed.clear()
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -541,6 +549,7 @@ def settle(seconds: float = 5.0) -> None:
     Orbax closes its event loop earlier, and asyncio warns about each unfinished task when it is
     collected.
     """
+    _failed.set()
     until = time.monotonic() + seconds
     for thread in threading.enumerate():
         if thread.name.startswith("asyncio_"):  # ends after its event loop is closed

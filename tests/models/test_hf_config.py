@@ -99,6 +99,12 @@ def test_unsupported_features_are_named(changes, message):
         read_config({**LLAMA3, **changes})
 
 
+def test_a_long_value_is_cut():
+    with pytest.raises(UserError, match=r"quantization_config=.* is not") as error:
+        read_config({**LLAMA3, "quantization_config": {"modules": ["a"] * 1000}})
+    assert len(str(error.value)) < 300
+
+
 # A value that does not fit -> what the message says of its key.
 WRONG = [
     ("mlp_bias", "yes", "='yes' must be true or false"),
