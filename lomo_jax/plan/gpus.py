@@ -10,6 +10,12 @@ from lomo_jax.errors import UserError, did_you_mean
 # need the rest: some hundred MiB, more on larger GPUs. JAX's default of 0.75 leaves a quarter idle.
 MEMORY_FRACTION = 0.92
 
+# Bandwidths of links in one direction, GB/s, from data sheets, by compute capability. 16 lanes of
+# PCIe 3.0, 4.0 or 5.0, by its major number; and NVLink to a switch of all GPUs, without bridges
+# between two cards.
+_PCIE = {7: 15.75, 8: 31.5, 9: 63.0, 10: 63.0, 12: 63.0}
+_NVLINK = {(8, 0): 300.0, (9, 0): 450.0, (10, 0): 900.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
@@ -32,6 +38,31 @@ class GPU:
     def usable_gib(self) -> float:
         """The part of `memory_gib` that JAX may allocate."""
         return MEMORY_FRACTION * self.memory_gib
+
+    @property
+    def pcie(self) -> float:
+        """Bandwidth to the host in one direction, GB/s."""
+        return _PCIE[self.compute_capability[0]]
+
+    @property
+    def link(self) -> float:
+        """Bandwidth to other GPUs of the machine in one direction, GB/s: NVLink or PCIe."""
+        return _NVLINK.get(self.compute_capability, self.pcie)
+
+    def product_flops(self, dtype: str, *, exact: bool = False) -> float:
+        """Returns the peak FLOP/s of dense matrix products.
+
+        Args:
+          dtype: of the operands, XLA's name, such as "bf16".
+          exact: whether float32 products are computed in float32, as with JAX's precision
+            "highest". Otherwise they are computed in TF32 from Ampere on, at half the rate of
+            bfloat16.
+        """
+        if dtype not in ("f32", "f64"):
+            return self.peak_tflops * 1e12
+        if self.compute_capability >= (8, 0) and not exact:
+            return self.peak_tflops * 1e12 / 2
+        return 2 * self.fpus * self.cores * self.clock * 1e9  # a multiplication and an addition
 
     def target_config(self) -> str:
         """Returns a `stream_executor.GpuTargetConfigProto` in text form."""

@@ -24,6 +24,7 @@ _SUBROUTINES = {
     ),
     "async-start": re.compile(r"calls=(%[\w.-]+)"),
 }
+_FUSED = re.compile(r"calls=%([\w.-]+)")
 _HOST = "S(5)"  # the memory space of the host, in a layout
 _NUMPY_KINDS = {"bf": "bfloat", "f": "float", "s": "int", "u": "uint"}
 
@@ -67,6 +68,12 @@ class Instruction(NamedTuple):
     def size(self) -> int:
         """Bytes of the result."""
         return sum(array.size for array in self.arrays)
+
+    @property
+    def fused(self) -> str | None:
+        """The computation inside the kernel of a fusion; None for other instructions."""
+        called = _FUSED.search(self.attributes) if self.opcode.startswith("fusion") else None
+        return called[1] if called else None
 
 
 class Program(NamedTuple):
