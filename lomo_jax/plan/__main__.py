@@ -1,10 +1,11 @@
-"""Plans the memory of a run on a GPU that need not be installed.
+"""Plans the memory and the time of a run on a GPU that need not be installed.
 
     lomo-jax plan --config configs/llama7b.py --gpu rtx3090
 
 compiles exactly the step that `lomo-jax train` would run and prints the memory that XLA planned for
-it. Set fields of the config as for training, --config.NAME=VALUE. Neither dataset nor checkpoint is
-needed: without model.path the model has the shape of config.model.architecture.
+it, and a model of its time. Set fields of the config as for training, --config.NAME=VALUE. Neither
+dataset nor checkpoint is needed: without model.path the model has the shape of
+config.model.architecture.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 import jax
 from absl import flags
@@ -25,8 +27,12 @@ from rich.table import Table
 from lomo_jax.errors import UserError
 from lomo_jax.plan import gpus
 from lomo_jax.plan.memory import PARTS, Buffer, MemoryPlan
-from lomo_jax.training.config import set_fields
+from lomo_jax.plan.time import SHARES, TimePlan
+from lomo_jax.training.config import Config, set_fields
 from lomo_jax.training.config_reader import parse
+
+if TYPE_CHECKING:  # slow to import
+    from lomo_jax.training.search import Setting
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,12 +66,15 @@ def _plan(argv: Sequence[str]) -> None:
     plot = flags.DEFINE_string("plot", None, "image file to draw the plan in", flag_values=values)
     as_json = define_bool("json", help="print only the plan, as one JSON object")
     suggest = define_bool("suggest", help="also plan changes that lower the memory")
+    best = define_bool("best", help="also search for the fastest setting that fits")
     measure = define_bool("measure", help="also run the step on the GPU of this machine")
     config = parse(argv, values, for_plan=True)
     if gpu_name.value is None:
         raise UserError(f"--gpu: missing; name one of {names}")
-    if as_json.value and (suggest.value or measure.value):
-        raise UserError("--json prints only the plan: leave out --suggest and --measure")
+    if as_json.value and (suggest.value or best.value or measure.value):
+        raise UserError("--json prints only the plan: leave out --suggest, --best and --measure")
+    if best.value and not config.fused:
+        raise UserError("--best: its options are those of the fused step; set --config.fused=true")
     gpu = gpus.find(gpu_name.value)
 
     # Planning needs no device, and a GPU of this machine may be busy.
@@ -80,10 +89,11 @@ def _plan(argv: Sequence[str]) -> None:
     if plot.value is not None:
         _plot(plot.value, title, plan)
     if as_json.value:
-        print(_to_json(plan))
+        print(_to_json(config, plan, compiled.time))
         return
     console = Console(highlight=False, soft_wrap=True)
     _show(console, title, plan)
+    _show_time(console, config, compiled.time)
     _show_buffers(console, "largest arguments", compiled.argument_buffers()[:8])
     _show_buffers(console, "largest temporaries", compiled.temporary_buffers()[:8])
     if suggest.value:
@@ -95,16 +105,33 @@ def _plan(argv: Sequence[str]) -> None:
                 compiled = planning.compile_run(changed, gpu, devices.value)
                 plans[planning.as_flags(changes)] = compiled.plan
         _show_suggestions(console, plans)
+    if best.value:
+        from lomo_jax.training import search  # slow to import
+
+        with console.status("compiling settings"):
+            settings = list(search.search(config, gpu, devices.value))
+        _show_best(console, config, settings, search.fastest(settings))
     if measure.value:
         _show_measured(console, plan, planning.measure(config, gpu))
 
 
-def _to_json(plan: MemoryPlan) -> str:
+def _to_json(config: Config, plan: MemoryPlan, time: TimePlan) -> str:
+    values = dataclasses.asdict(plan) | dataclasses.asdict(time)
+    tokens, hours = _whole_run(config, time)
+    values |= {"run_tokens": tokens, "run_hours": hours}
     rounded = {
         name: round(value, 4) if isinstance(value, float) else value
-        for name, value in dataclasses.asdict(plan).items()
+        for name, value in values.items()
     }
     return json.dumps(rounded)
+
+
+def _whole_run(config: Config, time: TimePlan) -> tuple[int | None, float | None]:
+    """Returns tokens and hours of the training steps, None if their number is not known."""
+    if config.epochs is not None:  # the dataset sets it
+        return None, None
+    tokens = config.steps * config.batch_size * config.sequence_length
+    return tokens, config.steps * time.step_seconds / 3600
 
 
 def _show(console: Console, title: str, plan: MemoryPlan) -> None:
@@ -123,6 +150,28 @@ def _show(console: Console, title: str, plan: MemoryPlan) -> None:
     table.add_row("host memory", f"{plan.host_gib:.2f}")
     console.print(table)
     console.print(f"\n[bold]{_verdict(plan)}[/bold]\n")
+
+
+def _show_time(console: Console, config: Config, time: TimePlan) -> None:
+    table = _table("time of a step, modelled", "s")
+    table.add_column("share", justify="right")
+    for label, field in SHARES.items():
+        seconds = getattr(time, field)
+        table.add_row(label, f"{seconds:.3g}", f"{seconds / time.step_seconds:.0%}")
+    table.add_section()
+    table.add_row("step", f"{time.step_seconds:.3g}", style="bold")
+    if time.hidden_fraction is not None:
+        hidden = f"{time.hidden_fraction:.0%} hidden"
+        table.add_row("all transfers", f"{time.transfer_seconds:.3g}", hidden)
+    console.print(table)
+    console.print(f"\n[bold]modelled: {time.tokens_per_second:,.0f} tokens/s[/bold]")
+    tokens, hours = _whole_run(config, time)
+    if tokens is not None:
+        run = f"{config.steps:,} steps of the run, {tokens / 1e6:,.1f} million tokens"
+        console.print(f"modelled: {hours:.3g} hours for the {run}; evaluation is not counted")
+    console.print(
+        "assumed, not measured: efficiencies of kernels and links, in the documentation\n"
+    )
 
 
 def _show_buffers(console: Console, title: str, buffers: Sequence[Buffer]) -> None:
@@ -144,6 +193,26 @@ def _show_suggestions(console: Console, plans: dict[str, MemoryPlan]) -> None:
         table.add_row(change, f"{plan.total_gib:.2f}", f"{plan.host_gib:.2f}", _verdict(plan))
     console.print(table)
     console.print()
+
+
+def _show_best(
+    console: Console, config: Config, settings: Sequence[Setting], best: Setting | None
+) -> None:
+    table = _table(f"{len(settings)} settings compiled", "device GiB")
+    for title in ("host GiB", "modelled tokens/s"):
+        table.add_column(title, justify="right")
+    for setting in settings:
+        memory = setting.memory
+        # XLA recomputes more in a program that does not fit: its time says nothing.
+        speed = f"{setting.time.tokens_per_second:,.0f}" if memory.fits else _verdict(memory)
+        changes = setting.flags(config).replace("--config.", "") or "no change"
+        table.add_row(changes, f"{memory.total_gib:.2f}", f"{memory.host_gib:.2f}", speed)
+    console.print(table)
+    if best is None:
+        console.print("\n[bold]none of them fits[/bold]\n")
+    else:
+        flags = best.flags(config) or "no change"
+        console.print(f"\n[bold]fastest that fits, modelled:[/bold]\n{flags}\n")
 
 
 def _show_measured(console: Console, plan: MemoryPlan, peak_gib: float) -> None:

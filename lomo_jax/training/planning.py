@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 from lomo_jax import sharding
 from lomo_jax.errors import ConfigError, OutOfMemoryError, UserError
 from lomo_jax.fused import Offload, StepState
-from lomo_jax.plan import GPU, MemoryPlan, compile_step, read_memory
+from lomo_jax.plan import GPU, MemoryPlan, TimePlan, compile_step, read_memory, read_time
 from lomo_jax.plan import make_mesh as make_plan_mesh
 from lomo_jax.plan.memory import PARTS, Buffer, argument_buffers, temporary_buffers
 from lomo_jax.training import model as model_lib
@@ -33,6 +33,7 @@ class CompiledRun(NamedTuple):
     """The step of a run, compiled for a GPU."""
 
     plan: MemoryPlan
+    time: TimePlan
     executable: jax.stages.Compiled
     params: Any  # pytree of jax.ShapeDtypeStruct
     state: StepState  # of jax.ShapeDtypeStruct
@@ -90,7 +91,9 @@ def compile_run(
         offload=step.offload,
         devices=plan_mesh.size,
     )
-    return CompiledRun(plan, executable, model.shapes, state, step.offload, inputs)
+    tokens = config.batch_size * config.sequence_length
+    time = read_time(executable, gpu, tokens=tokens)
+    return CompiledRun(plan, time, executable, model.shapes, state, step.offload, inputs)
 
 
 def mesh_shape(mesh: MeshConfig, devices: int | None) -> tuple[int, int, int]:
