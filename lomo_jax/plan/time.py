@@ -99,7 +99,7 @@ class _Clock:
         self._reader, self._gpu = reader, gpu
         self.now = 0.0  # seconds, like all times here
         self.flops = 0.0
-        self.spent = collections.Counter[str]()
+        self.spent = collections.defaultdict[str, float](float)
         self._free = dict.fromkeys(LATENCY, 0.0)  # when a queue has done all that is in it
         self._ends: dict[str, float] = {}  # of the transfers under way, by their start's name
 
@@ -131,7 +131,7 @@ class _Clock:
             self.run(body)
         if trips < 2:
             return
-        now, spent, flops = self.now, self.spent.copy(), self.flops
+        now, spent, flops = self.now, dict(self.spent), self.flops
         self.run(body)
         others = trips - 2
         passed = others * (self.now - now)

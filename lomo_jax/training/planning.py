@@ -33,12 +33,12 @@ class CompiledRun(NamedTuple):
     """The step of a run, compiled for a GPU."""
 
     plan: MemoryPlan
-    time: TimePlan
     executable: jax.stages.Compiled
     params: Any  # pytree of jax.ShapeDtypeStruct
     state: StepState  # of jax.ShapeDtypeStruct
     offload: Offload
     layer_inputs: int  # bytes on each device
+    time: TimePlan
 
     def argument_buffers(self) -> list[Buffer]:
         """Returns the buffers of parameters and optimizer state, the largest first."""
@@ -93,7 +93,7 @@ def compile_run(
     )
     tokens = config.batch_size * config.sequence_length
     time = read_time(executable, gpu, tokens=tokens)
-    return CompiledRun(plan, time, executable, model.shapes, state, step.offload, inputs)
+    return CompiledRun(plan, executable, model.shapes, state, step.offload, inputs, time)
 
 
 def mesh_shape(mesh: MeshConfig, devices: int | None) -> tuple[int, int, int]:

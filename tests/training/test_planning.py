@@ -11,7 +11,7 @@ from lomo_jax import Offload
 from lomo_jax.errors import ConfigError, OutOfMemoryError
 from lomo_jax.fused import StepState
 from lomo_jax.models import DecoderConfig
-from lomo_jax.plan import MemoryPlan
+from lomo_jax.plan import MemoryPlan, find, read_time
 from lomo_jax.sharding import abstract_mesh
 from lomo_jax.training import Config, MeshConfig, ModelConfig
 from lomo_jax.training import model as model_lib
@@ -203,7 +203,8 @@ def test_the_largest_buffers_come_first():
     state = StepState({"a": jax.ShapeDtypeStruct((7,), jnp.float32)}, None, None)
     function = jax.jit(lambda x: (jnp.outer(x, x).sum(0) * jnp.cumsum(x), jnp.sort(x)))
     executable = function.lower(jax.ShapeDtypeStruct((50,), jnp.float32)).compile()
-    run = CompiledRun(PLAN, executable, params, state, Offload(state=True), 0)
+    time = read_time(executable, find("h100"), tokens=1)
+    run = CompiledRun(PLAN, executable, params, state, Offload(state=True), 0, time)
     assert [(b.size, b.on_host) for b in run.argument_buffers()] == [
         (28, True),
         (20, False),
