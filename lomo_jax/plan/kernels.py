@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lomo_jax.plan.program import Instruction, Program, replica_groups
+from lomo_jax.plan.program import VIEWS, Instruction, Program, replica_groups
 
 # Bytes that a device sends for each byte of its operand, in a ring of n devices.
 SENT = {
@@ -19,12 +19,19 @@ SENT = {
     "collective-permute": lambda n: 1,
 }
 
+_FREE = VIEWS | {"constant", "optimization-barrier", "after-all", "partition-id", "replica-id"}
+
 # Contracted axes of a `dot`, and of cuBLAS's custom call in JSON.
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)')
 # Flash attention: the number of products of the size of the scores. Backward passes recompute the
 # scores; cuDNN's kernel has five products, JAX's Triton kernel has two loops with four and three.
 _CUDNN = {"forward": 2, "backward": 5}
 _TRITON = {"mha_forward/": 2, "mha_backward/": 7}
+
+
+def is_free(instruction: Instruction) -> bool:
+    """Returns whether an instruction neither runs a kernel nor moves anything."""
+    return instruction.opcode in _FREE or "AllocateBuffer" in instruction.attributes
 
 
 class Product(NamedTuple):

@@ -19,8 +19,8 @@ import dataclasses
 import jax
 
 from lomo_jax.plan.gpus import GPU
-from lomo_jax.plan.kernels import Reader
-from lomo_jax.plan.program import VIEWS, Instruction, Program
+from lomo_jax.plan.kernels import Reader, is_free
+from lomo_jax.plan.program import Instruction, Program
 
 # Assumed for all GPUs alike, as fractions of a data sheet's figure. No GPU was measured for them.
 #
@@ -36,8 +36,6 @@ BANDWIDTH = 0.8  # of memory: reductions and transposed reads beside plain copie
 LINK = 0.8
 LAUNCH = 2e-6  # seconds between two kernels, which is also what the smallest takes
 LATENCY = {"collectives": 20e-6, "from host": 10e-6, "to host": 10e-6}  # seconds
-
-_NO_KERNEL = VIEWS | {"constant", "optimization-barrier", "after-all", "partition-id", "replica-id"}
 
 # What a step spends its time on: label and field of `TimePlan`. They add up to the step.
 SHARES = {
@@ -86,7 +84,7 @@ def read_time(compiled: jax.stages.Compiled, gpu: GPU, *, tokens: int) -> TimePl
         other_seconds=spent["other"],
         exposed_seconds=spent["exposed"],
         transfer_seconds=transfers,
-        hidden_fraction=1 - spent["exposed"] / transfers if transfers else None,
+        hidden_fraction=max(0.0, 1 - spent["exposed"] / transfers) if transfers else None,
         tokens_per_second=tokens / clock.now,
         flops=flops,
     )
@@ -115,7 +113,7 @@ class _Clock:
                 self.run(instruction.subroutines[0])
             elif opcode.endswith("-done"):
                 self._wait(self._ends.pop(instruction.operands[0], 0.0))
-            elif opcode not in _NO_KERNEL and "AllocateBuffer" not in instruction.attributes:
+            elif not is_free(instruction):
                 self._start(instruction)
 
     def _time_alone(self, computation: str) -> float:

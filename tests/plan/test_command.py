@@ -27,6 +27,9 @@ def get_config():
 _KEYS = [
     *("weights_gib", "state_gib", "layer_inputs_gib", "temporaries_gib", "host_gib", "total_gib"),
     *("device_gib", "usable_gib", "fits", "gpu", "devices"),
+    *("step_seconds", "products_seconds", "attention_seconds", "update_seconds", "other_seconds"),
+    *("exposed_seconds", "transfer_seconds", "hidden_fraction", "tokens_per_second", "flops"),
+    *("run_tokens", "run_hours"),
 ]
 _LAYER_INPUTS = 6 * 4 * 512 * 1024 * 2 / 2**30
 _WEIGHTS = 2 * (2 * 4096 * 1024 + 1024 + 6 * (4 * 1024**2 + 3 * 1024 * 2816 + 2 * 1024)) / 2**30
@@ -65,6 +68,10 @@ def test_json_is_one_object_that_adds_up(plan):
     assert (figures["device_gib"], figures["devices"]) == (24, 1)
     assert figures["fits"]
     assert figures["gpu"] == "NVIDIA GeForce RTX 3090"
+    assert figures["tokens_per_second"] == pytest.approx(2048 / figures["step_seconds"], rel=0.01)
+    assert figures["hidden_fraction"] is None
+    assert figures["run_tokens"] == 1000 * 2048
+    assert figures["run_hours"] == pytest.approx(figures["step_seconds"] / 3.6, rel=0.01)
 
 
 @pytest.mark.plan
@@ -81,6 +88,21 @@ def test_offloaded_parts_are_in_host_memory(plan):
     assert figures["weights_gib"] > 0
     assert figures["layer_inputs_gib"] == 0
     assert figures["host_gib"] == pytest.approx(_LAYER_INPUTS, rel=0.01)
+
+
+@pytest.mark.plan
+@needs_cuda
+def test_the_best_setting_is_printed_as_flags(plan):
+    before = json.loads(plan("--json", "--config.offload.activations=true")[1])
+    status, out, error = plan("--best", "--config.offload.activations=true")
+    assert (status, error) == (0, "")
+    flags = out.split("fastest that fits, modelled:\n")[1].splitlines()[0].split()
+    assert "--config.offload.activations=false" in flags
+    best = json.loads(plan("--json", "--config.offload.activations=true", *flags)[1])
+    assert best["fits"]
+    assert best["host_gib"] == 0
+    assert best["tokens_per_second"] > before["tokens_per_second"]
+    assert f"{best['tokens_per_second']:,.0f}" in out
 
 
 @pytest.mark.plan
@@ -108,6 +130,10 @@ def test_the_tables_name_buffers_and_suggestions(plan, tmp_path):
     status, out, error = plan("--suggest", "--plot", str(tmp_path / "plan.png"), *flags)
     assert (status, error) == (0, "")
     assert "not measured" in out
+    assert re.search(r"^modelled: [\d,]+ tokens/s$", out, re.M)
+    assert re.search(
+        r"^modelled: [\d.]+ hours for the 1,000 steps of the run, 1.0 million", out, re.M
+    )
     for label in ("weights", "optimizer state", "layer inputs", "other temporaries", "host memory"):
         assert label in out
     assert "layers/mlp/down/kernel" in out
@@ -153,6 +179,8 @@ def test_measure_needs_the_planned_gpu(plan):
         ),
         (["--config.mesh.fsdp=8"], "h100", "batch_size"),
         (["--json", "--suggest"], "h100", "--json prints only the plan"),
+        (["--json", "--best"], "h100", "--json prints only the plan"),
+        (["--best", "--config.fused=false"], "h100", "--best: its options are those of the fused"),
         (["--config.stepz=2"], "h100", "stepz: no such field"),
         (["--config.model.path=nowhere"], "h100", "nowhere does not exist"),
         ([], "t4", "param_dtype: 'bfloat16'"),

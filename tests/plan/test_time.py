@@ -3,6 +3,8 @@
 What a kernel does is counted by hand; the GPUs' facts are read from the table.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,10 +13,12 @@ from helpers import llama_loss, tiny_llama
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lomo_jax
-from lomo_jax import models
+from lomo_jax import Offload, models
 from lomo_jax.plan import Program, find, read_time
 from lomo_jax.plan import time as model
-from lomo_jax.plan.kernels import Reader
+from lomo_jax.plan.kernels import Reader, is_free
+from lomo_jax.training import Config, MeshConfig, ModelConfig
+from lomo_jax.training.planning import compile_run
 
 H100 = find("h100")
 B, D, F, L = 64, 128, 256, 6
@@ -35,7 +39,7 @@ def traffic(function, *shapes, **options):
     """Returns the bytes that the kernels of a program move in device memory."""
     program = Program.parse(compiled(function, *shapes, **options).as_text())
     reader = Reader(program)
-    kernels = [i for i in program.computations[program.entry] if i.opcode not in model._NO_KERNEL]
+    kernels = [i for i in program.computations[program.entry] if not is_free(i)]
     assert kernels
     return sum(reader.traffic(kernel).device for kernel in kernels)
 
@@ -198,3 +202,97 @@ def test_flops_of_a_decoder_on_a_cpu(remat):
     # Each row of scores is computed whole, and so are its gradients.
     expected = decoder_flops(config, 4, 32, remat, attention=(2, 4, 1))
     assert read_time(program, H100, tokens=128).flops == expected
+
+
+DECODER = models.DecoderConfig(4096, 512, 1408, 6, 8, 4, 64, max_length=16384)
+CUDNN, TRITON, WHOLE = (2, 5, 1 / 2), (2, 7, 1 / 2), (2, 4, 1)
+LIBRARIES = {"xla_gpu_enable_triton_gemm": False}
+
+
+@pytest.fixture
+def run():
+    """Compiles the step of a small decoder for a GPU."""
+    pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `cuda`")
+
+    def run(gpu="rtx3090", devices=1, options=None, **fields):
+        config = Config(model=ModelConfig(architecture=DECODER), batch_size=4, sequence_length=512)
+        config = dataclasses.replace(config, **fields)
+        with jax.numpy_dtype_promotion("standard"):  # optax's cosine schedule mixes dtypes
+            return compile_run(config, find(gpu), devices, options)
+
+    return run
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize(
+    ("gpu", "fields", "options", "attention"),
+    [
+        ("rtx3090", {}, None, CUDNN),
+        ("h100", {}, None, CUDNN),
+        ("rtx3090", {}, LIBRARIES, CUDNN),
+        ("rtx3090", {"remat": "attention"}, None, CUDNN),
+        ("rtx3090", {"remat": "none"}, None, CUDNN),
+        ("rtx3090", {"attention": "xla"}, None, WHOLE),
+        ("t4", {"param_dtype": "float16"}, None, WHOLE),
+        ("rtx3090", {"batch_size": 1, "sequence_length": 16384}, None, TRITON),
+    ],
+    ids=["kernels", "h100", "cublas", "attention", "none", "xla", "t4", "triton"],
+)
+def test_flops_of_a_decoder_on_a_gpu(run, gpu, fields, options, attention):
+    shape = {"batch_size": 4, "sequence_length": 512, "remat": "full"} | fields
+    batch, length, remat = (shape[name] for name in ("batch_size", "sequence_length", "remat"))
+    expected = decoder_flops(DECODER, batch, length, remat, attention)
+    assert run(gpu, options=options, **fields).time.flops == expected
+
+
+def moved(executable):
+    """Returns the bytes that a step copies from the host, copies to it and sends."""
+    program = Program.parse(executable.as_text())
+    reader, found = Reader(program), [0, 0, 0.0]
+    for instructions, trips in program.scheduled():
+        for i in instructions:
+            if is_free(i) or i.opcode.endswith("-done"):
+                continue
+            times = 1 if not trips else trips[0]
+            found[0] += times * reader.traffic(i).from_host
+            found[1] += times * reader.traffic(i).to_host
+            found[2] += times * (reader.sent(i) or 0)
+    return found
+
+
+@pytest.mark.plan
+def test_transfers_of_offloaded_weights_and_layer_inputs(run):
+    offloaded = run(offload=Offload(params=True, activations=True))
+    sizes = {path[0].key: 0 for path, _ in jax.tree.leaves_with_path(offloaded.params)}
+    for path, leaf in jax.tree.leaves_with_path(offloaded.params):
+        sizes[path[0].key] += 2 * leaf.size
+    layers, rest = sizes.pop("layers"), sum(sizes.values())
+    inputs = 6 * 4 * 512 * DECODER.width * 2
+    from_host, to_host, sent = moved(offloaded.executable)
+    # The layers are read in the forward pass and in the backward pass, which may read one of them
+    # once more: it reads ahead.
+    again = from_host - (2 * layers + rest + inputs)
+    assert 0 <= again <= layers / DECODER.num_layers
+    assert to_host == layers + rest + inputs
+    assert sent == 0
+    time, plain = offloaded.time, run().time
+    seconds = (from_host + to_host) / (31.5e9 * model.LINK)
+    assert time.transfer_seconds > seconds
+    assert 0 <= time.hidden_fraction < 1
+    assert plain.transfer_seconds == 0
+    assert plain.step_seconds < time.step_seconds
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize("gpu", ["rtx3090", "h100"])
+def test_transfers_between_gpus(run, gpu):
+    sharded = run(gpu, devices=4, mesh=MeshConfig(1, 4, 1))
+    _, _, sent = moved(sharded.executable)
+    weights = 2 * sum(x.size for x in jax.tree.leaves(sharded.params))
+    # Each weight is gathered twice or three times, each gradient reduced once.
+    assert 3 < sent / (3 / 4 * weights) < 4.2
+    time, bandwidth = sharded.time, {"rtx3090": 31.5e9, "h100": 450e9}[gpu]
+    assert time.transfer_seconds > sent / (bandwidth * model.LINK)
+    assert 0 <= time.hidden_fraction < 1
+    # Each GPU has one of the four rows; the embedding and the loss differ.
+    assert time.flops == decoder_flops(DECODER, 1, 512, "full", CUDNN)
