@@ -1,14 +1,16 @@
-"""Plans which models fit which GPU, and what each `remat` needs: tables of the documentation.
+"""Plans which models fit which GPU, what each `remat` needs, what is fastest: tables of the docs.
 
     JAX_PLATFORMS=cpu python benchmarks/fits.py [BATCH_SIZE SEQUENCE_LENGTH]
     JAX_PLATFORMS=cpu python benchmarks/fits.py --remat [BATCH_SIZE SEQUENCE_LENGTH]
+    JAX_PLATFORMS=cpu python benchmarks/fits.py --best [BATCH_SIZE SEQUENCE_LENGTH]
 
 Needs `pip install 'lomo_jax[train,cuda]'` but no GPU; nothing is run or measured. XLA compiles the
 training step with AdaLomo.
 
 The first table shows the first of `SETTINGS` that fits. The second, of LLaMA-7B on an A100 of
 80 GB, also counts the FLOPs of the matrix products, those of attention over the causal half,
-relative to a step without recomputation.
+relative to a step without recomputation. The third, of LLaMA-7B, shows what `lomo-jax plan --best`
+finds for each GPU, with modelled times.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from lomo_jax.plan import find
 from lomo_jax.training import Config, ModelConfig
 from lomo_jax.training.config_reader import read_config
 from lomo_jax.training.planning import compile_run
+from lomo_jax.training.search import fastest, search
 
 LLAMA_3_8B = read_config("llama3_8b").model.architecture
 MODELS = {
@@ -72,6 +75,7 @@ MODELS |= {
         LLAMA_3_8B, family="mixtral", vocab_size=32000, num_experts=8, experts_per_token=2
     ),
 }
+BEST_ON = ("rtx3060", "rtx4080", "rtx3090", "rtx4090", "l40s", "a100-80", "h100")
 CARDS = {"12 GB": "rtx3060", "16 GB": "rtx4080", "24 GB": "rtx3090"}
 SETTINGS = {
     "as it is": {},
@@ -113,6 +117,27 @@ def print_fits(batch_size: int, length: int) -> None:
         print("|", model, "|", " | ".join(cells), f"| {host:.0f} |", flush=True)
 
 
+def print_best(batch_size: int, length: int) -> None:
+    """Prints the fastest setting of LLaMA-7B that fits each GPU, in Markdown."""
+    print(f"jax {jax.__version__}, LLaMA-7B, {batch_size} x {length}, planned and modelled")
+    titles = "GPU | compiled | fastest that fits | GiB | host, GiB | s | tokens/s | exposed"
+    print("|", titles, "|\n|" + "---|" * 8)
+    base = dict(settings(MODELS["LLaMA-7B"], batch_size, length))["as it is"]
+    for name in BEST_ON:
+        found = list(search(base, find(name)))
+        best = fastest(found)
+        if best is None:
+            print(f"| {find(name).device_kind} | {len(found)} | none | | | | | |", flush=True)
+            continue
+        memory, time = best.memory, best.time
+        print(
+            f"| {find(name).device_kind} | {len(found)} | {best.flags(base)} "
+            f"| {memory.total_gib:.1f} | {memory.host_gib:.1f} | {time.step_seconds:.3g} "
+            f"| {time.tokens_per_second:,.0f} | {time.exposed_seconds / time.step_seconds:.0%} |",
+            flush=True,
+        )
+
+
 def flops(config: DecoderConfig, length: int, remat: str) -> float:
     """Returns the FLOPs of a step relative to one without recomputation."""
     head = 2 * config.width * config.vocab_size
@@ -147,12 +172,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("batch", nargs="*", type=int, help="batch size and sequence length")
-    parser.add_argument("--remat", action="store_true", help="print the table of `remat`")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--remat", action="store_true", help="print the table of `remat`")
+    which.add_argument("--best", action="store_true", help="print the fastest settings")
     flags = parser.parse_args()
     if len(flags.batch) not in (0, 2):
         parser.error("give batch size and sequence length, or neither")
     if flags.remat:
         print_remat(*flags.batch or (8, 512))
+    elif flags.best:
+        print_best(*flags.batch or (4, 2048))
     else:
         print_fits(*flags.batch or (4, 2048))
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from lomo_jax import Offload
 from lomo_jax.plan import Program, gpus
+from lomo_jax.plan.kernels import SENT
 from lomo_jax.plan.program import Instruction, replica_groups, source_target_pairs
 from lomo_jax.training import MeshConfig
 from lomo_jax.training.config_reader import parse
@@ -37,14 +38,6 @@ MACHINE = 8  # GPUs
 MESHES = {
     "llama7b": [(1, 1), (1, 8), (1, 64), (8, 8), (8, 64)],
     "llama65b": [(1, 1), (1, 8), (1, 64), (8, 8), (1, 512), (8, 64)],
-}
-# Bytes that a device sends for each byte of its operand, in a group of n.
-SENT = {
-    "all-gather": lambda n: n - 1,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
 }
 UNKNOWN = {"conditional", "collective-broadcast", "ragged-all-to-all", "send", "recv"}
 _PRODUCT = re.compile(r'gemm_fusion"|custom_call_target="__cu(?:blas|dnn)')

@@ -109,35 +109,36 @@ class Reader:
         A slice of a stack is read, not the stack, and an update in place writes the slice.
         """
         inside = self._inside(instruction) or [instruction]
-        same: dict[str, str] = {}  # a bitcast, and what it is another shape of
-        uses = collections.defaultdict(list)
+        same: dict[str, str] = {}  # a bitcast inside a kernel, and what it is another shape of
+        users = collections.defaultdict(list)
         for user in inside:
             operands = [same.get(name, name) for name in user.operands]
-            if user.opcode == "bitcast" and instruction.fused:
+            if user.opcode == "bitcast":
                 same[user.name] = operands[0]
-                continue
             for position, name in enumerate(operands):
-                uses[name].append((user, position))
+                users[name].append((user, position))
         moved = collections.Counter[str]()
+
         inputs = [i.name for i in inside if i.opcode == "parameter"]
         for name in dict.fromkeys(inputs if instruction.fused else instruction.operands):
-            source = self._by_name[name]
-            read = sum(_read(source.size, user, position) for user, position in uses[name])
-            on_host = any(array.on_host for array in source.arrays)
-            moved["from" if on_host else "device"] += min(source.size, read)
+            value = self._by_name[name]
+            read = sum(_read(value.size, user, position) for user, position in users[name])
+            on_host = any(array.on_host for array in value.arrays)
+            moved["from host" if on_host else "device"] += min(value.size, read)
+
         root = inside[-1]
         outputs = root.operands if root.opcode == "tuple" else (root.name,)
         for name in dict.fromkeys(same.get(name, name) for name in outputs):
-            output = self._by_name[name]
-            # The others are the source and the context of the copy.
-            arrays = output.arrays[:1] if output.opcode == "copy-start" else output.arrays
+            value = self._by_name[name]
+            # The other results of a start are its operand and its context.
+            arrays = value.arrays[:1] if value.opcode == "copy-start" else value.arrays
             written = sum(array.size for array in arrays)
-            if output.opcode == "dynamic-update-slice":
-                written = self._by_name[output.operands[1]].size
-            elif output.opcode == "scatter":  # reads and writes
-                written = 2 * self._by_name[output.operands[-1]].size
-            moved["to" if any(array.on_host for array in arrays) else "device"] += written
-        return Traffic(moved["device"], moved["from"], moved["to"])
+            if value.opcode == "dynamic-update-slice":
+                written = self._by_name[value.operands[1]].size
+            elif value.opcode == "scatter":  # it reads what it changes
+                written = 2 * self._by_name[value.operands[-1]].size
+            moved["to host" if any(array.on_host for array in arrays) else "device"] += written
+        return Traffic(moved["device"], moved["from host"], moved["to host"])
 
     def sent(self, instruction: Instruction) -> float | None:
         """Returns the bytes that a device sends in a collective, None for other instructions."""
@@ -154,7 +155,8 @@ def _read(size: int, user: Instruction, position: int) -> int:
     """Returns the bytes that a user reads of an operand of a size."""
     if position == 0 and user.opcode in ("dynamic-slice", "gather", "slice"):
         return user.size
-    return 0 if position == 0 and user.opcode in ("dynamic-update-slice", "scatter") else size
+    in_place = position == 0 and user.opcode in ("dynamic-update-slice", "scatter")
+    return 0 if in_place or user.opcode == "bitcast" else size
 
 
 def _numbers(text: str) -> list[int]:
