@@ -2,7 +2,7 @@
 
     lomo-jax train --config quickstart                             fine-tune a model
     lomo-jax data --config quickstart                              show what it trains on
-    lomo-jax plan --config llama7b --gpu rtx3090                   plan the memory of a run
+    lomo-jax plan --config llama7b --gpu rtx3090                   plan memory and time of a run
     lomo-jax eval RUN --tasks boolq,mmlu                           evaluate a run or a model
     lomo-jax report RUN                                            show a run as a page
     lomo-jax export RUN DIR                                        export a checkpoint

@@ -18,8 +18,8 @@ from lomo_jax.training.validation import leaves
 
 # Least memory first; each needs fewer FLOPs than the one before.
 REMATS = ("full", "attention", "none")
-# What moves to host memory, from little to all. Level 0 and 1 are the only ones with a choice.
-_LEVELS = (
+# From little in host memory to all. From the third on they are tried only if nothing else fits.
+_OFFLOADS = (
     Offload(),
     Offload(activations=True),
     Offload(activations=True, state=True),
@@ -52,9 +52,9 @@ def fastest(settings: Iterable[Setting]) -> Setting | None:
 def search(config: Config, gpu: GPU, devices: int | None = None) -> Iterator[Setting]:
     """Yields settings, each as soon as it is compiled.
 
-    Of each level of offload it compiles `remat="full"`, with as many microbatches as it needs to
-    fit, and then less and less recomputation until that does not fit. Activations move to host
-    memory only where they do not fit otherwise; weights and state, if nothing else fits.
+    With each offload it compiles `remat="full"`, with as many microbatches as it needs to fit, and
+    then less and less recomputation until that does not fit. Activations move to host memory only
+    with a `remat` that does not fit otherwise; weights and state, if nothing else fits.
 
     Args:
       config: a config that is valid for a plan, with `fused=True`. Its own remat and offload do not
@@ -64,11 +64,13 @@ def search(config: Config, gpu: GPU, devices: int | None = None) -> Iterator[Set
     """
     found: list[Setting] = []
     for mesh in _meshes(config, devices):
+        if found and found[0].memory.weights_gib * mesh.data > gpu.usable_gib:
+            break  # a whole copy does not fit
         first, done = len(found), set[str]()
-        for level, offload in enumerate(_LEVELS):
-            if level > 1 and fastest(found):
+        for index, offload in enumerate(_OFFLOADS):
+            if index >= 2 and fastest(found):
                 break
-            if level and _is_hopeless(offload, found[first].memory):
+            if index and _is_hopeless(offload, found[first].memory):
                 continue
             start = dataclasses.replace(config, mesh=mesh, offload=offload)
             remats = [remat for remat in REMATS if remat not in done]
