@@ -169,9 +169,7 @@ def _show_time(console: Console, config: Config, time: TimePlan) -> None:
     if tokens is not None:
         run = f"{config.steps:,} steps of the run, {tokens / 1e6:,.1f} million tokens"
         console.print(f"modelled: {hours:.3g} hours for the {run}; evaluation is not counted")
-    console.print(
-        "assumed, not measured: efficiencies of kernels and links, in the documentation\n"
-    )
+    console.print("(the model assumes how efficient kernels and links are; nothing was run)\n")
 
 
 def _show_buffers(console: Console, title: str, buffers: Sequence[Buffer]) -> None:
