@@ -292,7 +292,8 @@ def test_transfers_between_gpus(run, gpu):
     # Each weight is gathered twice or three times, each gradient reduced once.
     assert 3 < sent / (3 / 4 * weights) < 4.2
     time, bandwidth = sharded.time, {"rtx3090": 31.5e9, "h100": 450e9}[gpu]
-    assert time.transfer_seconds > sent / (bandwidth * model.LINK)
-    assert 0 <= time.hidden_fraction < 1
+    # Collectives run one after the other; XLA lets some run beside kernels of an H100.
+    assert time.step_seconds > time.transfer_seconds > sent / (bandwidth * model.LINK)
+    assert time.hidden_fraction > 0.1 if gpu == "h100" else time.hidden_fraction >= 0
     # Each GPU has one of the four rows; the embedding and the loss differ.
     assert time.flops == decoder_flops(DECODER, 1, 512, "full", CUDNN)
