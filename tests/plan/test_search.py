@@ -59,6 +59,7 @@ def test_with_enough_memory_nothing_is_offloaded():
     assert best.time.step_seconds == min(s.time.step_seconds for s in settings)
 
 
+@pytest.mark.exhaustive
 def test_with_less_memory_layers_are_recomputed():
     full, none = planned(), planned(remat="none")
     settings, best = found(CONFIG, full.total_gib + 0.01)

@@ -14,11 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lomo_jax
 from lomo_jax import losses, models, sharding
 
-SHAPES = [  # of the meshes; those that shard over two of the three axes are slow tests
-    pytest.param(s, marks=pytest.mark.slow if s.count(1) == 1 else ())
-    for s in itertools.product((1, 2, 4, 8), repeat=3)
-    if np.prod(s) == 8
-]
+SHAPES = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(s) == 8]  # of the meshes
 B, T, V = 16, 6, 48
 OPTIMIZERS = {
     "lomo": lambda: lomo_jax.lomo(0.3),
@@ -88,12 +84,21 @@ def on_one_device():
     return get
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def _marks(optimizer, shape):
+    if optimizer != "adalomo":
+        return [pytest.mark.slow, *([] if shape == (2, 2, 2) else [pytest.mark.exhaustive])]
+    return [pytest.mark.slow] if shape.count(1) == 1 else []  # sharded over two of the three axes
+
+
 @pytest.mark.parametrize(
-    "optimizer",
-    ["adalomo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lomo", "adamw"))],
+    ("optimizer", "shape"),
+    [
+        pytest.param(optimizer, shape, marks=_marks(optimizer, shape), id=f"{optimizer}-{shape}")
+        for optimizer in ("adalomo", "lomo", "adamw")
+        for shape in SHAPES
+    ],
 )
-def test_equals_one_device(shape, optimizer, on_one_device, assert_close, standard_promotion):
+def test_equals_one_device(optimizer, shape, on_one_device, assert_close, standard_promotion):
     case = {"optimizer": optimizer, "tied": True, "clip_norm": 0.5, "microbatches": 2}
     mesh = sharding.make_mesh(*shape)
     with jax.set_mesh(mesh):
