@@ -26,7 +26,7 @@ from lomo_jax.losses import token_losses
 from lomo_jax.models.cache import PADDING, Cache
 from lomo_jax.models.config import DecoderConfig
 from lomo_jax.models.decoder import Decoder
-from lomo_jax.models.generation import bucket, read, rope_length
+from lomo_jax.models.generation import batches, bucket, read, rope_length
 
 
 class Likelihood(NamedTuple):
@@ -83,7 +83,8 @@ def log_likelihoods(
     rows = [_Row.of(Prompt(*prompt), config) for prompt in prompts]
     shards = sharding.batch_shards()
     count = -(-min(batch_size, max(len(rows), 1)) // shards) * shards
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))  # padded least
+    lengths = [len(row.tokens) for row in rows]
+    ropes = [rope_length(config, row.longest) for row in rows]
     found: dict[int, list[Likelihood]] = {}
     pending: list[tuple[list[int], jax.Array]] = []
 
@@ -92,14 +93,11 @@ def log_likelihoods(
         for number, scores_M in zip(numbers, np.asarray(scores), strict=False):
             found[number] = rows[number].likelihoods(scores_M)
 
-    for start in range(0, len(order), count):
+    for numbers in batches(lengths, ropes, count):
         if on_batch is not None:
             on_batch()
-        numbers = order[start : start + count]
-        batch = [rows[number] for number in numbers]
-        longest = max(row.longest for row in batch)
-        arrays = _stack(batch, count)
-        pending.append((numbers, _score(graphdef, rope_length(config, longest), params, *arrays)))
+        arrays = _stack([rows[number] for number in numbers], count)
+        pending.append((numbers, _score(graphdef, ropes[numbers[0]], params, *arrays)))
         if len(pending) > 1:  # the next batch runs while the host waits for this one
             fetch()
     while pending:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -48,7 +49,8 @@ def generate(
     """Continues prompts.
 
     The parameters may be sharded over the current mesh, or in host memory: each token then moves
-    all layers to the device.
+    all layers to the device. Where rotary embeddings depend on the length of a text, it is that of
+    the prompt and `max_new_tokens`, from the first token on.
 
     Args:
       graphdef: The structure of a `Decoder`.
@@ -87,13 +89,14 @@ def generate(
         sampling = Sampling(sampling.repetition_penalty)
     shards = sharding.batch_shards()
     rows = -(-min(batch_size, max(len(prompts), 1)) // shards) * shards
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # padded least
+    lengths = [len(prompt) for prompt in prompts]
+    ropes = [rope_length(config, length + max_new_tokens - 1) for length in lengths]
     found: dict[int, list[int]] = {}
-    for start in range(0, len(order), rows):
+    for batch in batches(lengths, ropes, rows):
         if on_batch is not None:
             on_batch()
-        batch = order[start : start + rows]
-        new = _Batch(graphdef, config, [prompts[i] for i in batch], rows, max_new_tokens).run(
+        texts = [prompts[i] for i in batch]
+        new = _Batch(graphdef, config, texts, rows, max_new_tokens, ropes[batch[0]]).run(
             params, batch, sampling, stop_tokens, is_finished, seed
         )
         found.update(zip(batch, new, strict=True))
@@ -181,6 +184,20 @@ def bucket(length: int) -> int:
     return size * 3 // 4 if length <= size * 3 // 4 and size > 16 else size
 
 
+def batches(lengths: Sequence[int], ropes: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yields the numbers of the rows of each batch: those of like length, which are padded least.
+
+    Args:
+      lengths: The tokens of each row.
+      ropes: The `rope_length` of each row: a batch has only one, as no row depends on the others.
+      size: The largest number of rows of a batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (ropes[row], -lengths[row]))
+    for _, group in itertools.groupby(order, key=ropes.__getitem__):
+        while batch := list(itertools.islice(group, size)):
+            yield batch
+
+
 def rope_length(config: DecoderConfig, longest: int) -> int:
     """Returns a length with the rotary embeddings of texts of up to `longest` tokens."""
     scaling = config.rope_scaling
@@ -244,16 +261,16 @@ class _Batch:
         prompts: list[list[int]],
         num_rows: int,
         max_new_tokens: int,
+        rope_length: int,
     ) -> None:
         self.graphdef, self.config = graphdef, config
         self.prompts, self.num_rows, self.max_new_tokens = prompts, num_rows, max_new_tokens
-        longest = max(map(len, prompts))
-        self.tokens_BxT = np.zeros((num_rows, bucket(longest)), np.int32)
+        self.tokens_BxT = np.zeros((num_rows, bucket(max(map(len, prompts)))), np.int32)
         self.positions_BxT = np.full(self.tokens_BxT.shape, PADDING, np.int32)
         for row, prompt in enumerate(prompts):
             self.tokens_BxT[row, -len(prompt) :] = prompt
             self.positions_BxT[row, -len(prompt) :] = range(len(prompt))
-        self.rope_length = rope_length(config, longest + max_new_tokens)
+        self.rope_length = rope_length
 
     def run(
         self,

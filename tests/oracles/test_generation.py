@@ -47,7 +47,22 @@ def test_greedy_texts_of_each_family_are_those_of_transformers(name, tmp_path):
     graphdef, params = models.load(tmp_path / "model")
     ours = models.generate(graphdef, params, PROMPTS, NEW)
     for prompt, found in zip(PROMPTS, ours, strict=True):
+        if name == "phi3_longrope" and len(prompt) == 24:
+            continue  # it grows beyond 32 tokens, where their embeddings of earlier ones change
         assert found == their_continuation(theirs, prompt, NEW)
+
+
+def test_a_text_does_not_depend_on_the_others_of_its_batch(tmp_path):
+    """Rotary embeddings of this family depend on the length of a text."""
+    random_model("phi3_longrope").save_pretrained(tmp_path / "model")
+    graphdef, params = models.load(tmp_path / "model")
+    alone = [models.generate(graphdef, params, [prompt], NEW)[0] for prompt in PROMPTS]
+    assert models.generate(graphdef, params, PROMPTS, NEW) == alone
+    pairs = [(prompt, [[5, 6, 7]]) for prompt in (*PROMPTS, [7] * 40)]
+    scores = evaluation.log_likelihoods(graphdef, params, pairs)
+    for pair, (found,) in zip(pairs, scores, strict=True):
+        ((expected,),) = evaluation.log_likelihoods(graphdef, params, [pair])
+        assert found.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-4)
 
 
 @pytest.mark.parametrize(
