@@ -148,7 +148,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def _run(*arguments: str) -> None:
-    subprocess.run([sys.executable, *arguments], check=True)
+    if status := subprocess.run([sys.executable, *arguments]).returncode:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
