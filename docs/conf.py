@@ -42,7 +42,8 @@ nitpick_ignore_regex = [
     ("py:.*", r"(collections|dataclasses|flax|grain|jax|nnx|np|numpy|optax)\..*"),
     ("py:.*", r"(os|pathlib|transformers|types|typing)\..*"),
     ("py:(class|exc)", r"[A-Z]\w*"),  # named without their module
-    ("py:class", r"lomo_jax\.models\.layers\.Context"),  # passed from one method to another only
+    # Passed from one method to another only.
+    ("py:class", r"lomo_jax\.models\.(layers\.Context|cache\.Cache)"),
 ]
 
 toc_object_entries_show_parents = "hide"

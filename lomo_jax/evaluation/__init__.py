@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lomo_jax.evaluation.harness import LM as LM
     from lomo_jax.evaluation.likelihood import Likelihood as Likelihood
     from lomo_jax.evaluation.likelihood import log_likelihoods as log_likelihoods
+    from lomo_jax.evaluation.loading import Loaded as Loaded
     from lomo_jax.evaluation.loading import load as load
     from lomo_jax.evaluation.tasks import Tasks as Tasks
 
@@ -21,7 +22,7 @@ __getattr__, __dir__ = _lazy.attach(
         "choices": ["Answers", "Question", "answer", "encode_pair"],
         "harness": ["LM"],
         "likelihood": ["Likelihood", "log_likelihoods"],
-        "loading": ["load"],
+        "loading": ["Loaded", "load"],
         "tasks": ["Tasks"],
     },
 )

@@ -77,6 +77,8 @@ def _plan(argv: Sequence[str]) -> None:
         raise UserError("--best: its options are those of the fused step; set --config.fused=true")
     gpu = gpus.find(gpu_name.value)
 
+    # JAX cannot read programs for devices that are not there back from its cache.
+    jax.config.update("jax_enable_compilation_cache", False)
     # Planning needs no device, and a GPU of this machine may be busy.
     if not measure.value:
         jax.config.update("jax_platforms", "cpu")
