@@ -69,6 +69,7 @@ def test_with_less_memory_layers_are_recomputed():
     assert len(settings) <= 5
 
 
+@pytest.mark.exhaustive
 def test_weights_move_to_host_memory_if_nothing_else_fits():
     plain = planned()
     weights = plain.weights_gib + plain.state_gib
@@ -78,6 +79,7 @@ def test_weights_move_to_host_memory_if_nothing_else_fits():
     assert Offload(activations=True) not in [setting.config.offload for setting in settings]
 
 
+@pytest.mark.exhaustive
 def test_a_batch_is_split_where_its_temporaries_are_too_large():
     config = dataclasses.replace(CONFIG, batch_size=64, sequence_length=1024)
     first = compile_run(config, find("rtx3090")).plan
