@@ -160,14 +160,26 @@ def _capped(
     scores_BxKxGxTxS = jnp.einsum(
         "btkgh,bskh->bkgts", q_BxTxKxGxh, k_BxSxKxh, preferred_element_type=jnp.float32
     )
-    scores_BxKxGxTxS *= head_dim**-0.5 if scores.scale is None else scores.scale
-    if scores.cap is not None:
-        scores_BxKxGxTxS = scores.cap * jnp.tanh(scores_BxKxGxTxS / scores.cap)
-    lowest = jnp.finfo(jnp.float32).min / 2
-    scores_BxKxGxTxS = jnp.where(mask_Bx1xTxS[:, :, None], scores_BxKxGxTxS, lowest)
-    p_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(v_BxSxKxh.dtype)
+    p_BxKxGxTxS = probabilities(scores_BxKxGxTxS, mask_Bx1xTxS[:, :, None], head_dim, scores)
+    p_BxKxGxTxS = p_BxKxGxTxS.astype(v_BxSxKxh.dtype)
     y_BxTxKxGxh = jnp.einsum("bkgts,bskh->btkgh", p_BxKxGxTxS, v_BxSxKxh)
     return y_BxTxKxGxh.reshape(batch, length, heads, head_dim)
+
+
+def probabilities(products: jax.Array, mask: jax.Array, head_dim: int, scores: Scores) -> jax.Array:
+    """Returns the softmax over the last axis of the products of queries and keys, in float32.
+
+    Args:
+      products: float32.
+      mask: bool, of a shape that broadcasts to it: False where a query does not see a key.
+      head_dim: the width of a head.
+      scores: how the products are scaled and capped.
+    """
+    products *= head_dim**-0.5 if scores.scale is None else scores.scale
+    if scores.cap is not None:
+        products = scores.cap * jnp.tanh(products / scores.cap)
+    lowest = jnp.finfo(jnp.float32).min / 2
+    return jax.nn.softmax(jnp.where(mask, products, lowest), axis=-1)
 
 
 def _in_blocks(

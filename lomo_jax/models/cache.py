@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from lomo_jax import sharding
-from lomo_jax.models.attention import Scores
+from lomo_jax.models.attention import Scores, probabilities
 from lomo_jax.models.config import DecoderConfig
 
 PADDING = -1  # the position of padding and of empty slots, which no token sees
@@ -132,11 +132,8 @@ def _attend(
     scores_BxKxQxGxS = jnp.einsum(
         "bqkgh,bkhs->bkqgs", q_BxQxKxGxh, k_BxKxhxS, preferred_element_type=jnp.float32
     )
-    scores_BxKxQxGxS *= head_dim**-0.5 if scores.scale is None else scores.scale
-    if scores.cap is not None:
-        scores_BxKxQxGxS = scores.cap * jnp.tanh(scores_BxKxQxGxS / scores.cap)
-    lowest = jnp.finfo(jnp.float32).min / 2
-    scores_BxKxQxGxS = jnp.where(mask_BxQxS[:, None, :, None], scores_BxKxQxGxS, lowest)
-    p_BxKxQxGxS = jax.nn.softmax(scores_BxKxQxGxS, axis=-1).astype(v_BxKxSxh.dtype)
+    mask_Bx1xQx1xS = mask_BxQxS[:, None, :, None]
+    p_BxKxQxGxS = probabilities(scores_BxKxQxGxS, mask_Bx1xQx1xS, head_dim, scores)
+    p_BxKxQxGxS = p_BxKxQxGxS.astype(v_BxKxSxh.dtype)
     y_BxQxKxGxh = jnp.einsum("bkqgs,bksh->bqkgh", p_BxKxQxGxS, v_BxKxSxh)
     return y_BxQxKxGxh.reshape(batch, queries, heads, head_dim).astype(dtype)
