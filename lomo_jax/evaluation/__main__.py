@@ -17,6 +17,7 @@ The results of a run are added to evaluations.jsonl in its folder, which `lomo-j
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from lomo_jax.errors import ArgumentParser, UserError
 
@@ -88,11 +91,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--tensor: {error}") from None
     loaded = load(options.path, step=options.step, dtype=options.dtype, mesh=mesh)
-    with jax.set_mesh(mesh):
+    batches = itertools.count(1)
+    with jax.set_mesh(mesh), Console(stderr=True).status("evaluating") as status:
         results = tasks.evaluate(
             *(loaded.graphdef, loaded.params, loaded.tokenizer),
             batch_size=options.batch_size,
             gen_kwargs=options.gen_kwargs,
+            on_batch=lambda: status.update(f"evaluating batch {next(batches):,}"),
         )
     if jax.process_index() > 0:
         return
