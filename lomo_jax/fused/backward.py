@@ -7,15 +7,15 @@ new layer in place, continue with layer i - 1.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
 from lomo_jax.fused import arrays, jaxprs
-from lomo_jax.fused.arrays import Part, PyTree, add, widen
+from lomo_jax.fused.arrays import Part, Place, PyTree, add, widen
 from lomo_jax.fused.flags import scatter, select, zip_and, zip_not
 from lomo_jax.fused.forward import (
     DensePass,
@@ -25,7 +25,8 @@ from lomo_jax.fused.forward import (
     run_segments,
     swap_axes,
 )
-from lomo_jax.fused.order import evaluate_in_order
+from lomo_jax.fused.order import Steps, divide
+from lomo_jax.fused.pipeline import Layer, evaluate, read_first
 from lomo_jax.fused.trace import Stack
 
 
@@ -33,31 +34,45 @@ class Consumer(Protocol):
     """Uses gradients: `update.Update` and `update.SumOfSquares`.
 
     Parameters are given by their index among the leaves of the tree. The stacks of one scan are
-    used in a loop: `init_carry` returns its first carry, `use_layer` and `next_layer` update it,
-    and `store` gets the result of `finish` on the last one. Layer i is the one that the scan reads
-    as its i-th xs.
+    used in a loop: `init_carry` returns its first carry, `use_layer` and `write_layer` update it,
+    and `store` gets the last one. Layer i is the one that the scan reads as its i-th xs.
     """
 
-    def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
-        """Uses the gradients of parameters that are not stacked."""
+    writes: bool  # whether `write_layer` changes anything
+
+    def use_dense(
+        self, indices: Sequence[int], grads: Sequence[jax.Array], others: dict[Any, jax.Array]
+    ) -> dict[Any, jax.Array]:
+        """Uses the gradients of parameters that are not stacked.
+
+        Args:
+          indices: the parameters.
+          grads: their gradients.
+          others: the other cotangents.
+
+        Returns:
+          The other cotangents, which wait until new parameters are in host memory.
+        """
+        ...
 
     @property
     def needs_whole_layer(self) -> bool:
         """Whether `use_layer` needs all gradients of a layer in one call."""
         ...
 
-    def init_carry(self, stacks: Sequence[Stack], first: int, read_ahead: bool) -> PyTree:
-        """Returns the carry of the loop over stacked parameters.
+    def states_on_host(self, stacks: Sequence[Stack]) -> list[int]:
+        """Returns the k for which the optimizer's state of `stacks[k]` is in host memory."""
+        ...
 
-        Args:
-          stacks: the parameters.
-          first: the layer that the loop starts with.
-          read_ahead: whether the carry holds a copy of the next layer.
-        """
+    def init_carry(self, stacks: Sequence[Stack]) -> PyTree:
+        """Returns the carry of the loop over stacked parameters; see `pipeline.Layer`."""
 
     def read_layer(self, carry: PyTree, stacks: Sequence[Stack], k: int, i: jax.Array) -> jax.Array:
         """Returns layer i of `stacks[k]`."""
         ...
+
+    def read_state(self, carry: PyTree, stacks: Sequence[Stack], k: int, i: jax.Array) -> PyTree:
+        """Returns the optimizer's state of layer i of `stacks[k]`; None if gradients need none."""
 
     def use_layer(
         self,
@@ -66,17 +81,32 @@ class Consumer(Protocol):
         ks: Sequence[int],
         i: jax.Array,
         grads: Sequence[jax.Array],
+        params: Mapping[int, jax.Array],
+        states: Mapping[int, PyTree],
+    ) -> tuple[PyTree, PyTree]:
+        """Uses the gradients of layer i of `stacks[k]`.
+
+        Args:
+          carry: the carry.
+          stacks: the parameters.
+          ks: which of the stacks.
+          i: the layer.
+          grads: its gradients.
+          params: results of `read_layer`, by k.
+          states: results of `read_state`, by k.
+
+        Returns:
+          The new carry, and what `write_layer` writes.
+        """
+        ...
+
+    def write_layer(
+        self, carry: PyTree, stacks: Sequence[Stack], ks: Sequence[int], i: jax.Array, news: PyTree
     ) -> PyTree:
-        """Uses the gradients of layer i of `stacks[k]`; returns the new carry."""
+        """Writes layer i of `stacks[k]`; returns the new carry."""
 
-    def next_layer(self, carry: PyTree, stacks: Sequence[Stack], i: jax.Array) -> PyTree:
-        """Moves on to layer i; returns the new carry."""
-
-    def finish(self, carry: PyTree) -> PyTree:
-        """Returns the part of the last carry that `store` needs."""
-
-    def store(self, result: PyTree, stacks: Sequence[Stack]) -> None:
-        """Stores the result of `finish`."""
+    def store(self, carry: PyTree, stacks: Sequence[Stack]) -> None:
+        """Stores the last carry of the loop."""
 
     @property
     def params(self) -> Sequence[jax.Array]:
@@ -121,7 +151,8 @@ def backward(
             _backward_layers(values, segment_pass, cotangents, consumer)
         dense = segment_pass.segment.dense
         if dense:
-            consumer.use_dense(dense, cotangents.take(program.params[i] for i in dense))
+            grads = cotangents.take(program.params[i] for i in dense)
+            cotangents.update(consumer.use_dense(dense, grads, dict(cotangents)))
     return cotangents
 
 
@@ -184,18 +215,21 @@ def _backward_layers(
             select(layers.consts, layers.diff_consts), values.vary(diff_consts), strict=True
         )
     ]
-    run = functools.partial(_LayerLoop(layers, consumer, diff_ys).run, ct_carry, ct_consts, ct_ys)
-    # XLA for CPUs may schedule the last use of a layer after the write of the new one, and then
-    # copies the whole stack. Reading the layer ahead, in the step before, prevents it. A layer in
-    # host memory is read ahead so that it is copied to the device once.
+    loop = _LayerLoop(layers, consumer, diff_ys)
+    run = functools.partial(loop.run, ct_carry, ct_ys, ct_consts)
     if layers.segment.body:
-        results = run(read_ahead=False)  # the loops inside read ahead
-    elif any(map(arrays.is_on_host, layers.arrays)):
-        results = run(read_ahead=True)
+        results = run(steps=None)  # the loops inside have steps
+    elif (steps := loop.divide(ct_carry, ct_ys, ct_consts)).waits:
+        results = run(steps)
     else:
-        in_place = functools.partial(run, read_ahead=False)
+        # XLA for CPUs may schedule the last use of a layer after the write of the new one, and then
+        # copies the whole stack. Reading the layer ahead, in the step before, prevents it.
+        in_place = functools.partial(run, steps)
+        in_advance = functools.partial(loop.divide, ct_carry, ct_ys, ct_consts, read_ahead=True)
         results = jax.lax.platform_dependent(
-            cuda=in_place, rocm=in_place, default=functools.partial(run, read_ahead=True)
+            cuda=in_place,
+            rocm=in_place,
+            default=(lambda: run(in_advance())) if consumer.writes else in_place,
         )
     result, ct_carry, ct_consts, ct_others = results
     consumer.store(result, stacked)
@@ -223,93 +257,160 @@ def _backward_layers(
     cotangents.add(select(starts, differentiable), select(ct_starts, differentiable))
 
 
-class _LayerLoop(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _LayerLoop(Layer):
     """The loop over the layers of one scan, from the last to the first."""
 
     layers: LayersPass
     consumer: Consumer
     diff_ys: list[bool]  # ys that have a cotangent
 
+    @property
+    def order(self) -> list[int]:
+        """The xs, trainable parameters first."""
+        ks, is_param = range(len(self.layers.xs)), self.layers.is_param
+        return [*select(ks, is_param), *select(ks, zip_not(is_param))]
+
+    @property
+    def saved_on_host(self) -> list[jax.Array]:
+        """Layer inputs and residuals, [L, ...], if they are in host memory."""
+        saved = jax.tree.leaves(self.layers.saved)
+        return saved if any(map(arrays.is_on_host, saved)) else []
+
+    def divide(
+        self,
+        ct_carry: list[jax.Array],
+        ct_ys: list[jax.Array],
+        ct_consts: list[jax.Array],
+        *,
+        read_ahead: bool = False,
+    ) -> Steps:
+        """Divides the backward pass of a layer into steps.
+
+        Its inputs are the xs in their `order`, and what was saved in host memory.
+
+        Args:
+          ct_carry: cotangents of the last carry.
+          ct_ys: cotangents of the ys, [L, ...].
+          ct_consts: cotangents of the consts.
+          read_ahead: see `order.divide`.
+        """
+        layers, order, saved = self.layers, self.order, self.saved_on_host
+
+        def gradients(read, saved, *args):
+            xs = sorted(zip(order, read[: len(order)], strict=True), key=lambda pair: pair[0])
+            if saved is None:
+                saved = jax.tree.unflatten(jax.tree.structure(layers.saved), read[len(order) :])
+            return self.gradients([x for _, x in xs], *saved, *args)
+
+        def one(tree):
+            leaves, treedef = jax.tree.flatten(tree)
+            # `jax.eval_shape` loses shardings under a mesh with Auto axes.
+            first = jax.make_jaxpr(lambda: [x[0] for x in arrays.to_device(leaves)])()
+            return jax.tree.unflatten(treedef, first.out_avals)
+
+        xs = [jax.eval_shape(functools.partial(layers.read, k, 0)) for k in order]
+        xs_on_host = [n for n, k in enumerate(order) if arrays.is_on_host(layers.arrays[k])]
+        saved_ks = range(len(order), len(order) + len(saved))
+        return divide(
+            gradients,
+            [*xs, *one(saved)],
+            (None if saved else one(layers.saved), ct_carry, one(ct_ys), ct_consts),
+            on_host=[*xs_on_host, *saved_ks],
+            kept=saved_ks,
+            states_on_host=self.consumer.states_on_host(layers.segment.stacked),
+            read_ahead=read_ahead,
+            all_at_once=self.consumer.needs_whole_layer,
+        )
+
     def run(
         self,
         ct_carry: list[jax.Array],
-        ct_consts: list[jax.Array],
         ct_ys: list[jax.Array],
-        *,
-        read_ahead: bool,
+        ct_consts: list[jax.Array],
+        steps: Steps | None,
     ) -> tuple[PyTree, list[jax.Array], list[jax.Array], list[jax.Array]]:
         """Runs the loop.
 
         Args:
           ct_carry: cotangents of the last carry.
-          ct_consts: zeros, to which the cotangents of the consts are added.
           ct_ys: cotangents of the ys, [L, ...].
-          read_ahead: see `Consumer.init_carry`.
+          ct_consts: zeros, to which the cotangents of the consts are added.
+          steps: of the backward pass of a layer; None for groups of layers.
 
         Returns:
-          The result of `Consumer.finish`, and the cotangents of the first carry, of the consts, and
+          The last carry of the consumer, and the cotangents of the first carry, of the consts, and
           of the xs that are not trainable parameters.
         """
-        scan, stacked = self.layers.segment.scan, self.layers.segment.stacked
-        first = 0 if scan.reverse else scan.length - 1
-        loop = (
-            jnp.int32(first),
-            self.consumer.init_carry(stacked, first, read_ahead),
-            ct_carry,
-            ct_consts,
-        )
-        (_, carry, ct_carry, ct_consts), ct_others = jax.lax.scan(
-            self.group if self.layers.segment.body else self.layer,
-            loop,
-            (self.layers.saved, ct_ys),
+        scan = self.layers.segment.scan
+        i = jnp.int32(0 if scan.reverse else scan.length - 1)
+        carry = self.consumer.init_carry(self.layers.segment.stacked)
+        if steps is None:
+            body, saved, first = self.group, self.layers.saved, []
+        else:
+            body = functools.partial(self.layer, steps)
+            saved = None if self.saved_on_host else self.layers.saved
+            first = read_first(steps, self, _with_index(carry, i))
+        (_, carry, ct_carry, ct_consts, _), ct_others = jax.lax.scan(
+            body,
+            (i, carry, ct_carry, ct_consts, first),
+            (saved, ct_ys),
             scan.length,
             not scan.reverse,
         )
-        return self.consumer.finish(carry), ct_carry, ct_consts, ct_others
+        return carry, ct_carry, ct_consts, ct_others
 
-    def layer(self, loop: PyTree, x: PyTree) -> tuple[PyTree, list[jax.Array]]:
+    def layer(self, steps: Steps, loop: PyTree, x: PyTree) -> tuple[PyTree, list[jax.Array]]:
         """Forms the gradients of layer i, one after the other, and has the consumer use them.
 
         Args:
-          loop: (i, carry of the consumer, cotangents of the carry, cotangents of the consts).
+          steps: of the backward pass of a layer.
+          loop: (i, carry of the consumer, cotangents of the carry, cotangents of the consts, what
+            the first step needs).
           x: ((layer inputs, residuals) of layer i, cotangents of its ys).
         """
-        i, carry, ct_carry, ct_consts = loop
-        (inputs, residuals), ct_ys = arrays.to_device(x)
-        stacked = self.layers.segment.stacked
-        layers, is_param = self.layers, self.layers.is_param
-        # Read each x only when it is needed; parameters whose gradients are used come first.
-        ks = range(len(layers.xs))
-        order = [*select(ks, is_param), *select(ks, zip_not(is_param))]
-
-        def gradients(layer, *args):
-            ordered = sorted(zip(order, layer, strict=True), key=lambda pair: pair[0])
-            return self.gradients([x for _, x in ordered], *args)
-
-        def read(carry, k):
-            # The index passes the barriers too: XLA would share one copy of a frozen layer between
-            # the forward and the backward pass, and store it in between.
-            carry, i = carry
-            if k < len(stacked):
-                return self.consumer.read_layer(carry, stacked, k, i)
-            return layers.read(order[k], i)
-
-        def use(carry, ks, grads):
-            carry, i = carry
-            return self.consumer.use_layer(carry, stacked, ks, i, grads), i
-
-        (ct_carry, ct_consts, ct_others), (carry, _) = evaluate_in_order(
-            gradients,
-            [jax.eval_shape(functools.partial(layers.read, k, 0)) for k in order],
-            (inputs, residuals, ct_carry, ct_ys, ct_consts),
-            read,
-            use,
-            (carry, i),
-            all_at_once=self.consumer.needs_whole_layer,
+        i, carry, ct_carry, ct_consts, first = loop
+        saved, ct_ys = x
+        (ct_carry, ct_consts, ct_others), carry, first = evaluate(
+            steps, (saved, ct_carry, ct_ys, ct_consts), self, _with_index(carry, i), first
         )
-        following = self._following(i)
-        carry = self.consumer.next_layer(carry, stacked, following)
-        return (following, carry, ct_carry, ct_consts), ct_others
+        carry, i = _without_index(carry)
+        return (self._following(i), carry, ct_carry, ct_consts, first), ct_others
+
+    def read(self, carry: PyTree, k: int) -> jax.Array:
+        consumers, i = _without_index(carry)
+        stacked, order = self.layers.segment.stacked, self.order
+        if k < len(stacked):
+            return self.consumer.read_layer(consumers, stacked, k, i)
+        if k < len(order):
+            return self.layers.read(order[k], i)
+        return arrays.read_layer(self.saved_on_host[k - len(order)], [Place()], [i])
+
+    def read_state(self, carry: PyTree, k: int) -> PyTree:
+        carry, i = _without_index(carry)
+        return self.consumer.read_state(carry, self.layers.segment.stacked, k, i)
+
+    def following(self, carry: PyTree) -> PyTree:
+        carry, i = _without_index(carry)
+        return _with_index(carry, self._following(i))
+
+    def use(
+        self,
+        carry: PyTree,
+        ks: Sequence[int],
+        grads: Sequence[jax.Array],
+        params: Mapping[int, jax.Array],
+        states: Mapping[int, PyTree],
+    ) -> tuple[PyTree, PyTree]:
+        carry, i = _without_index(carry)
+        stacked = self.layers.segment.stacked
+        carry, news = self.consumer.use_layer(carry, stacked, ks, i, grads, params, states)
+        return _with_index(carry, i), news
+
+    def write(self, carry: PyTree, ks: Sequence[int], news: PyTree) -> PyTree:
+        carry, i = _without_index(carry)
+        carry = self.consumer.write_layer(carry, self.layers.segment.stacked, ks, i, news)
+        return _with_index(carry, i)
 
     def _following(self, i: jax.Array) -> jax.Array:
         scan = self.layers.segment.scan
@@ -320,7 +421,7 @@ class _LayerLoop(NamedTuple):
 
         Arguments and results are those of `layer`.
         """
-        i, carry, ct_carry, ct_consts = loop
+        i, carry, ct_carry, ct_consts, first = loop
         (inputs, _), ct_ys = arrays.to_device(x)
         layers = self.layers
         segment, body = layers.segment, layers.body_program
@@ -355,7 +456,8 @@ class _LayerLoop(NamedTuple):
         ct_starts = cotangents.take(starts)
         ct_carry = [new.astype(old.dtype) for new, old in zip(ct_starts, ct_carry, strict=True)]
         carry = self.consumer.leave(consumer, segment.stacked)
-        return (self._following(i), carry, ct_carry, ct_consts), cotangents.take(others)
+        loop = self._following(i), carry, ct_carry, ct_consts, first
+        return loop, cotangents.take(others)
 
     def gradients(
         self,
@@ -387,6 +489,18 @@ class _LayerLoop(NamedTuple):
         ct_xs = [next(grads) if d else None for d in layers.diff_xs]
         others = select(ct_xs, layers.diff_others)
         return select(ct_xs, layers.is_param), (new_ct_carry, new_ct_consts, others)
+
+
+# The index passes the barriers too: XLA would share one copy of a frozen layer between the forward
+# and the backward pass, and store it in between.
+def _with_index(carry: PyTree, i: jax.Array) -> PyTree:
+    stacks, rest = carry
+    return stacks, (rest, i)
+
+
+def _without_index(carry: PyTree) -> tuple[PyTree, jax.Array]:
+    stacks, (rest, i) = carry
+    return (stacks, rest), i
 
 
 def _in_place(gradient: jax.Array, layers: jaxprs.Layers) -> jax.Array:

@@ -253,6 +253,11 @@ class Step:
         traced = self._trace(params, batch)
         return explain(traced.loss, traced.names, traced.updaters, self.microbatches)
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Options of XLA for `jax.jit`; empty but for a `fused_step` that moves data."""
+        return {}
+
     def __call__(
         self, params: Params, state: StepState, batch: PyTree
     ) -> tuple[Params, StepState, StepOutput]:

@@ -4,6 +4,8 @@ For a layer scan it saves the input of each layer, and the residuals that `remat
 dense segment it saves the segment's inputs.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ from lomo_jax.fused import arrays, jaxprs
 from lomo_jax.fused.arrays import Part
 from lomo_jax.fused.flags import Flags, scatter, select, zip_and, zip_not
 from lomo_jax.fused.microbatches import Microbatched, vjp_of
+from lomo_jax.fused.order import Steps, divide
+from lomo_jax.fused.pipeline import Layer, evaluate, read_first
 from lomo_jax.fused.trace import Body, DenseSegment, LayerScan, Program, TracedLoss
 
 # Outputs of cuDNN's flash attention: the result, and the row sums that its derivative needs.
@@ -323,24 +327,33 @@ def _run_layers(values: Values, segment: LayerScan, saving: Saving | None) -> La
         for x, found, is_stack in zip(layers.xs, scan.layers, layers.is_stack, strict=True)
     ]
 
+    steps = None if segment.body else _divide(layers, body)
+    if steps is not None:
+        far = {k for k, _ in steps.far.values()}
+        by_scan = [flag and k not in far for k, flag in enumerate(by_scan)]
+
     def layer(loop, x):
-        i, carry = loop
-        next_i = None if i is None else i + (-1 if scan.reverse else 1)
+        i, carry, first = loop
+        xs = scatter([None] * len(by_scan), x, by_scan)
         if segment.body:
-            results = layers.run_body(i, carry, scatter([None] * len(by_scan), x, by_scan))
+            results = layers.run_body(i, carry, xs)
+        elif steps is not None:
+            results, (_, i), first = evaluate(steps, (carry,), _Reader(layers, xs), ([], i), first)
         else:
-            x = iter(x)
-            xs = [next(x) if flag else layers.read(k, i) for k, flag in enumerate(by_scan)]
+            xs = [layers.read(k, i) if x is None else x for k, x in enumerate(xs)]
             results = body.run([*layers.consts, *carry, *arrays.to_device(xs)])
+        next_i = None if i is None else i + (-1 if scan.reverse else 1)
         carry_out, results = results[: len(carry)], results[len(carry) :]
         ys, residuals = results[: len(scan.ys)], results[len(scan.ys) :]
         saved = (select(carry, layers.changed), residuals) if saves else ([], [])
-        return (next_i, carry_out), (ys, arrays.to_host(saved) if layers.saving.on_host else saved)
+        saved = arrays.to_host(saved) if layers.saving.on_host else saved
+        return (next_i, carry_out, first), (ys, saved)
 
-    first = None if all(by_scan) else jnp.int32(scan.length - 1 if scan.reverse else 0)
-    (_, carry_out), (ys, saved) = jax.lax.scan(
+    i = None if all(by_scan) else jnp.int32(scan.length - 1 if scan.reverse else 0)
+    first = [] if steps is None else read_first(steps, _Reader(layers), ([], i))
+    (_, carry_out, _), (ys, saved) = jax.lax.scan(
         layer,
-        (first, layers.carry),
+        (i, layers.carry, first),
         select(layers.xs, by_scan),
         scan.length,
         scan.reverse,
@@ -349,6 +362,36 @@ def _run_layers(values: Values, segment: LayerScan, saving: Saving | None) -> La
     values.by_var.update(zip(scan.carry_out, carry_out, strict=True))
     values.by_var.update(zip(scan.ys, swap_axes(ys, layers.vary_ys), strict=True))
     return layers._replace(saved=saved)
+
+
+def _divide(layers: LayersPass, body: Microbatched) -> Steps | None:
+    """Divides the forward pass of a layer into steps, if it waits for something."""
+    xs = [jax.eval_shape(functools.partial(layers.read, k, 0)) for k in range(len(layers.xs))]
+    on_host = [k for k, x in enumerate(layers.arrays) if arrays.is_on_host(x)]
+    if not on_host and all(jax.typeof(x).sharding.is_fully_replicated for x in layers.arrays):
+        return None
+    run = lambda xs, carry: ([], body.run([*layers.consts, *carry, *xs]))  # noqa: E731
+    steps = divide(run, xs, (layers.carry,), on_host=on_host)
+    return steps if steps.waits else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader(Layer):
+    """Reads a layer in the forward pass; a carry is ``([], i)``."""
+
+    layers: LayersPass
+    xs: Sequence[Any] = ()  # those that the scan reads; None for others
+
+    def read(self, carry: Any, k: int) -> jax.Array:
+        _, i = carry
+        if self.xs and self.xs[k] is not None:
+            return self.xs[k]
+        return self.layers.read(k, i)
+
+    def following(self, carry: Any) -> Any:
+        scan = self.layers.segment.scan
+        stacks, i = carry
+        return stacks, jnp.clip(i + (-1 if scan.reverse else 1), 0, scan.length - 1)
 
 
 def _layers_pass(values: Values, segment: LayerScan, saving: Saving) -> LayersPass:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from lomo_jax.fused.arrays import Place, read_layer
 from lomo_jax.fused.flags import scatter, select
@@ -94,6 +95,12 @@ def dtype(atom: Atom) -> Any:
     return aval.dtype
 
 
+def sharding(atom: Atom) -> NamedSharding:
+    """Returns the sharding of a value over the mesh under which it was traced."""
+    aval: Any = atom.aval
+    return aval.sharding
+
+
 def mib(atom: Atom, *, wide: bool = False) -> float:
     """Returns the MiB of an array; `wide`: with at least 4 bytes an element."""
     itemsize = dtype(atom).itemsize
@@ -109,6 +116,11 @@ def zeros(var: jex.Var) -> jax.Array:
 def variables(atoms: Iterable[Atom]) -> dict[jex.Var, None]:
     """Returns the variables among `atoms` as an ordered set."""
     return dict.fromkeys(a for a in atoms if isinstance(a, jex.Var))
+
+
+def operands(eqns: Iterable[Any]) -> dict[jex.Var, None]:
+    """Returns the variables that equations read, as an ordered set."""
+    return variables(atom for eqn in eqns for atom in eqn.invars)
 
 
 def is_float(atom: Atom) -> bool:

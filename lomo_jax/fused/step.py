@@ -1,6 +1,7 @@
 """The fused step: a forward pass, and a backward pass that updates each layer on the way."""
 
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from lomo_jax.fused.backward import backward
 from lomo_jax.fused.base import Result, Step, StepState, TracedStep
 from lomo_jax.fused.explain import explain
 from lomo_jax.fused.forward import Saving, forward
+from lomo_jax.fused.options import Offload
 from lomo_jax.fused.tx import rule_by_ndim
 from lomo_jax.fused.update import SumOfSquares, Update
 
@@ -27,7 +29,8 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
     summed gradient. Besides parameters and state a step needs memory for the layer inputs, and for
     the parameters, gradient and activations of about one layer.
 
-    Jit the step with parameters and state donated. Otherwise XLA copies both before it writes.
+    Jit the step with parameters and state donated. Otherwise XLA copies both before it writes. On
+    several devices or with `offload` also pass `compiler_options`.
 
     With loss :math:`\ell`, loss scale :math:`s`, microbatches :math:`b_1 \dots b_K` and their
     shares :math:`w_k` of the loss (:math:`1/K`, or from `WeightedLoss`), `tx` gets
@@ -79,6 +82,31 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
       Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited Resources
       <https://arxiv.org/abs/2306.09782>`_, 2023
     """
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Options of XLA with which transfers run beside computing.
+
+        Pass them to `jax.jit` if the step moves data to the host or, under the mesh of
+        `jax.set_mesh`, between devices. Otherwise they are empty. On a CPU they have no effect.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, lomo_jax
+          >>> offload = lomo_jax.Offload(params=True)
+          >>> loss_fn = lambda w, x: (w @ x).sum()
+          >>> step = lomo_jax.fused_step(loss_fn, lomo_jax.lomo(0.1), offload=offload)
+          >>> train_step = jax.jit(
+          ...     step, donate_argnums=(0, 1), compiler_options=step.compiler_options
+          ... )
+        """
+        if self.offload == Offload() and jax.sharding.get_abstract_mesh().size <= 1:
+            return {}
+        return {
+            "xla_gpu_enable_latency_hiding_scheduler": True,
+            # A step gathers one weight and sums one gradient, and copies to the host and from it.
+            "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+            "xla_gpu_experimental_parallel_async_compute_limit": 16,
+        }
 
     def init(self, params: Params, batch: PyTree) -> StepState:
         traced = self._trace(params, batch)

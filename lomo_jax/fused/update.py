@@ -157,6 +157,8 @@ class Update:
         and so skips the rest of the updates.
     """
 
+    writes = True
+
     def __init__(
         self,
         updaters: Mapping[int, Updater],
@@ -174,7 +176,9 @@ class Update:
         self.layer = Layer({}, ())
 
     @jax.named_scope("update")  # separates it from the gradient in a profile
-    def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
+    def use_dense(
+        self, indices: Sequence[int], grads: Sequence[jax.Array], others: dict[Any, jax.Array]
+    ) -> dict[Any, jax.Array]:
         olds = [(self.params[i], self.states[i]) for i in indices]
         stacks = [self.layer.stacks.get(i) for i in indices]
         at = self.layer.indices
@@ -188,22 +192,36 @@ class Update:
             match_memory(new, old) if stack is None else _write(old, new, stack, at)
             for new, old, stack in zip(news, olds, stacks, strict=True)
         ]
+        if any(map(arrays.is_on_host, jax.tree.leaves(news))):
+            # XLA may keep the new ones on the device until the end of the step.
+            keys = list(others)
+            news, values = jax.lax.optimization_barrier((news, list(others.values())))
+            others = dict(zip(keys, values, strict=True))
         self._store(indices, news)
+        return others
 
     @property
     def needs_whole_layer(self) -> bool:
         # An overflow in any gradient of a layer skips the update of the whole layer.
         return self.stop_at_overflow
 
-    def init_carry(self, stacks: Sequence[Stack], first: int, read_ahead: bool) -> PyTree:
+    def states_on_host(self, stacks: Sequence[Stack]) -> list[int]:
+        states = [jax.tree.leaves(self.states[stack.index]) for stack in stacks]
+        return [k for k, leaves in enumerate(states) if any(map(arrays.is_on_host, leaves))]
+
+    def init_carry(self, stacks: Sequence[Stack]) -> PyTree:
         pairs = [(self.params[stack.index], self.states[stack.index]) for stack in stacks]
-        return pairs, self._read_all(pairs, stacks, first) if read_ahead else None, self.finite
+        return pairs, self.finite
 
     def read_layer(self, carry: PyTree, stacks: Sequence[Stack], k: int, i: jax.Array) -> jax.Array:
-        pairs, layers, _ = carry
-        if layers is not None:
-            return layers[k][0]
+        pairs, _ = carry
         return arrays.read_layer(pairs[k][0], stacks[k].places, self.layer.at(i))
+
+    def read_state(self, carry: PyTree, stacks: Sequence[Stack], k: int, i: jax.Array) -> PyTree:
+        pairs, _ = carry
+        position = _position(pairs[k][0], stacks[k], self.layer.at(i))
+        in_state = [arrays.Place()] * len(position)
+        return jax.tree.map(lambda x: arrays.read_layer(x, in_state, position), pairs[k][1])
 
     @jax.named_scope("update")
     def use_layer(
@@ -213,42 +231,45 @@ class Update:
         ks: Sequence[int],
         i: jax.Array,
         grads: Sequence[jax.Array],
-    ) -> PyTree:
-        pairs, layers, finite = carry
+        params: Mapping[int, jax.Array],
+        states: Mapping[int, PyTree],
+    ) -> tuple[PyTree, PyTree]:
+        pairs, finite = carry
+        olds = [
+            (
+                params[k] if k in params else self.read_layer(carry, stacks, k, i),
+                states[k] if k in states else self.read_state(carry, stacks, k, i),
+            )
+            for k in ks
+        ]
         at = self.layer.at(i)
-        olds = [_read(pairs[k], stacks[k], at) if layers is None else layers[k] for k in ks]
         news, finite = self._apply([stacks[k] for k in ks], grads, olds, finite, at)
+        return (pairs, finite), news
+
+    @jax.named_scope("update")
+    def write_layer(
+        self, carry: PyTree, stacks: Sequence[Stack], ks: Sequence[int], i: jax.Array, news: PyTree
+    ) -> PyTree:
+        pairs, finite = carry
         pairs = list(pairs)
         for k, new in zip(ks, news, strict=True):
-            pairs[k] = _write(pairs[k], new, stacks[k], at)
-        return pairs, layers, finite
-
-    def next_layer(self, carry: PyTree, stacks: Sequence[Stack], i: jax.Array) -> PyTree:
-        pairs, layers, finite = carry
-        return pairs, layers if layers is None else self._read_all(pairs, stacks, i), finite
-
-    def _read_all(self, pairs: Sequence[Any], stacks: Sequence[Stack], i: Any) -> list[Any]:
-        at = self.layer.at(i)
-        return [_read(pair, stack, at) for pair, stack in zip(pairs, stacks, strict=True)]
-
-    def finish(self, carry: PyTree) -> PyTree:
-        pairs, _, finite = carry
+            pairs[k] = _write(pairs[k], new, stacks[k], self.layer.at(i))
         return pairs, finite
 
-    def store(self, result: PyTree, stacks: Sequence[Stack]) -> None:
-        news, self.finite = result
+    def store(self, carry: PyTree, stacks: Sequence[Stack]) -> None:
+        news, self.finite = carry
         self._store([stack.index for stack in stacks], news)
 
     def enter(self, carry: PyTree, stacks: Sequence[Stack], i: jax.Array) -> "Update":
         inner = copy.copy(self)
         inner.params, inner.states = list(self.params), dict(self.states)
         inner.layer = self.layer.enter(stacks, i)
-        inner.store(inner.finish(carry), stacks)
+        inner.store(carry, stacks)
         return inner
 
     def leave(self, inner: "Update", stacks: Sequence[Stack]) -> PyTree:
         pairs = [(inner.params[stack.index], inner.states[stack.index]) for stack in stacks]
-        return pairs, None, inner.finite
+        return pairs, inner.finite
 
     def _apply(
         self,
@@ -295,57 +316,66 @@ class SumOfSquares:
       factor: multiplies gradients before, float32 []; None for 1.
     """
 
-    needs_whole_layer = False
+    writes, needs_whole_layer = False, False
 
     def __init__(self, params: Sequence[jax.Array], factor: jax.Array | None):
         self.params, self.factor = params, factor
         self.total = jnp.float32(0.0)
         self.layer = Layer({}, ())
 
-    def use_dense(self, indices: Sequence[int], grads: Sequence[jax.Array]) -> None:
+    def use_dense(
+        self, indices: Sequence[int], grads: Sequence[jax.Array], others: dict[Any, jax.Array]
+    ) -> dict[Any, jax.Array]:
         del indices
         self.total += self._of(grads)
+        return others
 
-    def init_carry(self, stacks: Sequence[Stack], first: int, read_ahead: bool) -> jax.Array:
-        del stacks, first, read_ahead  # nothing is written, so nothing needs reading ahead
-        return self.total
+    def states_on_host(self, stacks: Sequence[Stack]) -> list[int]:
+        del stacks
+        return []
 
-    def read_layer(
-        self, carry: jax.Array, stacks: Sequence[Stack], k: int, i: jax.Array
-    ) -> jax.Array:
+    def init_carry(self, stacks: Sequence[Stack]) -> PyTree:
+        return [None] * len(stacks), self.total
+
+    def read_layer(self, carry: PyTree, stacks: Sequence[Stack], k: int, i: jax.Array) -> jax.Array:
         del carry
         return arrays.read_layer(self.params[stacks[k].index], stacks[k].places, self.layer.at(i))
 
+    def read_state(self, carry: PyTree, stacks: Sequence[Stack], k: int, i: jax.Array) -> None:
+        del carry, stacks, k, i
+
     def use_layer(
         self,
-        carry: jax.Array,
+        carry: PyTree,
         stacks: Sequence[Stack],
         ks: Sequence[int],
         i: jax.Array,
         grads: Sequence[jax.Array],
-    ) -> jax.Array:
-        del stacks, ks, i
-        return carry + self._of(grads)
+        params: Mapping[int, jax.Array],
+        states: Mapping[int, PyTree],
+    ) -> tuple[PyTree, None]:
+        del stacks, ks, i, params, states
+        nothing, total = carry
+        return (nothing, total + self._of(grads)), None
 
-    def next_layer(self, carry: jax.Array, stacks: Sequence[Stack], i: jax.Array) -> jax.Array:
-        del stacks, i
+    def write_layer(
+        self, carry: PyTree, stacks: Sequence[Stack], ks: Sequence[int], i: jax.Array, news: PyTree
+    ) -> PyTree:
+        del stacks, ks, i, news
         return carry
 
-    def finish(self, carry: jax.Array) -> jax.Array:
-        return carry
-
-    def store(self, result: jax.Array, stacks: Sequence[Stack]) -> None:
+    def store(self, carry: PyTree, stacks: Sequence[Stack]) -> None:
         del stacks
-        self.total = result
+        _, self.total = carry
 
-    def enter(self, carry: jax.Array, stacks: Sequence[Stack], i: jax.Array) -> "SumOfSquares":
+    def enter(self, carry: PyTree, stacks: Sequence[Stack], i: jax.Array) -> "SumOfSquares":
         inner = copy.copy(self)
-        inner.total, inner.layer = carry, self.layer.enter(stacks, i)
+        inner.store(carry, stacks)
+        inner.layer = self.layer.enter(stacks, i)
         return inner
 
-    def leave(self, inner: "SumOfSquares", stacks: Sequence[Stack]) -> jax.Array:
-        del stacks
-        return inner.total
+    def leave(self, inner: "SumOfSquares", stacks: Sequence[Stack]) -> PyTree:
+        return [None] * len(stacks), inner.total
 
     def _of(self, grads: Sequence[jax.Array]) -> jax.Array:
         return sum_of_squares([scale_gradient(g, self.factor) for g in grads])

@@ -62,7 +62,7 @@ def compile_step(
         without a sharding is replicated on every device.
       batch: pytree of `jax.ShapeDtypeStruct` with shardings.
       mesh: a mesh of `make_mesh`.
-      compiler_options: options of XLA, as for `jax.jit`.
+      compiler_options: options of XLA in addition to the step's own.
 
     Returns:
       The compiled step, which has a `memory_analysis()` but cannot be called, and the state as a
@@ -90,7 +90,8 @@ def compile_step(
             place(state)._replace(optimizer=place(state.optimizer, on_host=step.offload.state)),
             place(batch),
         )
+        options = step.compiler_options | (compiler_options or {})
         traced = jax.jit(step, donate_argnums=(0, 1)).trace(*arguments)
     # JAX does not look up the platform of the devices under an abstract mesh.
     lowered = traced.lower(lowering_platforms=("cuda",))
-    return lowered.compile(compiler_options), state
+    return lowered.compile(options), state

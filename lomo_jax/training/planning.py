@@ -65,7 +65,7 @@ def compile_run(
       config: a config that is valid for a plan: it needs neither dataset nor checkpoint.
       gpu: kind of the GPUs.
       devices: number of GPUs; see `mesh_shape`.
-      compiler_options: options of XLA, as for `jax.jit`.
+      compiler_options: options of XLA in addition to the step's own.
 
     Raises:
       UserError: The config cannot run on these GPUs, or XLA's compiler for them is missing.
@@ -264,7 +264,7 @@ def measure(config: Config, gpu: GPU, steps: int = 3) -> float:
         batch = {name: np.ones(x.shape, x.dtype) for name, x in shapes.items()}
         batch = batch_sender(shapes)(batch | {"tokens": tokens})
         state = jax.jit(lambda params: step.init(params, shapes))(params)
-        run = jax.jit(step, donate_argnums=(0, 1))
+        run = jax.jit(step, donate_argnums=(0, 1), compiler_options=step.compiler_options)
         for _ in range(steps):
             params, state, out = run(params, state, batch)
             out.loss.block_until_ready()

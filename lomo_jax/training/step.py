@@ -258,5 +258,6 @@ def compile_step(
         )
     init = lowered.compile()
     state = sharding.with_shardings(lowered.out_info, init.output_shardings)
-    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, batch).compile()
+    lowered = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, batch)
+    compiled = lowered.compile(step.compiler_options)
     return CompiledStep(step, batch, compiled, init, state)

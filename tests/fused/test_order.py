@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lomo_jax.fused.order import evaluate_in_order
+from lomo_jax.fused.order import divide
+from lomo_jax.fused.pipeline import Layer, evaluate
 
 B, D, F = 4, 8, 64
 SHAPES = {"norm": (D,), "up": (D, F), "down": (F, D)}
@@ -30,26 +31,34 @@ def values():
     return inputs, jax.random.normal(next(keys), (B, D)), jax.random.normal(next(keys), (B, D))
 
 
-def run(inputs, x, ct, **options):
-    """Halves each input when its gradient comes; logs reads and uses."""
-    log = []
+class Halving(Layer):
+    """Halves each input when its gradient comes; logs reads and updates."""
 
-    def read(carry, k):
-        assert k not in (used for kind, ks in log if kind == "use" for used in ks)
-        log.append(("read", [k]))
+    def __init__(self):
+        self.log = []
+
+    def read(self, carry, k):
+        assert k not in (used for kind, ks in self.log if kind == "use" for used in ks)
+        self.log.append(("read", [k]))
         return carry[0][k]
 
-    def use(carry, ks, grads):
-        log.append(("use", list(ks)))
+    def use(self, carry, ks, grads, params, states):
+        self.log.append(("use", list(ks)))
         held, total = carry
-        held = [0.5 * v if k in ks else v for k, v in enumerate(held)]
-        return held, {**total, **dict(zip(map(str, ks), grads, strict=True))}
+        total = {**total, **dict(zip(map(str, ks), grads, strict=True))}
+        return (held, total), [0.5 * held[k] for k in ks]
 
+    def write(self, carry, ks, news):
+        held, total = carry
+        return [dict(zip(ks, news, strict=True)).get(k, x) for k, x in enumerate(held)], total
+
+
+def run(inputs, x, ct, **options):
+    layer = Halving()
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
-    y, (held, grads) = evaluate_in_order(
-        gradients, shapes, (x, ct), read, use, (inputs, {}), **options
-    )
-    return y, held, [grads[str(k)] for k in range(len(inputs))], log
+    steps = divide(gradients, shapes, (x, ct), **options)
+    y, (held, grads), _ = evaluate(steps, (x, ct), layer, (inputs, {}), [])
+    return y, held, [grads[str(k)] for k in range(len(inputs))], layer.log
 
 
 @pytest.mark.parametrize("all_at_once", [False, True])
@@ -74,20 +83,33 @@ def test_all_at_once_uses_all_gradients_in_one_call(values):
     assert [sorted(ks) for kind, ks in log if kind == "use"] == [[0, 1, 2]]
 
 
+class Summing(Layer):
+    """Adds up all gradients."""
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def read(self, carry, k):
+        return self.inputs[k]
+
+    def use(self, carry, ks, grads, params, states):
+        nothing, total = carry
+        return (nothing, total + sum(g.sum() for g in grads)), None
+
+    def write(self, carry, ks, news):
+        return carry
+
+
+def total(function, inputs, x, ct):
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
+    steps = divide(function, shapes, (x, ct))
+    nothing = [None] * len(inputs)
+    return evaluate(steps, (x, ct), Summing(inputs), (nothing, jnp.float32(0)), [])
+
+
 def barriers(values):
     """Returns the barriers of a program whose carry is one number."""
-
-    def evaluate(inputs, x, ct):
-        return evaluate_in_order(
-            gradients,
-            [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs],
-            (x, ct),
-            lambda carry, k: inputs[k],
-            lambda carry, ks, grads: carry + sum(g.sum() for g in grads),
-            jnp.float32(0),
-        )
-
-    eqns = jax.make_jaxpr(evaluate)(*values).eqns
+    eqns = jax.make_jaxpr(lambda *args: total(gradients, *args))(*values).eqns
     return [e for e in eqns if e.primitive.name == "optimization_barrier"]
 
 
@@ -123,16 +145,7 @@ def test_effects_happen_once(values):
         return gradients(inputs, x, ct)
 
     inputs, x, ct = values
-    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
-    jax.jit(
-        lambda inputs: evaluate_in_order(
-            noisy,
-            shapes,
-            (x, ct),
-            lambda carry, k: inputs[k],
-            lambda carry, ks, grads: carry + sum(g.sum() for g in grads),
-            jnp.float32(0),
-        )
-    )(inputs)[1].block_until_ready()
+    _, (_, found), _ = jax.jit(lambda inputs: total(noisy, inputs, x, ct))(inputs)
+    found.block_until_ready()
     jax.effects_barrier()
     assert seen == [float(x[0, 0])]
