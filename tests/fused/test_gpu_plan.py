@@ -105,6 +105,7 @@ def test_options_hold_one_layer_of_gradient_too(name, sharding, standard_promoti
     assert few.memory_analysis().temp_size_in_bytes < 6 * LAYER_INPUT + 2 * head + 3 * LAYER
 
 
+@pytest.mark.exhaustive
 def test_the_reference_grows_with_the_parameters(sharding, standard_promotion):
     few, many = (
         compiled(lomo_jax.reference_step, lomo_jax.lomo(1e-2), n, sharding) for n in (6, 12)

@@ -47,6 +47,7 @@ def planned(**changes):
     return compile_run(dataclasses.replace(CONFIG, **changes), find("rtx3090")).plan
 
 
+@pytest.mark.exhaustive
 def test_with_enough_memory_nothing_is_offloaded():
     settings, best = found(dataclasses.replace(CONFIG, offload=Offload(params=True)), 20)
     assert [setting.config.remat for setting in settings] == ["full", "attention", "none"]

@@ -66,6 +66,7 @@ def worker(processes, first, last, restore="-", save="-"):
     return [float(line.split()[1]) for line in printed[0]]
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_of_four_processes_resumes_on_one_and_on_two(tmp_path):
     expected = worker(1, 0, 5)
     first = worker(4, 0, 2, save=tmp_path / "checkpoint")

@@ -222,7 +222,13 @@ def test_a_run_continues_when_its_terminal_is_lost(text, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"fsdp": 4}, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_run_resumes_on_another_mesh(text, tmp_path, mesh, assert_close):
     """Losses and weights equal a run on one device to 1e-6."""
     for name, first, then in (("one", {"fsdp": 1}, {"fsdp": 1}), ("two", mesh, {"fsdp": 2})):
