@@ -1,10 +1,10 @@
 """Plans weak scaling: the bytes that GPUs send in a step, one sequence of 1024 tokens on each.
 
-    JAX_PLATFORMS=cpu python benchmarks/wire.py [--model=llama65b] [--overlap] [--json]
+    JAX_PLATFORMS=cpu python benchmarks/wire.py [--model=llama65b] [--json]
 
 Needs `pip install 'lomo_jax[train,cuda]'` but no GPU; nothing is run or measured. XLA compiles the
 training step for RTX 3090s, with AdaLomo and nothing offloaded, and the collectives are counted in
-the compiled program. `--overlap` turns on XLA's latency-hiding scheduler.
+the compiled program.
 
 The count is for ring algorithms. Of n GPUs with S bytes each, each sends S (n - 1) in an
 all-gather, S (n - 1) / n in a reduce-scatter or an all-to-all, and 2 S (n - 1) / n in an
@@ -117,9 +117,8 @@ def count(run: CompiledRun, num_layers: int) -> dict[str, Any]:
     return {"memory_gib": run.plan.total_gib, **sent, "hidden": share}
 
 
-def rows(model: str, *, overlap: bool) -> Iterator[dict[str, Any]]:
+def rows(model: str) -> Iterator[dict[str, Any]]:
     """Yields `count` of the fused and the reference step for each mesh, or a compiler error."""
-    options = {"xla_gpu_enable_latency_hiding_scheduler": True} if overlap else None
     base = parse(["wire", "--config", model], for_plan=True)
     for (data, fsdp), fused in ((mesh, fused) for mesh in MESHES[model] for fused in (True, False)):
         shape = {"batch_size": data * fsdp, "sequence_length": LENGTH}
@@ -128,7 +127,7 @@ def rows(model: str, *, overlap: bool) -> Iterator[dict[str, Any]]:
         )
         row = {"model": model, "data": data, "fsdp": fsdp, "fused": fused}
         try:
-            run = compile_run(config, gpus.find("rtx3090"), data * fsdp, options)
+            run = compile_run(config, gpus.find("rtx3090"), data * fsdp)
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             yield row | {"error": str(error).splitlines()[0]}
         else:
@@ -152,7 +151,6 @@ def main() -> None:
     """Prints the table, in Markdown, or one JSON object per line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MESHES, help="only this model")
-    parser.add_argument("--overlap", action="store_true", help="use XLA's latency-hiding scheduler")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     arguments = parser.parse_args()
     show = json.dumps if arguments.json else lambda row: f"| {' | '.join(cells(row))} |"
@@ -162,7 +160,7 @@ def main() -> None:
         titles += " | step: gather | scatter | reduce | other | all | a machine | hidden"
         print("|", titles, "|\n|" + "---|" * (titles.count("|") + 1))
     for model in [arguments.model] if arguments.model else MESHES:
-        for row in rows(model, overlap=arguments.overlap):
+        for row in rows(model):
             print(show(row), flush=True)
 
 
