@@ -89,8 +89,8 @@ def divide(
       kept: those of them that are kept from their first use to their last, as inputs with
         gradients always are; others are read again.
       states_on_host: the inputs whose optimizer's state is in host memory.
-      read_ahead: whether all inputs and states are read before the first step, and nothing else is
-        done ahead.
+      read_ahead: whether inputs with gradients and their states are read before the first step, and
+        nothing else is done ahead.
       all_at_once: whether all gradients are used together, in the last step.
     """
     closed, shape = jax.make_jaxpr(lambda x, a: function(x, *a), return_shape=True)(shapes, args)
@@ -99,8 +99,9 @@ def divide(
     # Checkpoints are inlined too: the barriers here replace theirs.
     inlined = lambda eqn: eqn.primitive.name in jaxprs.INLINED  # noqa: E731
     eqns, results = jaxprs.inline(closed, variables, inlined)
-    far = {v: Far(k, None) for v, k in inputs.items() if read_ahead or k in on_host}
-    near = {v: k for v, k in inputs.items() if v not in far}
+    is_far = lambda k: k in on_host or (read_ahead and k < len(shape[0]))  # noqa: E731
+    far = {v: Far(k, None) for v, k in inputs.items() if is_far(k)}
+    near = {v: k for v, k in inputs.items() if not (read_ahead or v in far)}
     eqns, results, gathered = take_gathers(closed, eqns, results, near)
     far |= gathered
     readable = {**inputs, **{v: x.k for v, x in far.items()}}
