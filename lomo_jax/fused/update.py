@@ -192,11 +192,10 @@ class Update:
             match_memory(new, old) if stack is None else _write(old, new, stack, at)
             for new, old, stack in zip(news, olds, stacks, strict=True)
         ]
-        if any(map(arrays.is_on_host, jax.tree.leaves(news))):
-            # XLA may keep the new ones on the device until the end of the step.
-            keys = list(others)
-            news, values = jax.lax.optimization_barrier((news, list(others.values())))
-            others = dict(zip(keys, values, strict=True))
+        # XLA may keep old, gradient and new ones until the end of the step.
+        keys = list(others)
+        news, values = jax.lax.optimization_barrier((news, list(others.values())))
+        others = dict(zip(keys, values, strict=True))
         self._store(indices, news)
         return others
 
