@@ -10,7 +10,7 @@ M machines; then only shards of gradients travel between machines. On several ma
 same command on each, with srun, with mpirun or with --coordinator, --num_processes and
 --process_id.
 
-Hardware: eight NVIDIA GPUs with 24 GB. Planned for RTX 3090s, not measured: 17.6 GiB on each, by
+Hardware: eight NVIDIA GPUs with 24 GB. Planned for RTX 3090s, not measured: 17.5 GiB on each, by
 
     lomo-jax plan --config configs/llama65b_8gpus.py --gpu rtx3090 --devices 8
 
