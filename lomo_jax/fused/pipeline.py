@@ -190,7 +190,7 @@ class _State:
     updated: list[tuple[list[int], Any]] = dataclasses.field(default_factory=list)  # not written
 
     def wait(self, being_written: Collection[int]) -> None:
-        """Waits for everything but the stacks of `being_written`, which are being written."""
+        """Waits for everything but the stacks that are being written: they may arrive later."""
         stacks, rest = self.carry
         waiting = {k: x for k, x in enumerate(stacks) if k not in being_written}
         sums, news = [x.value for x in self.sums], [x for _, x in self.updated]
