@@ -144,7 +144,7 @@ def flops(config: DecoderConfig, length: int, remat: str) -> float:
     attention = 2 * length * config.num_heads * config.head_dim
     training = flops_per_token(config, length)
     layer = (training - 3 * head) / (3 * config.num_layers)  # its forward pass
-    again = {"none": 0, "attention": layer - attention, "full": layer}[remat]
+    again = {"attention": layer - attention, "full": layer}.get(remat, 0)
     # Every step recomputes the head's logits.
     return (training + config.num_layers * again + head) / (training + head)
 

@@ -133,9 +133,11 @@ class Step:
         the rest.
         ``"full"``: the layer's input only. ``"attention"``: also the results of attention: of
         cuDNN's flash attention, and of values named by
-        ``jax.ad_checkpoint.checkpoint_name(x, "attention")``. ``"none"``: all residuals of
-        `jax.vjp`. Or a policy of `jax.checkpoint_policies`. It replaces a `jax.checkpoint` around
-        the whole layer; one inside the layer stays. Saved values exist for all layers at once.
+        ``jax.ad_checkpoint.checkpoint_name(x, "attention")``. ``"products"``: these, and the
+        results of matrix products without batch axes and of `jax.lax.ragged_dot`, so that only
+        cheap operations are computed again. ``"none"``: all residuals of `jax.vjp`. Or a policy of
+        `jax.checkpoint_policies`. It replaces a `jax.checkpoint` around the whole layer; one inside
+        the layer stays. Saved values exist for all layers at once.
 
     Raises:
       ValueError: an option is out of range, or two options exclude each other. When the step is
@@ -255,7 +257,7 @@ class Step:
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """Options of XLA for `jax.jit`; empty but for a `fused_step` that moves data."""
+        """Options of XLA for `jax.jit`; empty but for a `fused_step`."""
         return {}
 
     def __call__(

@@ -107,9 +107,13 @@ def _flow_graph(
 
 
 def is_cheap(eqn: jex.JaxprEqn) -> bool:
-    if eqn.primitive.name == "gather":
+    """Returns whether computing an equation again is faster than reading its results."""
+    name = eqn.primitive.name
+    if name == "gather":
         return math.prod(jaxprs.shape(eqn.invars[0])) <= _TABLE
-    return eqn.primitive.name in _CHEAP
+    if name == "shard_map" or name in jaxprs.INLINED:  # such as the mask of attention
+        return all(map(is_cheap, jaxprs.open_jaxpr(eqn.params["jaxpr"]).eqns))
+    return name in _CHEAP
 
 
 def _size(var: jex.Var) -> int:

@@ -468,8 +468,7 @@ def save_residuals(
       diff_in: the inputs to differentiate with respect to.
       diff_out: the outputs that may have a cotangent.
     """
-    named: dict[Any, Any] = {"attention": _save_attention, "none": _save_all_but_gathered}
-    policy = remat if callable(remat) else named[remat]
+    policy = remat if callable(remat) else _POLICIES[remat]
     # The two passes are different loops: XLA cannot merge their common computations.
     function = jax.checkpoint(
         _without_outer_checkpoint(body, stacked), policy=policy, prevent_cse=False
@@ -528,9 +527,25 @@ def _save_attention(primitive: Any, *_: Any, **params: Any) -> bool:
     )
 
 
+def _save_products(primitive: Any, *avals: Any, **params: Any) -> bool:
+    if primitive.name == "dot_general":
+        # Those with batch axes are inside attention: scores, which grow with the square of the
+        # length.
+        (_, _), (batch, _) = params["dimension_numbers"]
+        return not batch
+    return primitive.name.startswith("ragged_dot") or _save_attention(primitive, *avals, **params)
+
+
 def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     # Saving gathered weights would put the whole model on every device.
     return primitive.name != "reshard"
+
+
+_POLICIES: dict[Any, Callable[..., bool]] = {
+    "attention": _save_attention,
+    "products": _save_products,
+    "none": _save_all_but_gathered,
+}
 
 
 def _is_array(x: Any) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lomo_jax import _validate
 
 ROUNDINGS = ("nearest", "stochastic")
-REMAT_POLICIES = ("full", "attention", "none")
+REMAT_POLICIES = ("full", "attention", "products", "none")  # least memory first
 SKIPS = ("step", "layers")
 # Gradients are multiplied by the reciprocal of the loss scale: both are normal float32 numbers.
 MIN_LOSS_SCALE, MAX_LOSS_SCALE = 2.0**-126, 2.0**126

@@ -222,13 +222,19 @@ def _read_in_time(
     for k in states:
         for n in range(used[k] + 1) if read_ahead else [used[k]]:
             needs[n].append(k)
+    is_large = lambda key: not isinstance(key, int) and jaxprs.mib(key) >= _SMALL  # noqa: E731
+    if not read_ahead:
+        # One large array beside each product: what else a step needs is read earlier.
+        for n in range(last, 0, -1):
+            large = [v for v in needs[n] if is_large(v) and v not in needs[n - 1]]
+            needs[n - 1] += large[1:]
     reads_next: list[list[Key]] = [[] for _ in steps]
     if read_ahead:
         reads_next[last] = needs[0]
     else:
         # One large array in each step, the last of them in the last step with a product; but before
         # a layer of the same stack is written.
-        large = [v for v in needs[0] if not isinstance(v, int) and jaxprs.mib(v) >= _SMALL]
+        large = list(filter(is_large, needs[0]))
         at = min([last - 1, *(used[far[v].k] for v in large if far[v].k in used)])
         for v in large:
             reads_next[max(at, 0)].append(v)
@@ -318,7 +324,7 @@ def _sums_first(program: Sequence["_Segment"], sums: Mapping[int, LateSum]) -> l
 
 
 def _has_product(eqns: Sequence[jex.JaxprEqn]) -> bool:
-    return any(eqn.primitive.name in _PRODUCTS for eqn in eqns)
+    return any(eqn.primitive.name in _PRODUCTS and not is_cheap(eqn) for eqn in eqns)
 
 
 class _Segment(NamedTuple):

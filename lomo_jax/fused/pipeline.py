@@ -143,19 +143,21 @@ def evaluate(
         state.env.update(zip(step.outputs, run(*map(value, step.free)), strict=True))
         for k, late in step.sums.items():
             state.sums.append(_Sum(k, state.env.pop(late.part), late.stages))
-        if now := [k for k in step.ks if k not in step.sums]:
-            use({k: value(steps.grads[k]) for k in now})
-        if is_last:
-            write()
         following = layer.following(state.carry) if step.reads_next else state.carry
         state.following.update(
             (key, _fetch(steps, layer, following, key)) for key in step.reads_next
         )
-        if is_last:
-            break
-        needs = steps.steps[n + 1].needs
+        needs = [] if is_last else steps.steps[n + 1].needs
         missing = [key for key in needs if key not in state.held]
         state.held.update((key, _fetch(steps, layer, state.carry, key)) for key in missing)
+        if now := [k for k in step.ks if k not in step.sums]:
+            if step.reads_next or missing:
+                # Otherwise XLA may fetch beside the update, which is shorter than the product.
+                state.wait(being_written)
+            use({k: value(steps.grads[k]) for k in now})
+        if is_last:
+            write()
+            break
         state.held = OrderedDict((key, state.held[key]) for key in needs)
         state.env = OrderedDict((v, state.env[v]) for v in step.carried)
         state.wait(being_written)

@@ -29,8 +29,8 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
     summed gradient. Besides parameters and state a step needs memory for the layer inputs, and for
     the parameters, gradient and activations of about one layer.
 
-    Jit the step with parameters and state donated. Otherwise XLA copies both before it writes. On
-    several devices or with `offload` also pass `compiler_options`.
+    Jit the step with parameters and state donated. Otherwise XLA copies both before it writes. On a
+    GPU also pass `compiler_options`.
 
     With loss :math:`\ell`, loss scale :math:`s`, microbatches :math:`b_1 \dots b_K` and their
     shares :math:`w_k` of the loss (:math:`1/K`, or from `WeightedLoss`), `tx` gets
@@ -85,10 +85,12 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """Options of XLA with which transfers run beside computing.
+        """Options of XLA for `jax.jit`. They matter on GPUs, and have no effect on a CPU.
 
-        Pass them to `jax.jit` if the step moves data to the host or, under the mesh of
-        `jax.set_mesh`, between devices. Otherwise they are empty. On a CPU they have no effect.
+        With them XLA recomputes nothing that the step does not. (Left to itself it does near the
+        limit of a GPU's memory, against which it counts what is in host memory too.) If the step
+        moves data to the host or, under the mesh of `jax.set_mesh`, between devices, transfers run
+        beside computing.
 
         Example:
           >>> import jax, jax.numpy as jnp, lomo_jax
@@ -99,9 +101,12 @@ class fused_step(Step):  # noqa: N801  # a transformation, like jax.custom_vjp
           ...     step, donate_argnums=(0, 1), compiler_options=step.compiler_options
           ... )
         """
+        # Percent of the memory that XLA thinks is left. Where it thinks that it has too little it
+        # recomputes, and its scheduler lets every transfer block.
+        options: dict[str, Any] = {"xla_gpu_memory_limit_slop_factor": 100_000}
         if self.offload == Offload() and jax.sharding.get_abstract_mesh().size <= 1:
-            return {}
-        return {
+            return options
+        return options | {
             "xla_gpu_enable_latency_hiding_scheduler": True,
             # A step gathers one weight and sums one gradient, and copies to the host and from it.
             "xla_gpu_experimental_parallel_collective_overlap_limit": 2,

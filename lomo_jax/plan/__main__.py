@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -67,6 +68,10 @@ def _plan(argv: Sequence[str]) -> None:
     as_json = define_bool("json", help="print only the plan, as one JSON object")
     suggest = define_bool("suggest", help="also plan changes that lower the memory")
     best = define_bool("best", help="also search for the fastest setting that fits")
+    batch_sizes = flags.DEFINE_list(
+        *("batch_sizes", None, "those that --best tries, such as 4,8,16; by default the config's"),
+        flag_values=values,
+    )
     measure = define_bool("measure", help="also run the step on the GPU of this machine")
     config = parse(argv, values, for_plan=True)
     if gpu_name.value is None:
@@ -75,6 +80,11 @@ def _plan(argv: Sequence[str]) -> None:
         raise UserError("--json prints only the plan: leave out --suggest, --best and --measure")
     if best.value and not config.fused:
         raise UserError("--best: its options are those of the fused step; set --config.fused=true")
+    if batch_sizes.value is not None and not best.value:
+        raise UserError("--batch_sizes: these are for the search; set --best too")
+    sizes = batch_sizes.value or [str(config.batch_size)]
+    if wrong := [size for size in sizes if not (size.isascii() and size.isdigit() and int(size))]:
+        raise UserError(f"--batch_sizes: {wrong[0]!r} is not a positive number")
     gpu = gpus.find(gpu_name.value)
 
     # JAX cannot read programs for devices that are not there back from its cache.
@@ -88,10 +98,12 @@ def _plan(argv: Sequence[str]) -> None:
 
     compiled = planning.compile_run(config, gpu, devices.value)
     plan, title = compiled.plan, str(values["config"].value)
+    if config.remat == "auto":
+        title += f", remat={compiled.config.remat}"
     if plot.value is not None:
         _plot(plot.value, title, plan)
     if as_json.value:
-        print(_to_json(config, plan, compiled.time))
+        print(_to_json(compiled.config, plan, compiled.time))
         return
     console = Console(highlight=False, soft_wrap=True)
     _show(console, title, plan)
@@ -104,21 +116,23 @@ def _plan(argv: Sequence[str]) -> None:
             plans = {"no change": plan}
             for changes in savings:
                 changed = set_fields(config, changes)
-                compiled = planning.compile_run(changed, gpu, devices.value)
-                plans[planning.as_flags(changes)] = compiled.plan
+                run = planning.compile_run(changed, gpu, devices.value)
+                plans[planning.as_flags(changes)] = run.plan
         _show_suggestions(console, plans)
     if best.value:
         from lomo_jax.training import search  # slow to import
 
         with console.status("compiling settings"):
-            settings = list(search.search(config, gpu, devices.value))
+            batches = [dataclasses.replace(config, batch_size=int(size)) for size in sizes]
+            found = (search.search(one, gpu, devices.value) for one in batches)
+            settings = list(itertools.chain.from_iterable(found))
         _show_best(console, config, settings, search.fastest(settings))
     if measure.value:
-        _show_measured(console, plan, planning.measure(config, gpu))
+        _show_measured(console, plan, planning.measure(compiled.config, gpu))
 
 
 def _to_json(config: Config, plan: MemoryPlan, time: TimePlan) -> str:
-    values = dataclasses.asdict(plan) | dataclasses.asdict(time)
+    values = {"remat": config.remat, **dataclasses.asdict(plan), **dataclasses.asdict(time)}
     tokens, hours = _whole_run(config, time)
     values |= {"run_tokens": tokens, "run_hours": hours}
     rounded = {

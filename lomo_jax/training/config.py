@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # slow to import
     from lomo_jax.lora import LoRA
 
 FROZEN = "frozen"  # as the optimizer of the base: it is not trained
+AUTO_REMATS = ("products", "attention", "full")  # the fastest first, which needs most memory
 
 
 @dataclasses.dataclass
@@ -126,7 +127,9 @@ class Config:
     dynamic_loss_scale: bool = False  # for float16: skips steps that overflow; as slow as clip_norm
     skip_nonfinite: int = 0  # NaN or infinite updates in a row to skip before the run stops
     rounding: str = "nearest"  # or "stochastic", which preserves small updates of bfloat16 weights
-    remat: str = "full"  # recomputes whole layers; or "attention": all but attention, "none"
+    # What the backward pass recomputes: "full": whole layers; "attention": all but attention;
+    # "products": only what is cheap; "none". Or "auto": as little as fits the memory of the GPU.
+    remat: str = "full"
     offload: Offload = dataclasses.field(default_factory=Offload)  # arrays to store in host memory
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     attention: str = "auto"  # cuDNN flash attention where it is supported; or "xla", "cudnn"
@@ -209,6 +212,14 @@ class Config:
             decay_mask=self.decay_mask,
         )
         return partition(optimizer, base)
+
+    def remats(self) -> tuple[str, ...]:
+        """Returns the values of `remat` to try until one fits, the fastest first."""
+        if self.remat != "auto":
+            return (self.remat,)
+        # Not "none": moving what it saves takes longer than computing it again. For the same reason
+        # no products in host memory, though on some GPUs they are faster.
+        return ("attention", "full") if self.offload.activations else AUTO_REMATS
 
     def step_options(self) -> dict[str, Any]:
         """Returns the fields that are options of `step.make_step`, by name."""

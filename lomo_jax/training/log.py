@@ -83,8 +83,9 @@ class Display:
             is_logged = self._to_log("error", "".join(traceback.format_exception(error)))
         elif isinstance(error, UserError):
             self._to_log("error", str(error))  # the command prints this error
-        with _ignore_output_errors():
-            self._bar.stop()
+        if not self._bar.disable:  # rich 13 would print an empty line
+            with _ignore_output_errors():
+                self._bar.stop()
         try:
             sys.stdout.flush()
         except OSError:

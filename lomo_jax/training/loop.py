@@ -166,8 +166,7 @@ def _set_up(
         resume.check_steps(checkpoint, settings)
         resume.check_same_dataset(checkpoint, settings, dataset.fingerprint)
         resume.check_same_base(checkpoint, base_sums, _source_name(config))
-    compiled = _compile(config, model, batch, display)
-    memory.plan = plan_step(compiled, model)
+    compiled, memory.plan = _compile(config, model, batch, display)
     display.line("memory", describe(memory.plan))
 
     if checkpoint is None:
@@ -280,14 +279,24 @@ def _load_tasks(config: Config, display: Display) -> Tasks | None:
     return Tasks(names, data=folders, limit=config.eval_examples)
 
 
-def _compile(config: Config, model: Model, batch: Any, display: Display) -> CompiledStep:
-    display.status("compiling the step")
+def _compile(
+    config: Config, model: Model, batch: Any, display: Display
+) -> tuple[CompiledStep, MemoryPlan]:
+    """Returns the step and its plan; the first of `Config.remats` that fits, or the last."""
     started = time.perf_counter()
-    step = make_step(model.loss, config.make_optimizer(), **config.step_options())
-    compiled = compile_step(step, model.shapes, batch, config.optimizer)
+    remats = config.remats()
+    for remat in remats:
+        display.status(f"compiling the step, remat={remat}")
+        config = dataclasses.replace(config, remat=remat)
+        step = make_step(model.loss, config.make_optimizer(), **config.step_options())
+        compiled = compile_step(step, model.shapes, batch, config.optimizer)
+        plan = plan_step(compiled, model)
+        # Some devices do not report their memory: then nothing is known to fit.
+        if len(remats) == 1 or devices.agree(plan.fits is True):
+            break
     seconds = time.perf_counter() - started
-    display.line("step", f"{config.optimizer}, compiled in {seconds:.0f} s")
-    return compiled
+    display.line("step", f"{config.optimizer}, remat={remat}, compiled in {seconds:.0f} s")
+    return compiled, plan
 
 
 @os_errors_are_the_users()

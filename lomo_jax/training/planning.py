@@ -32,6 +32,7 @@ Changes = dict[str, Any]  # fields of a config by name, such as "offload.params"
 class CompiledRun(NamedTuple):
     """The step of a run, compiled for a GPU."""
 
+    config: Config  # with the `remat` that was compiled, which is not "auto"
     plan: MemoryPlan
     executable: jax.stages.Compiled
     params: Any  # pytree of jax.ShapeDtypeStruct
@@ -61,6 +62,8 @@ def compile_run(
 ) -> CompiledRun:
     """Compiles the step of a run for GPUs that need not be installed.
 
+    With `remat="auto"` it compiles more and more recomputation until the step fits.
+
     Args:
       config: a config that is valid for a plan: it needs neither dataset nor checkpoint.
       gpu: kind of the GPUs.
@@ -70,6 +73,17 @@ def compile_run(
     Raises:
       UserError: The config cannot run on these GPUs, or XLA's compiler for them is missing.
     """
+    for remat in config.remats():
+        one = dataclasses.replace(config, remat=remat)
+        compiled = _compile_run(one, gpu, devices, compiler_options)
+        if compiled.plan.fits:
+            break
+    return compiled
+
+
+def _compile_run(
+    config: Config, gpu: GPU, devices: int | None, compiler_options: dict[str, Any] | None
+) -> CompiledRun:
     sizes = mesh_shape(config.mesh, devices)
     # Problems of the run are reported before a missing compiler.
     mesh = sharding.abstract_mesh(sizes)
@@ -93,7 +107,7 @@ def compile_run(
     )
     tokens = config.batch_size * config.sequence_length
     time = read_time(executable, gpu, tokens=tokens)
-    return CompiledRun(plan, executable, model.shapes, state, step.offload, inputs, time)
+    return CompiledRun(config, plan, executable, model.shapes, state, step.offload, inputs, time)
 
 
 def mesh_shape(mesh: MeshConfig, devices: int | None) -> tuple[int, int, int]:
@@ -171,7 +185,7 @@ def memory_savings(config: Config, devices: int, *, state_gib: float = 0.0) -> I
     if not config.fused:
         yield {"fused": True}
     else:
-        if config.remat != "full":
+        if config.remats()[-1] != "full":
             yield {"remat": "full"}
         if not config.offload.activations:
             yield {"offload.activations": True}

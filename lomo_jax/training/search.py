@@ -1,7 +1,7 @@
 """Searches for the fastest setting of a run that fits a GPU, by compiling it.
 
 Only what does not change the result of a step is searched: `remat`, `microbatches`, `offload`, and
-whether several GPUs share the weights. The batch stays as it is.
+whether several GPUs share the weights. Search once for each batch size that is allowed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 from lomo_jax.fused import Offload
 from lomo_jax.plan import GPU, MemoryPlan, TimePlan
-from lomo_jax.training.config import Config, MeshConfig
+from lomo_jax.training.config import AUTO_REMATS, Config, MeshConfig
 from lomo_jax.training.planning import as_flags, compile_run, mesh_shape
 from lomo_jax.training.validation import leaves
 
-# Least memory first; each needs fewer FLOPs than the one before.
-REMATS = ("full", "attention", "none")
+REMATS = AUTO_REMATS[::-1]  # each needs more memory and fewer FLOPs than the one before
 # From little in host memory to all. From the third on they are tried only if nothing else fits.
 _OFFLOADS = (
     Offload(),
@@ -44,9 +43,9 @@ class Setting(NamedTuple):
 
 
 def fastest(settings: Iterable[Setting]) -> Setting | None:
-    """Returns the fastest setting that fits the GPU, None if none does."""
+    """Returns the fastest setting that fits the GPU, by its tokens a second; None if none does."""
     fitting = [setting for setting in settings if setting.memory.fits]
-    return min(fitting, key=lambda setting: setting.time.step_seconds, default=None)
+    return max(fitting, key=lambda setting: setting.time.tokens_per_second, default=None)
 
 
 def search(config: Config, gpu: GPU, devices: int | None = None) -> Iterator[Setting]:

@@ -213,7 +213,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "data.special_tokens": ("parse", "text"),
     "lora.quantize": ("none", "int8", "nf4"),
     "rounding": ROUNDINGS,
-    "remat": REMAT_POLICIES,
+    "remat": (*REMAT_POLICIES, "auto"),
     "attention": ("auto", "xla", "cudnn", "pallas"),
     "resume": ("auto", "must", "never"),
 }

@@ -35,6 +35,7 @@ OPTIONS = {
     "trainable": {"trainable": lambda name: not name.endswith(("down", "/a"))},
     "offload": {"offload": lomo_jax.Offload(params=True, activations=True, state=True)},
     "attention": {"remat": "attention"},
+    "products": {"remat": "products"},
     "none": {"remat": "none"},
     "all": {
         "microbatches": 2,

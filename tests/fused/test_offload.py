@@ -89,6 +89,7 @@ def saved(remat):
 def test_residuals_saved_by_remat():
     assert saved("full") == [B * D]
     assert saved("attention") == [B * D, B * F]
+    assert saved("products") == [B * D, B * F, B * F]
     # Also the residuals of tanh, but no parameters.
     assert set(saved("none")) == {B * D, B * F}
     assert len(saved("none")) > 2

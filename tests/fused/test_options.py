@@ -66,10 +66,14 @@ OPTIONS = {
     "trainable": {"trainable": lambda name: name not in ("layers/up", "bias")},
     "offload": {"offload": lomo_jax.Offload(params=True, activations=True, state=True)},
     "attention": {"remat": "attention"},
+    "products": {"remat": "products"},
     "none": {"remat": "none"},
 }
 NAMES = [(name,) for name in OPTIONS] + [
-    pytest.param((a, b), marks=pytest.mark.slow)
+    pytest.param(
+        (a, b),
+        marks=[pytest.mark.slow, *[pytest.mark.exhaustive] * ("attention" in (a, b))],
+    )
     for a, b in itertools.combinations(OPTIONS, 2)
     if OPTIONS[a].keys().isdisjoint(OPTIONS[b]) and {a, b} != {"clip_norm", "dynamic_layers"}
 ]
@@ -81,7 +85,7 @@ def test_options(names, assert_steps_agree):
     tx = lomo_jax.adalomo(0.05, weight_decay=0.1)
     key = (
         "test_options",
-        *(name for name in names if name not in ("offload", "attention", "none")),
+        *(name for name in names if name not in ("offload", "attention", "products", "none")),
     )
     batches = make_batches()
     assert_steps_agree(loss_fn, tx, make_params(), batches, has_aux=True, key=key, **options)

@@ -25,6 +25,7 @@ def get_config():
     )
 """
 _KEYS = [
+    "remat",
     *("weights_gib", "state_gib", "layer_inputs_gib", "temporaries_gib", "host_gib", "total_gib"),
     *("device_gib", "usable_gib", "fits", "gpu", "devices"),
     *("step_seconds", "products_seconds", "attention_seconds", "update_seconds", "other_seconds"),
@@ -63,10 +64,10 @@ def test_json_is_one_object_that_adds_up(plan):
     assert figures["weights_gib"] == pytest.approx(_WEIGHTS, abs=1e-4)
     assert figures["layer_inputs_gib"] == pytest.approx(_LAYER_INPUTS, abs=1e-4)
     assert figures["host_gib"] == 0
-    parts = sum(figures[key] for key in _KEYS[:4])
+    parts = sum(figures[key] for key in _KEYS[1:5])
     assert parts == pytest.approx(figures["total_gib"], abs=3e-4)
     assert (figures["device_gib"], figures["devices"]) == (24, 1)
-    assert figures["fits"]
+    assert (figures["fits"], figures["remat"]) == (True, "full")
     assert figures["gpu"] == "NVIDIA GeForce RTX 3090"
     assert figures["tokens_per_second"] == pytest.approx(2048 / figures["step_seconds"], rel=0.01)
     assert figures["hidden_fraction"] is None
@@ -94,15 +95,24 @@ def test_offloaded_parts_are_in_host_memory(plan):
 @needs_cuda
 def test_the_best_setting_is_printed_as_flags(plan):
     before = json.loads(plan("--json", "--config.offload.activations=true")[1])
-    status, out, error = plan("--best", "--config.offload.activations=true")
+    searched = ("--best", "--batch_sizes=4,8", "--config.offload.activations=true")
+    status, out, error = plan(*searched)
     assert (status, error) == (0, "")
     flags = out.split("fastest that fits, modelled:\n")[1].splitlines()[0].split()
-    assert "--config.offload.activations=false" in flags
+    assert {"--config.offload.activations=false", "--config.batch_size=8"} <= set(flags)
     best = json.loads(plan("--json", "--config.offload.activations=true", *flags)[1])
     assert best["fits"]
     assert best["host_gib"] == 0
     assert best["tokens_per_second"] > before["tokens_per_second"]
     assert f"{best['tokens_per_second']:,.0f}" in out
+
+
+@pytest.mark.plan
+@needs_cuda
+def test_remat_auto_is_what_fits(plan):
+    status, out, error = plan("--config.remat=auto")
+    assert (status, error) == (0, "")
+    assert "config.py, remat=products\n" in out
 
 
 @pytest.mark.plan
@@ -181,6 +191,9 @@ def test_measure_needs_the_planned_gpu(plan):
         (["--json", "--suggest"], "h100", "--json prints only the plan"),
         (["--json", "--best"], "h100", "--json prints only the plan"),
         (["--best", "--config.fused=false"], "h100", "--best: its options are those of the fused"),
+        (["--batch_sizes=4,8"], "h100", "--batch_sizes: these are for the search; set --best too"),
+        (["--best", "--batch_sizes=4,0"], "h100", "--batch_sizes: '0' is not a positive number"),
+        (["--best", "--batch_sizes=4,x"], "h100", "--batch_sizes: 'x' is not a positive number"),
         (["--config.stepz=2"], "h100", "stepz: no such field"),
         (["--config.model.path=nowhere"], "h100", "nowhere does not exist"),
         ([], "t4", "param_dtype: 'bfloat16'"),

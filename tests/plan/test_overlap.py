@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from lomo_jax import Offload, models
-from lomo_jax.plan import Program, find
+from lomo_jax.plan import GPU, Program, find
+from lomo_jax.plan.gpus import MEMORY_FRACTION
 from lomo_jax.plan.kernels import Reader, is_free
 from lomo_jax.training import Config, MeshConfig, ModelConfig
 from lomo_jax.training.planning import compile_run
@@ -33,7 +34,7 @@ def compiler():
 def compiled(gpu="rtx3090", devices=1, layers=8, **fields):
     model = ModelConfig(architecture=dataclasses.replace(WIDE, num_layers=layers))
     config = Config(model=model, sequence_length=1024, param_dtype="bfloat16", **fields)
-    return compile_run(config, find(gpu), devices)
+    return compile_run(config, gpu if isinstance(gpu, GPU) else find(gpu), devices)
 
 
 def hidden(run):
@@ -97,3 +98,22 @@ def test_layers_are_copied_to_the_host_and_back_beside_products(layers, optimize
     assert copied(run) <= 32000 * 4096 * 2 / 2**30  # the embedding
     if optimizer == "adalomo" and layers == 8:
         assert run.plan.total_gib < 1.2 + 2 * WEIGHT
+
+
+def test_saved_products_are_copied_to_the_host_and_back_beside_products():
+    offload = Offload(activations=True)
+    found = hidden(compiled(offload=offload, remat="products", batch_size=16))
+    assert found["from host"] >= 0.85
+    assert found["to host"] >= 0.75
+
+
+def test_near_the_limit_of_memory_nothing_else_is_computed_again():
+    """XLA reckons with a smaller limit, and would recompute products to respect it."""
+    fields = {"offload": Offload(activations=True), "batch_size": 4}
+    run = compiled(**fields)
+    small = dataclasses.replace(
+        find("rtx3090"), memory_gib=(run.plan.total_gib + 0.01) / MEMORY_FRACTION
+    )
+    other = compiled(small, **fields)
+    assert other.plan.fits
+    assert other.time.flops == run.time.flops

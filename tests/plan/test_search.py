@@ -50,22 +50,22 @@ def planned(**changes):
 @pytest.mark.exhaustive
 def test_with_enough_memory_nothing_is_offloaded():
     settings, best = found(dataclasses.replace(CONFIG, offload=Offload(params=True)), 20)
-    assert [setting.config.remat for setting in settings] == ["full", "attention", "none"]
+    assert [setting.config.remat for setting in settings] == ["full", "attention", "products"]
     assert {setting.config.offload for setting in settings} == {Offload()}
     assert [s.flags(CONFIG) for s in settings] == [
         "",
         "--config.remat=attention",
-        "--config.remat=none",
+        "--config.remat=products",
     ]
     assert best.time.step_seconds == min(s.time.step_seconds for s in settings)
 
 
 @pytest.mark.exhaustive
 def test_with_less_memory_layers_are_recomputed():
-    full, none = planned(), planned(remat="none")
+    full, products = planned(), planned(remat="products")
     settings, best = found(CONFIG, full.total_gib + 0.01)
     assert best.memory.fits
-    assert best.memory.total_gib < none.total_gib
+    assert best.memory.total_gib < products.total_gib
     assert not best.config.offload.params  # they fit
     assert len(settings) <= 5
 
@@ -88,6 +88,15 @@ def test_a_batch_is_split_where_its_temporaries_are_too_large():
     settings, best = found(config, room)
     assert best.config.microbatches > 1
     assert {setting.config.microbatches for setting in settings} <= {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("remat", ["full", "attention"])
+@pytest.mark.exhaustive
+def test_remat_auto_is_the_least_recomputation_that_fits(remat):
+    gpu = gpu_with(planned(remat=remat).total_gib + 0.001)
+    run = compile_run(dataclasses.replace(CONFIG, remat="auto"), gpu)
+    assert run.config.remat == remat
+    assert run.plan.fits
 
 
 def test_none_fits():

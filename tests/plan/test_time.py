@@ -181,7 +181,7 @@ def decoder_flops(config, batch, length, remat, attention):
     tokens = batch * length
     # The products of the gradients of inputs and of weights.
     flops = 3 * 2 * tokens * weights + (forward + backward) * scores
-    if remat != "none":  # the output of a layer is not computed again
+    if remat in ("full", "attention"):  # the output of a layer is not computed again
         flops += 2 * tokens * (weights - down)
     if remat == "full":
         flops += forward * scores
@@ -230,6 +230,7 @@ def run():
         ("rtx3090", {}, None, CUDNN),
         ("h100", {}, None, CUDNN),
         ("rtx3090", {"remat": "none"}, LIBRARIES, CUDNN),
+        ("rtx3090", {"remat": "products", "offload": Offload(activations=True)}, None, CUDNN),
         ("rtx3090", {"batch_size": 1, "sequence_length": 16384}, None, TRITON),
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)

@@ -23,6 +23,7 @@ from lomo_jax.training import (
     DataConfig,
     ModelConfig,
     loop,
+    planning,
 )
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.step import make_schedule
@@ -266,3 +267,16 @@ def test_a_run_that_cannot_start_raises_a_one_line_error(text, tmp_path, changes
     with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
         loop.train(_config(text, tmp_path, **changes))
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("usable_gib", "remat"), [(1000.0, "products"), (1e-6, "full"), (None, "full")]
+)
+def test_remat_auto_recomputes_as_little_as_the_device_allows(
+    text, tmp_path, monkeypatch, usable_gib, remat
+):
+    monkeypatch.setattr(planning, "_usable_gib", lambda: usable_gib)  # a CPU does not say
+    config = _config(text, tmp_path, remat="auto", steps=1, eval_every=0)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        loop.train(config)
+    assert f"adalomo, remat={remat}, compiled in" in output.getvalue()

@@ -204,7 +204,7 @@ def test_the_largest_buffers_come_first():
     function = jax.jit(lambda x: (jnp.outer(x, x).sum(0) * jnp.cumsum(x), jnp.sort(x)))
     executable = function.lower(jax.ShapeDtypeStruct((50,), jnp.float32)).compile()
     time = read_time(executable, find("h100"), tokens=1)
-    run = CompiledRun(PLAN, executable, params, state, Offload(state=True), 0, time)
+    run = CompiledRun(Config(), PLAN, executable, params, state, Offload(state=True), 0, time)
     assert [(b.size, b.on_host) for b in run.argument_buffers()] == [
         (28, True),
         (20, False),
