@@ -23,7 +23,7 @@ import jax
 import jax.extend.core as jex
 
 from lomo_jax.fused import jaxprs
-from lomo_jax.fused.order import Key, Steps
+from lomo_jax.fused.order import Key, Step, Steps
 
 
 class Layer:
@@ -126,8 +126,19 @@ def evaluate(
             state.carry = layer.write(state.carry, ks, news)
         return [k for ks, _ in updated for k in ks]
 
+    def fetch(step: Step, needs: Sequence[Key]) -> bool:
+        """Fetches what the next step needs, and what `step` reads of the next layer."""
+        missing = [key for key in needs if key not in state.held]
+        state.held.update((key, _fetch(steps, layer, state.carry, key)) for key in missing)
+        following = layer.following(state.carry) if step.reads_next else state.carry
+        state.following.update(
+            (key, _fetch(steps, layer, following, key)) for key in step.reads_next
+        )
+        return bool(missing or step.reads_next)
+
     for n, step in enumerate(steps.steps):
         is_last = n + 1 == len(steps.steps)
+        needs = [] if is_last else steps.steps[n + 1].needs
         if is_last:
             state.sums = [x.finish() for x in state.sums]
         summed = {x.k: x.value for x in state.sums if not x.stages}
@@ -143,20 +154,17 @@ def evaluate(
         state.env.update(zip(step.outputs, run(*map(value, step.free)), strict=True))
         for k, late in step.sums.items():
             state.sums.append(_Sum(k, state.env.pop(late.part), late.stages))
-        following = layer.following(state.carry) if step.reads_next else state.carry
-        state.following.update(
-            (key, _fetch(steps, layer, following, key)) for key in step.reads_next
-        )
-        needs = [] if is_last else steps.steps[n + 1].needs
-        missing = [key for key in needs if key not in state.held]
-        state.held.update((key, _fetch(steps, layer, state.carry, key)) for key in missing)
+        is_fetching = steps.waits and fetch(step, needs)
         if now := [k for k in step.ks if k not in step.sums]:
-            if step.reads_next or missing:
+            if is_fetching:
                 # Otherwise XLA may fetch beside the update, which is shorter than the product.
                 state.wait(being_written)
             use({k: value(steps.grads[k]) for k in now})
         if is_last:
             write()
+        if not steps.waits:
+            fetch(step, needs)
+        if is_last:
             break
         state.held = OrderedDict((key, state.held[key]) for key in needs)
         state.env = OrderedDict((v, state.env[v]) for v in step.carried)

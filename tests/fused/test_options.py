@@ -69,13 +69,14 @@ OPTIONS = {
     "products": {"remat": "products"},
     "none": {"remat": "none"},
 }
-NAMES = [(name,) for name in OPTIONS] + [
-    pytest.param(
-        (a, b),
-        marks=[pytest.mark.slow, *[pytest.mark.exhaustive] * ("attention" in (a, b))],
-    )
+PAIRS = [
+    (a, b)
     for a, b in itertools.combinations(OPTIONS, 2)
     if OPTIONS[a].keys().isdisjoint(OPTIONS[b]) and {a, b} != {"clip_norm", "dynamic_layers"}
+]
+SLOW, EXHAUSTIVE = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.exhaustive]
+NAMES = [(name,) for name in OPTIONS] + [
+    pytest.param(pair, marks=EXHAUSTIVE if n % 3 else SLOW) for n, pair in enumerate(PAIRS)
 ]
 
 
