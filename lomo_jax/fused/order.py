@@ -11,7 +11,7 @@ Where a layer waits for the host or for other devices, each product has a step o
 fixed in which step each input is read; see `pipeline`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -222,19 +222,17 @@ def _read_in_time(
     for k in states:
         for n in range(used[k] + 1) if read_ahead else [used[k]]:
             needs[n].append(k)
-    is_large = lambda key: not isinstance(key, int) and jaxprs.mib(key) >= _SMALL  # noqa: E731
     if not read_ahead:
         # One large array beside each product: what else a step needs is read earlier.
         for n in range(last, 0, -1):
-            large = [v for v in needs[n] if is_large(v) and v not in needs[n - 1]]
-            needs[n - 1] += large[1:]
+            needs[n - 1] += _large(key for key in needs[n] if key not in needs[n - 1])[1:]
     reads_next: list[list[Key]] = [[] for _ in steps]
     if read_ahead:
         reads_next[last] = needs[0]
     else:
         # One large array in each step, the last of them in the last step with a product; but before
         # a layer of the same stack is written.
-        large = list(filter(is_large, needs[0]))
+        large = _large(needs[0])
         at = min([last - 1, *(used[far[v].k] for v in large if far[v].k in used)])
         for v in large:
             reads_next[max(at, 0)].append(v)
@@ -244,6 +242,10 @@ def _read_in_time(
         step._replace(needs=some, reads_next=of_next)
         for step, some, of_next in zip(steps, needs, reads_next, strict=True)
     ]
+
+
+def _large(keys: Iterable[Key]) -> list[jex.Var]:
+    return [v for v in keys if not isinstance(v, int) and jaxprs.mib(v) >= _SMALL]
 
 
 def _copy_inputs(
