@@ -164,9 +164,9 @@ def print_report(data: dict[str, Any]) -> None:
     print()
     print(
         "| row | s a step (spread) | of floor | tokens/s | TFLOP/s | peak, GiB | planned, GiB "
-        "| compiled in s | loss |"
+        "| s a step, modelled | compiled in s | loss |"
     )
-    print("|---" * 9 + "|")
+    print("|---" * 10 + "|")
     for name in rows:
         print("|", " | ".join([name, *_cells(rows, name, data["size"])]), "|")
     if compared := _compared(rows):
@@ -204,7 +204,8 @@ def _cells(rows: dict[str, Any], name: str, size_name: str) -> list[str]:
             f"{speed:.0f}",
             f"{flops / 1e12:.3g}" + ("" if peak is None else f", {flops / peak:.0%}"),
         ]
-    for key, form in (("peak_gib", ".2f"), ("planned_gib", ".2f"), ("compile_seconds", ".1f")):
+    forms = {"peak_gib": ".2f", "planned_gib": ".2f", "modelled_seconds": ".3g"}
+    for key, form in (forms | {"compile_seconds": ".1f"}).items():
         cells.append(format(row[key], form) if key in row else "")
     cells.append(f"{row['losses'][-1]:.4f}" if row["losses"] else "")
     return cells

@@ -140,17 +140,19 @@ def plan_row(row: Row, size: Size, gpu: GPU) -> dict[str, Any]:
     """Plans a row for a GPU that need not be installed.
 
     Returns:
-      `device`; `planned_gib`; and `compile_seconds`, of this machine.
+      `device`; `planned_gib`; `modelled_seconds` of a step; and `compile_seconds`, of this machine.
 
     Raises:
       UserError: See `lomo_jax.plan.make_mesh`.
     """
     start = time.perf_counter()
     compiled = compile_row(row, size, gpu)
+    seconds = time.perf_counter() - start
     return {
         "device": gpu.device_kind,
         "planned_gib": device_memory(compiled) / 2**30,
-        "compile_seconds": time.perf_counter() - start,
+        "modelled_seconds": plan.read_time(compiled, gpu, tokens=size.tokens).step_seconds,
+        "compile_seconds": seconds,
     }
 
 
