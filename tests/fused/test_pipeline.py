@@ -166,3 +166,38 @@ def test_nothing_is_read_ahead_on_one_device(values):
     read_and_used = [step for step in steps if f"use {DOWN}" in step]
     assert f"state {DOWN}" in read_and_used[0]
     assert f"write {DOWN}" in read_and_used[0]
+
+
+def test_one_large_array_is_fetched_beside_each_product():
+    """The last of these products needs three arrays from the host, such as saved residuals."""
+    large, small = (jax.ShapeDtypeStruct((n, D), jnp.float32) for n in (D, B))
+
+    def layer(inputs, x):
+        a, b, c, d, e = inputs
+        return [], (x @ a @ b) @ (c * d * e)
+
+    steps = divide(layer, [large] * 5, (small,), on_host=range(5))
+    fetched = [
+        len([v for v in step.needs if before is None or v not in before.needs])
+        for before, step in zip([None, *steps.steps], steps.steps, strict=False)
+    ]
+    assert sum(fetched) == 5
+    assert max(fetched[1:]) == 1
+
+
+def test_a_function_of_shards_without_a_product_has_no_step_of_its_own():
+    """Such as the mask of attention: what it reads is then read when it is needed."""
+    mesh = jax.make_mesh((1,), ("x",))
+
+    def layer(inputs, x):
+        w, mask = inputs
+        spec = jax.sharding.PartitionSpec()
+        bias = jax.shard_map(
+            lambda m: jnp.where(m > 0, 0.0, -1.0), mesh=mesh, in_specs=spec, out_specs=spec
+        )(mask)
+        return [], ((x @ w) @ w + bias @ jnp.ones((D, D))) @ w
+
+    shapes = [jax.ShapeDtypeStruct((n, D), jnp.float32) for n in (D, B)]
+    steps = divide(layer, shapes, (shapes[1],), on_host=range(2)).steps
+    names = [[eqn.primitive.name for eqn in step.eqns] for step in steps]
+    assert all("dot_general" in found for found in names if "shard_map" in found)
