@@ -122,7 +122,10 @@ def test_the_first_steps_overflow_and_some_later_ones(make_step):
             {"loss_scale": "dynamic"},
             "loss_scale must be a number .*DynamicLossScale, got 'dynamic'",
         ),
-        ({"remat": "some"}, "remat must be one of 'full', 'attention', 'none', got 'some'"),
+        (
+            {"remat": "some"},
+            "remat must be one of 'full', 'attention', 'products', 'none', got 'some'",
+        ),
         ({"rounding": "up"}, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
         (
             OPTIONS["clip_norm"] | OPTIONS["dynamic_layers"],
