@@ -10,8 +10,9 @@ end of a step is written to the host in the next:
 
 Within a step these depend on nothing but what passed the barrier before, so XLA's latency-hiding
 scheduler runs them beside the product. The barriers keep XLA from fetching earlier: a layer holds
-at most one weight more than it computes with. What the first steps of the next layer read is
-fetched in the last steps of this one, and travels in the carry of the loop.
+at most one weight more than it computes with. An update waits, at a barrier of its own, for what is
+fetched beside its product. What the first steps of the next layer read is fetched in the last steps
+of this one, and travels in the carry of the loop.
 """
 
 import dataclasses

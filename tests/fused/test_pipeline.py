@@ -200,4 +200,6 @@ def test_a_function_of_shards_without_a_product_has_no_step_of_its_own():
     shapes = [jax.ShapeDtypeStruct((n, D), jnp.float32) for n in (D, B)]
     steps = divide(layer, shapes, (shapes[1],), on_host=range(2)).steps
     names = [[eqn.primitive.name for eqn in step.eqns] for step in steps]
-    assert all("dot_general" in found for found in names if "shard_map" in found)
+    with_shards = [found for found in names if "shard_map" in found]
+    assert with_shards
+    assert all("dot_general" in found for found in with_shards)
