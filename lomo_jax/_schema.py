@@ -102,7 +102,7 @@ def object_of(item: Kind, key: Kind = TEXT) -> Kind:
         for inner, part in value.items():
             if not key.fits(inner):
                 return f"{name}: the key {short(inner)} must be {key.text}"
-            where = f"{name}.{inner}" if inner.isprintable() else f"{name}[{short(inner)}]"
+            where = f"{name}.{inner}" if _NAME.fits(inner) else f"{name}[{short(inner)}]"
             if (problem := item.problem(where, part)) is not None:
                 return problem
         return None
@@ -266,7 +266,7 @@ MODEL_CONFIG = record(
 # model.safetensors.index.json.
 _SHARD = Kind(
     "the name of a .safetensors file in the same folder",
-    lambda x: isinstance(x, str) and is_inside(x) and x.endswith(".safetensors"),
+    lambda x: _NAME.fits(x) and is_inside(x) and x.endswith(".safetensors"),
 )
 WEIGHTS_INDEX = record({"weight_map": object_of(_SHARD)})
 

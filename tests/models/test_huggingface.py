@@ -122,6 +122,8 @@ def test_a_missing_shard_is_named(tmp_path):
         ),
         ('{"weight_map": {"a": "/other/x.safetensors"}}', "must be the name .* in the same folder"),
         ('{"weight_map": {"a\\nb": "x.bin"}}', r"weight_map\['a.nb'\]='x\.bin' must be the name"),
+        ('{"weight_map": {"a": "b\\nc.safetensors"}}', r"weight_map\.a='b.nc\.safetensors'"),
+        (f'{{"weight_map": {{"{"a" * 2000}": 1}}}}', r"weight_map\['a{59}\.\.\.\]=1 must be"),
         ("[" * 200_000, "is nested too deeply"),
         ('{"a": ' * 40 + "1" + "}" * 40, "is nested too deeply"),
     ],
