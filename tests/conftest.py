@@ -16,6 +16,7 @@ import lomo_jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # 5 % of the time of the tests
 
 # Tracing makes many objects and next to no garbage: collecting as often as usual takes a tenth of
 # the time of the tests.
@@ -26,7 +27,10 @@ gc.set_threshold(10_000)
 @pytest.fixture(scope="session", autouse=True)
 def _caches(request, tmp_path_factory):
     """Tests, and the processes that they start, share compiled programs and tokenised datasets."""
-    programs = str(tmp_path_factory.mktemp("programs"))
+    # In a folder of all workers of pytest-xdist, because its path is a part of a program's key.
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder / "programs")
     # JAX cannot read programs for devices that are not there back from its cache.
     plans = any(item.get_closest_marker("plan") for item in request.session.items)
     with pytest.MonkeyPatch.context() as patch:

@@ -211,6 +211,24 @@ def test_tasks_of_a_closed_event_loop_are_awaited():
     assert done.is_set()
 
 
+def test_waiting_for_a_thread_that_is_just_starting():
+    stop = threading.Event()
+
+    def start_threads():
+        while not stop.is_set():
+            threading.Thread(target=str, name="asyncio_0").start()
+
+    starter = threading.Thread(target=start_threads)
+    starter.start()
+    try:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            settle(seconds=0.01)
+    finally:
+        stop.set()
+        starter.join()
+
+
 def test_an_error_that_comes_late_is_dropped():
     """A read of orbax may end after its event loop was closed and the checkpoint given up."""
     loop = asyncio.new_event_loop()
