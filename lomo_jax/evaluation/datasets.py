@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,23 @@ def _read_split(path: Path) -> Any:
     if all(file.suffix == ".arrow" for file in files):
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
     names: Any = [str(file) for file in files]
-    if files[0].suffix == ".parquet":
-        return datasets.Dataset.from_parquet(names)
-    return datasets.Dataset.from_json(names)
+    is_parquet = files[0].suffix == ".parquet"
+    with _without_progress_bars():  # they would end up between the lines of a run
+        return (datasets.Dataset.from_parquet if is_parquet else datasets.Dataset.from_json)(names)
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    import datasets
+
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 def read_any(hub: str, config: str, names: Sequence[str], folders: Sequence[Path]) -> Any:

@@ -96,6 +96,12 @@ def test_copa_asks_for_a_cause_too(tmp_path):
     assert question.answers == (1,)
 
 
+def test_reading_data_shows_no_progress_bars(tmp_path, capfd):
+    data = folder_of(tmp_path, "copa", {"validation": [EXAMPLES["copa"][0]]})
+    superglue.questions("copa", "validation", data=[data])
+    assert capfd.readouterr() == ("", "")
+
+
 def test_boolq_may_be_its_own_files(tmp_path):
     row = {"passage": "Sky.", "question": "is it", "answer": True}
     data = folder_of(tmp_path, "boolq", {"validation": [row, row | {"answer": False}]})
