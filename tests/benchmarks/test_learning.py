@@ -1,0 +1,53 @@
+"""The search of `benchmarks/learning.py` for a learning rate, and its table."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import learning
+from learning import Experiment, Method
+
+RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+
+
+def _run(split, rate, seed, loss):
+    return {
+        **{"method": "A", "split": split, "rate": rate, "seed": seed, "tokens": 512},
+        **{"diverged": math.isinf(loss), "curve": [{"step": 1, "loss": loss, "accuracy": 0.5}]},
+        **{"seconds": 10, "planned_gib": 1.5},
+    }
+
+
+def _all_runs(loss_of, start, **method):
+    experiment = Experiment("", print, {}, {"A": Method(start, **method)})
+    found = []
+    while (run := learning.next_run(found, "A", experiment)) is not None:
+        found.append(_run(*run, loss_of(run[1]) + 0.1 * run[2]))
+    return experiment, found
+
+
+@pytest.mark.parametrize("best", RATES[1:-1])
+@pytest.mark.parametrize("start", RATES)
+def test_the_best_rate_has_a_worse_one_on_each_side(best, start):
+    _, found = _all_runs(lambda rate: abs(math.log(rate / best)), start)
+    searched = [run["rate"] for run in found if run["split"] == "validation"]
+    place = RATES.index(best)
+    assert {*RATES[place - 1 : place + 2]} <= {*searched}
+    assert len(searched) == len({*searched}) <= abs(place - RATES.index(start)) + 4
+    tested = [(run["rate"], run["seed"]) for run in found if run["split"] == "test"]
+    assert tested == [(best, 0), (best, 1), (best, 2)]
+
+
+def test_rates_that_diverge_are_left_downwards():
+    _, found = _all_runs(lambda rate: 1 - rate if rate < 1e-3 else math.inf, start=1e-1)
+    assert {run["rate"] for run in found if run["split"] == "test"} == {3e-4}
+
+
+def test_the_table_has_mean_and_half_the_range():
+    experiment, found = _all_runs(lambda rate: 2 + abs(math.log(rate / 1e-3)), 1e-3)
+    row = learning.table(found, experiment)[-1]
+    assert row == "| A | 0.001 | 2.1000 ± 0.1000 | 50.0% | 512 | 10 | 1.5 |"
