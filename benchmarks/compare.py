@@ -12,7 +12,9 @@ benchmarks/README.md describes the rows.
 
 import argparse
 import datetime
+import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -76,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         _in_turn(rows, size, flags.rounds, time.monotonic() + flags.budget, results)
     print_report(results.data)
+    if flags.order_of:
+        print(order(results.data, json.loads(flags.order_of.read_text())))
     if flags.plot:
         plot(results.data, flags.plot)
 
@@ -226,6 +230,30 @@ def _compared(rows: dict[str, Any]) -> list[list[str]]:
     return found
 
 
+def order(data: dict[str, Any], other: dict[str, Any]) -> str:
+    """Says whether pairs of rows have the order of other results, in time."""
+    times = [
+        {
+            name: row["seconds"] or [row.get("modelled_seconds")]
+            for name, row in each["rows"].items()
+        }
+        for each in (data, other)
+    ]
+    names = [
+        name for name in times[1] if None not in (*times[1][name], *times[0].get(name, [None]))
+    ]
+    clear = same = 0
+    for pair in itertools.combinations(names, 2):
+        here, there = (
+            statistics.median(a / b for a, b in zip(*(time[name] for name in pair), strict=True))
+            for time in times
+        )
+        if abs(math.log(there)) > math.log(1.1):
+            clear += 1
+            same += (here > 1) == (there > 1)
+    return f"{clear} pairs of rows differ by more than 10 % there; {same} have this order here"
+
+
 def plot(data: dict[str, Any], path: Path) -> None:
     """Draws time and memory, one bar per row."""
     import matplotlib
@@ -293,6 +321,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="image file for time and memory, PNG or SVG")
     parser.add_argument("--show", type=Path, help="print such a file instead of measuring")
     parser.add_argument("--plan", metavar="GPU", help="only plan, for a GPU such as rtx3090")
+    parser.add_argument("--order_of", type=Path, help="such a file: do the rows have its order?")
     flags = parser.parse_args(argv)
     if flags.rounds < 1:
         parser.error(f"--rounds: {flags.rounds}; set 1 or more")
