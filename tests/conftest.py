@@ -27,7 +27,7 @@ gc.set_threshold(10_000)
 @pytest.fixture(scope="session", autouse=True)
 def _caches(request, tmp_path_factory):
     """Tests, and the processes that they start, share compiled programs and tokenised datasets."""
-    # In a folder of all workers of pytest-xdist, because its path is a part of a program's key.
+    # One folder for all workers of pytest-xdist: JAX's key of a program contains its path.
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(folder / "programs")
