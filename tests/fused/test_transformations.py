@@ -368,15 +368,17 @@ def test_a_chain_of_operations_may_be_longer_than_pythons_stack():
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
+    ("flag", "value", "options"),
     [
-        ("jax_debug_nans", True),
-        ("jax_numpy_rank_promotion", "raise"),
-        ("jax_disable_jit", True),
-        ("jax_enable_x64", True),
+        ("jax_debug_nans", True, {"clip_norm": 0.1}),
+        ("jax_numpy_rank_promotion", "raise", {"microbatches": 2}),
+        ("jax_numpy_rank_promotion", "raise", {"clip_norm": 0.1}),
+        ("jax_disable_jit", True, {}),
+        ("jax_enable_x64", True, {"clip_norm": 0.1}),
+        ("jax_enable_x64", True, {"microbatches": 2}),
     ],
+    ids=str,
 )
-@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1}, {"microbatches": 2}], ids=str)
 def test_under_the_flags_of_jax(flag, value, options, assert_close):
     def loss(params, x):  # as `loss_of(scanned)`, with ranks that are equal
         def body(x, w):

@@ -6,6 +6,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import before_release
 from tiny_families import CONFIGS, SIZES, random_model
 
 from lomo_jax import evaluation, models
@@ -22,7 +23,7 @@ NEW = 12
 # embeddings, parallel layers, experts, rotary scalings.
 QUICK = ("llama_biases", "mistral_window", "gemma2", "gemma3", "stablelm_parallel", "qwen3_moe")
 NAMES = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    name if name in QUICK else before_release(name)
     for name in CONFIGS
     if name != "llama_dynamic_rope"  # its texts have 16 tokens
 ]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import pytest
 import runs
 from flax import nnx
+from helpers import before_release
 
 import lomo_jax
 from lomo_jax.errors import CheckpointError
@@ -97,8 +98,8 @@ def _garble_what_orbax_notes(checkpoint: Path) -> None:
     [
         _truncate,
         _flip_a_bit,
-        _empty_the_metadata,
-        _remove_an_item,
+        before_release(_empty_the_metadata),
+        before_release(_remove_an_item),
         _garble_what_orbax_notes,
         _leave_half_of_a_new_one,
     ],
@@ -188,7 +189,7 @@ def test_a_deleted_folder_of_checkpoints_is_made_again(tmp_path):
         assert checkpoints.metadata(2).progress.step == 2
 
 
-@pytest.mark.parametrize("how", ["deleted", "moved", "replaced"])
+@pytest.mark.parametrize("how", ["deleted", before_release("moved"), "replaced"])
 def test_a_run_whose_folder_disappears_ends_with_a_line(text, tmp_path, monkeypatch, how):
     workdir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     record = log.Recorder.step

@@ -15,6 +15,7 @@ import time
 import orbax.checkpoint as ocp
 import pytest
 import runs
+from helpers import before_release
 
 from lomo_jax.errors import ConfigError
 from lomo_jax.training import MeshConfig, export, loop
@@ -32,7 +33,7 @@ def whole(text, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, before_release(signal.SIGUSR1)])
 def test_a_signal_saves_a_checkpoint_and_the_run_resumes(text, whole, tmp_path, capsys, number):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = [signal.getsignal(s) for s in numbers]
