@@ -394,7 +394,7 @@ def _train(
 
 
 def _read_run(workdir: Path, asks: bool) -> dict[str, Any]:
-    """Returns the facts of a run of `lomo-jax train`, with the accuracy of the answers if it asks."""
+    """Returns the facts of a run of `lomo-jax train`; accuracy is that of answers, if it asks."""
     [run] = runs.read([workdir])
     accuracy = "eval_test_acc" if asks else "eval_accuracy"
     names = {"step": "step", "loss": "eval_loss", "accuracy": accuracy}
