@@ -156,6 +156,17 @@ _OPTIMIZERS = {
     "LOMO, clipped": Method(1e-1, {"optimizer": "lomo", "clip_norm": 1.0}),
     "Adafactor": Method(1e-3, {"optimizer": "adafactor"}),
 }
+_DTYPES = {
+    f"{name}, {dtype}": Method(name, _OPTIMIZERS[name].flags | flags)
+    for name in ("AdamW", "AdaLomo", "LOMO, clipped")
+    for dtype, flags in (
+        ("bfloat16", {"param_dtype": "bfloat16"}),
+        (
+            "bfloat16 with stochastic rounding",
+            {"param_dtype": "bfloat16", "rounding": "stochastic"},
+        ),
+    )
+}
 _AUTHORS = {
     "AdaLomo, the authors' in torch": Method("AdaLomo", torch=("AdaLomo",)),
     "LOMO, the authors' in torch": Method("LOMO", torch=("Lomo",)),
@@ -179,8 +190,6 @@ _SCRATCH = {
     "eval_batches": 16,
 }
 _ON_A_GPU = {"batch_size": 16, "sequence_length": 512}
-_BFLOAT16 = {"param_dtype": "bfloat16"}
-_STOCHASTIC = _BFLOAT16 | {"rounding": "stochastic"}
 
 _LORA = {"optimizer": "adamw", "lora.rank": 8, "lora.alpha": 16.0}
 _ASKED = _TUNED | {"steps": 60, "eval_every": 60, "eval_examples": 300}
@@ -201,7 +210,7 @@ EXPERIMENTS = {
         "SmolLM2-135M, further pre-trained on Python code, sympy",
         _pieces("sympy", "*.py"),
         _TUNED,
-        _OPTIMIZERS | _AUTHORS,
+        _OPTIMIZERS | _AUTHORS | _DTYPES,
     ),
     "scratch": Experiment(
         "a LLaMA of 5 million parameters from random weights, on the bytes of Shakespeare's plays",
@@ -250,17 +259,6 @@ EXPERIMENTS = {
         _write_instructions,
         _TUNED | {"batch_size": 1, "sequence_length": 256},
         {name: _TASK_METHODS[name] for name in ("AdamW", "AdaLomo", "LOMO, clipped", "LoRA")},
-    ),
-    "dtypes": Experiment(
-        "the same with weights in bfloat16, rounded to nearest and stochastically",
-        _pieces("sympy", "*.py"),
-        _TUNED,
-        {
-            f"{name}, {dtype}": Method(method.rate, method.flags | flags)
-            for name, method in _OPTIMIZERS.items()
-            if name in ("AdamW", "AdaLomo", "LOMO")
-            for dtype, flags in (("bfloat16", _BFLOAT16), ("stochastic", _STOCHASTIC))
-        },
     ),
 }
 
