@@ -161,10 +161,7 @@ _DTYPES = {
     for name in ("AdamW", "AdaLomo", "LOMO, clipped")
     for dtype, flags in (
         ("bfloat16", {"param_dtype": "bfloat16"}),
-        (
-            "bfloat16 with stochastic rounding",
-            {"param_dtype": "bfloat16", "rounding": "stochastic"},
-        ),
+        ("bfloat16, stochastic", {"param_dtype": "bfloat16", "rounding": "stochastic"}),
     )
 }
 _AUTHORS = {
@@ -228,9 +225,9 @@ EXPERIMENTS = {
         | {"Muon": Method(1e-2, {"optimizer": "muon"})},
     ),
     "microbatches": Experiment(
-        "the same with batches of 16: at once, in microbatches, and an update for each microbatch",
+        "the same with batches of 8: at once, in microbatches, and an update for each microbatch",
         _pieces("sympy", "*.py"),
-        _TUNED | {"batch_size": 16, "steps": 25, "eval_every": 5},
+        _TUNED | {"batch_size": 8, "steps": 12, "eval_every": 4},
         {
             "AdaLomo": _OPTIMIZERS["AdaLomo"],
             "AdaLomo, microbatches": Method("AdaLomo", {"optimizer": "adalomo", "microbatches": 4}),
