@@ -152,7 +152,7 @@ _TUNED = {
 _OPTIMIZERS = {
     "AdamW": Method(1e-4, {"optimizer": "adamw"}),
     "AdaLomo": Method(1e-3, {"optimizer": "adalomo"}),
-    "LOMO": Method(1e-1, {"optimizer": "lomo"}),
+    "LOMO": Method(1e-2, {"optimizer": "lomo"}),
     "LOMO, clipped": Method(1e-1, {"optimizer": "lomo", "clip_norm": 1.0}),
     "Adafactor": Method(1e-3, {"optimizer": "adafactor"}),
 }
@@ -307,13 +307,15 @@ def next_run(
     """Returns split, learning rate and seed of the run to make next; None if all are there."""
     rate = experiment.methods[method].rate
     searched = rate if isinstance(rate, str) else method
-    losses = {each["rate"]: last_loss(each) for each in _of(found, searched, "validation")}
-    if not losses:
+    tried = {each["rate"]: each for each in _of(found, searched, "validation")}
+    if not tried:
         return "validation", float(rate), 0
-    best = min(losses, key=lambda rate: (losses[rate], rate))
+    best = min(tried, key=lambda rate: (last_loss(tried[rate]), rate))
     if searched == method:
-        for neighbour in (_neighbour(best, 1), _neighbour(best, -1)):
-            if neighbour not in losses:
+        run = tried[best]
+        only_rose = run["diverged"] or last_loss(run) > run["curve"][0]["loss"]
+        for step in (-1, 1) if only_rose else (1, -1):
+            if (neighbour := _neighbour(best, step)) not in tried:
                 return "validation", neighbour, 0
     tested = {each["seed"] for each in _of(found, method, "test")}
     seeds = 1 if experiment.methods[method].torch else SEEDS

@@ -17,7 +17,8 @@ RATES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
 def _run(split, rate, seed, loss):
     return {
         **{"method": "A", "split": split, "rate": rate, "seed": seed, "tokens": 512},
-        **{"diverged": math.isinf(loss), "curve": [{"step": 1, "loss": loss, "accuracy": 0.5}]},
+        "curve": [{"step": n, "loss": x, "accuracy": 0.5} for n, x in enumerate((5.0, loss))],
+        "diverged": math.isinf(loss),
         **{"seconds": 10, "planned_gib": 1.5},
     }
 
@@ -45,6 +46,13 @@ def test_the_best_rate_has_a_worse_one_on_each_side(best, start):
 def test_rates_that_diverge_are_left_downwards():
     _, found = _all_runs(lambda rate: 1 - rate if rate < 1e-3 else math.inf, start=1e-1)
     assert {run["rate"] for run in found if run["split"] == "test"} == {3e-4}
+
+
+@pytest.mark.parametrize(("loss", "next_rate"), [(4.0, 3e-3), (6.0, 3e-4)])
+def test_a_rate_at_which_the_loss_rose_is_left_downwards(loss, next_rate):
+    experiment = Experiment("", print, {}, {"A": Method(1e-3)})
+    found = [_run("validation", 1e-3, 0, loss)]
+    assert learning.next_run(found, "A", experiment) == ("validation", next_rate, 0)
 
 
 def test_the_table_has_mean_and_half_the_range():
