@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import llama_loss, quick_jit
+from helpers import before_release, llama_loss, quick_jit
 
 import lomo_jax
 from lomo_jax import lora, models, peft_files
@@ -148,6 +148,9 @@ def losses_of_torch(base, adapter, batches):
     return losses
 
 
+@pytest.mark.parametrize(
+    "case", ["llama", before_release("qwen2"), before_release("gemma")], indirect=True
+)
 def test_twenty_steps_with_adamw(case, batches, standard_promotion):
     base, adapter, _ = case
     expected = losses_of_torch(base, adapter, batches)
