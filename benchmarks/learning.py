@@ -473,6 +473,11 @@ def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) ->
         )
     curves.set(xlabel="steps", ylabel="test loss")
     searches.set(xlabel="peak learning rate", ylabel="validation loss", xscale="log")
+    # What rises above the loss of the untrained model leaves the picture.
+    for axes, split in ((curves, "test"), (searches, "validation")):
+        losses = [each["curve"] for each in found if each["split"] == split]
+        top, low = max(c[0]["loss"] for c in losses), min(c[-1]["loss"] for c in losses)
+        axes.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
     searches.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -271,6 +271,22 @@ def test_a_run_that_cannot_start_raises_a_one_line_error(text, tmp_path, changes
 
 
 @pytest.mark.parametrize(
+    ("fields", "warns"),
+    [
+        ({"optimizer": "lomo"}, True),
+        ({"optimizer": "lomo", "clip_norm": 1.0}, False),
+        ({"optimizer": "lomo", "optimizer_kwargs": {"clip_value": 0.1}}, False),
+    ],
+)
+def test_lomo_without_clipping_gets_a_warning(text, tmp_path, fields, warns):
+    """docs/learning.md has runs in which it destroyed the model."""
+    config = _config(text, tmp_path, **fields, steps=1, eval_every=0)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        loop.train(config)
+    assert ("set clip_norm=1.0" in output.getvalue()) == warns
+
+
+@pytest.mark.parametrize(
     ("usable_gib", "remat"), [(1000.0, "products"), (1e-6, "full"), before_release(None, "full")]
 )
 def test_remat_auto_recomputes_as_little_as_the_device_allows(
