@@ -30,6 +30,9 @@ def lomo(
     Updates are computed and returned in float32, whatever the dtype of the gradients, so that their
     sum with the parameter is rounded once, to the parameter's dtype.
 
+    Clip the gradient, as the authors do: by `clip_value`, or by ``clip_norm`` of the step. Without
+    clipping one large gradient can undo all that the model knew.
+
     Args:
       learning_rate: :math:`\eta`, a float, or a schedule of the number of updates so far.
       weight_decay: :math:`\lambda`, decoupled, multiplied by the learning rate.
