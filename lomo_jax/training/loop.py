@@ -166,9 +166,9 @@ def _set_up(
         resume.check_steps(checkpoint, settings)
         resume.check_same_dataset(checkpoint, settings, dataset.fingerprint)
         resume.check_same_base(checkpoint, base_sums, _source_name(config))
-    is_clipped = config.clip_norm is not None or "clip_value" in config.optimizer_kwargs
-    if config.optimizer == "lomo" and not is_clipped:
-        display.warn("optimizer=lomo may lose all that the model knew: set clip_norm=1.0")
+    clipping = (config.clip_norm, config.optimizer_kwargs.get("clip_value"))
+    if config.optimizer == "lomo" and clipping == (None, None):
+        display.warn("optimizer=lomo without clipping can destroy the model: set clip_norm=1.0")
     compiled, memory.plan = _compile(config, model, batch, display)
     display.line("memory", describe(memory.plan))
 

@@ -55,6 +55,12 @@ def test_a_rate_at_which_the_loss_rose_is_left_downwards(loss, next_rate):
     assert learning.next_run(found, "A", experiment) == ("validation", next_rate, 0)
 
 
+def test_results_without_a_test_run_have_a_picture(tmp_path):
+    experiment = Experiment("", print, {}, {"A": Method(1e-3)})
+    learning.plot([_run("validation", 1e-3, 0, 4.0)], experiment, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
 def test_the_table_has_mean_and_half_the_range():
     experiment, found = _all_runs(lambda rate: 2 + abs(math.log(rate / 1e-3)), 1e-3)
     row = learning.table(found, experiment)[-1]

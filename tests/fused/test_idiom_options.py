@@ -47,7 +47,7 @@ OPTIONS = {
     },
 }
 
-# Each option with one kind is quick.
+# Each kind with one option, and each option with one kind, are quick.
 QUICK = set(zip(itertools.cycle(KINDS), OPTIONS))
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal, quick_jit
+from helpers import before_release, normal, quick_jit
 from jax.ad_checkpoint import checkpoint_name
 
 import lomo_jax
@@ -74,9 +74,9 @@ PAIRS = [
     for a, b in itertools.combinations(OPTIONS, 2)
     if OPTIONS[a].keys().isdisjoint(OPTIONS[b]) and {a, b} != {"clip_norm", "dynamic_layers"}
 ]
-SLOW, EXHAUSTIVE = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.exhaustive]
 NAMES = [(name,) for name in OPTIONS] + [
-    pytest.param(pair, marks=EXHAUSTIVE if n % 6 else SLOW) for n, pair in enumerate(PAIRS)
+    before_release(pair) if n % 6 else pytest.param(pair, marks=pytest.mark.slow)
+    for n, pair in enumerate(PAIRS)
 ]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import quick_jit
+from helpers import before_release, quick_jit
 
 import lomo_jax
 
@@ -376,6 +376,12 @@ def test_a_chain_of_operations_may_be_longer_than_pythons_stack():
         ("jax_disable_jit", True, {}),
         ("jax_enable_x64", True, {"clip_norm": 0.1}),
         ("jax_enable_x64", True, {"microbatches": 2}),
+        before_release("jax_debug_nans", True, {}),
+        before_release("jax_debug_nans", True, {"microbatches": 2}),
+        before_release("jax_numpy_rank_promotion", "raise", {}),
+        before_release("jax_disable_jit", True, {"clip_norm": 0.1}),
+        before_release("jax_disable_jit", True, {"microbatches": 2}),
+        before_release("jax_enable_x64", True, {}),
     ],
     ids=str,
 )

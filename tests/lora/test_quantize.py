@@ -87,7 +87,11 @@ def test_a_model_computes_with_the_dequantised_kernels(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "offload"), [("nf4", True), ("int8", False), before_release("nf4", False)]
+    ("kind", "offload"),
+    [
+        *[("nf4", True), ("int8", False)],
+        *[before_release("nf4", False), before_release("int8", True)],
+    ],
 )
 def test_fused_equals_reference(kind, offload, assert_steps_agree, standard_promotion):
     model = quantized_model(kind)
@@ -106,7 +110,13 @@ def test_fused_equals_reference(kind, offload, assert_steps_agree, standard_prom
     chex.assert_trees_all_equal(lora.split(last[0])[1], lora.split(params)[1])
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("int8", jnp.float32), ("nf4", jnp.bfloat16)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *[("int8", jnp.float32), ("nf4", jnp.bfloat16)],
+        *[before_release("int8", jnp.bfloat16), before_release("nf4", jnp.float32)],
+    ],
+)
 def test_loading_a_checkpoint_quantises_it_tensor_by_tensor(kind, dtype, tmp_path):
     graphdef, params = models.init(SHAPE, 0)
     models.save(tmp_path / "model", graphdef, params)
@@ -133,7 +143,13 @@ def test_loading_a_checkpoint_quantises_it_tensor_by_tensor(kind, dtype, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [("nf4", (2, 2, 2)), before_release("int8", (1, 8, 1))], ids=str
+    ("kind", "sizes"),
+    [
+        ("nf4", (2, 2, 2)),
+        *(before_release("nf4", (1, 8, 1)), before_release("int8", (1, 8, 1))),
+        before_release("int8", (2, 2, 2)),
+    ],
+    ids=str,
 )
 def test_eight_devices_compute_what_one_does(kind, sizes, tmp_path):
     models.save(tmp_path / "model", *models.init(SHAPE, 0))
