@@ -11,8 +11,8 @@ Hardware: one NVIDIA GPU with 24 GB for batches of 8 x 512 tokens. Plan it with
 
 Settings: those of the LOMO paper (arXiv 2306.09782) for SuperGLUE: rank 2 and alpha 16 on queries
 and values; adapters by AdamW at 5e-4, all other parameters by LOMO at 5e-3 (the paper: 5e-3 to
-5e-4, rank 1 to 8); both linear to 0 after 5 % of warm-up. The authors clip the norm of LOMO's
-gradient to 1: --config.clip_norm=1, a second backward pass.
+5e-4, rank 1 to 8); both linear to 0 after 5 % of warm-up. The norm of the gradient is clipped to 1,
+as the authors clip LOMO's, with a second backward pass: without it LOMO can destroy the model.
 
 Expect: not yet run on such a GPU.
 """
@@ -30,6 +30,7 @@ def get_config() -> Config:
     )
     config.optimizer = "adamw"
     config.learning_rate = 5e-4
+    config.clip_norm = 1.0
     config.schedule = "linear"
     config.warmup = 0.05
     config.workdir = "runs/lora_lomo"

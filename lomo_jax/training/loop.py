@@ -166,9 +166,13 @@ def _set_up(
         resume.check_steps(checkpoint, settings)
         resume.check_same_dataset(checkpoint, settings, dataset.fingerprint)
         resume.check_same_base(checkpoint, base_sums, _source_name(config))
-    clipping = (config.clip_norm, config.optimizer_kwargs.get("clip_value"))
-    if config.optimizer == "lomo" and clipping == (None, None):
-        display.warn("optimizer=lomo without clipping can destroy the model: set clip_norm=1.0")
+    rules = (
+        (config.optimizer, config.optimizer_kwargs),
+        (config.lora.base, config.lora.base_kwargs),
+    )
+    clips = [options.get("clip_value") is not None for rule, options in rules if rule == "lomo"]
+    if config.clip_norm is None and not all(clips):
+        display.warn("LOMO without clipping can destroy the model: set clip_norm=1.0")
     compiled, memory.plan = _compile(config, model, batch, display)
     display.line("memory", describe(memory.plan))
 

@@ -22,6 +22,7 @@ from lomo_jax.errors import NonFiniteError, UserError
 from lomo_jax.training import (
     Config,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     loop,
     planning,
@@ -141,6 +142,7 @@ def test_the_reference_step_gives_the_same_losses(text, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_microbatches_give_the_same_losses(text, tmp_path):
     for microbatches in (1, 4):
         workdir = tmp_path / str(microbatches)
@@ -276,6 +278,7 @@ def test_a_run_that_cannot_start_raises_a_one_line_error(text, tmp_path, changes
         ({"optimizer": "lomo"}, True),
         ({"optimizer": "lomo", "clip_norm": 1.0}, False),
         ({"optimizer": "lomo", "optimizer_kwargs": {"clip_value": 0.1}}, False),
+        ({"optimizer": "adamw", "lora": LoraConfig(rank=1, base="lomo")}, True),
     ],
 )
 def test_lomo_without_clipping_gets_a_warning(text, tmp_path, fields, warns):
