@@ -40,6 +40,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_part_writes_its_results(results):
     parts = "correct memory compare-small compare-large planned-small profile"
     assert set(parts.split()) <= set(results)
@@ -49,6 +50,7 @@ def test_every_part_writes_its_results(results):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_checks_ran(results):
     fused, offloaded, attention = results["correct"]["checks"]
     assert fused["check"].startswith("fused = reference")
@@ -60,6 +62,7 @@ def test_the_checks_ran(results):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_our_losses_equal_those_of_lomo_optim(results):
     rows = results["compare-small"]["rows"]
     ours, theirs = rows["fused, lomo"], rows["torch lomo-optim, Lomo"]
@@ -75,6 +78,7 @@ def test_our_losses_equal_those_of_lomo_optim(results):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_profile_separates_matmuls_attention_and_update(results):
     shares = results["profile"]["shares"]
     assert sum(shares.values()) == pytest.approx(1.0)
@@ -84,6 +88,7 @@ def test_the_profile_separates_matmuls_attention_and_update(results):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_collect_writes_the_results_as_a_table(results, tmp_path):
     directory = tmp_path / "gpu"
     directory.mkdir()

@@ -9,6 +9,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_table_of_the_guide(monkeypatch, standard_promotion):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     rows = [

@@ -68,7 +68,9 @@ def copies_of_stacks(executable, num_layers):
     return [line for line in executable.as_text().splitlines() if re.search(pattern, line)]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [n if n == "adalomo" else pytest.param(n, marks=pytest.mark.exhaustive) for n in RULES]
+)
 def test_no_copy_of_a_stack_and_one_layer_of_gradient(rule, sharding, standard_promotion):
     few, many = (compiled(lomo_jax.fused_step, RULES[rule](), n, sharding) for n in (6, 12))
     assert copies_of_stacks(few, 6) == []

@@ -8,7 +8,7 @@ import re
 
 import jax
 import pytest
-from helpers import quick_jit
+from helpers import before_release, quick_jit
 from idioms import IDIOMS, Sizes, layer_axes
 
 import lomo_jax
@@ -94,9 +94,7 @@ def copies_of_stacks(executable, params, axes):
     return [line for line in executable.as_text().splitlines() if re.search(found, line)]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in KINDS]
-)
+@pytest.mark.parametrize("name", [n if n in QUICK else before_release(n) for n in KINDS])
 def test_temporaries_grow_with_depth_by_the_layer_inputs_only(name):
     temps = []
     for sizes in (SMALL, LARGE):
@@ -118,7 +116,10 @@ def test_temporaries_grow_with_depth_by_the_layer_inputs_only(name):
 
 
 @pytest.mark.plan
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.exhaustive if i % 2 else ()) for i, n in enumerate(QUICK)],
+)
 def test_a_gpu_holds_one_layer_too(name, standard_promotion):
     pytest.importorskip("jax_cuda13_plugin", reason="needs the extra `cuda`")
     device = make_mesh(gpus.find("rtx3090")).devices.item()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from helpers import before_release
 from idioms import IDIOMS, Sizes
 from test_idioms import STEPS, batches_of, tolerance_of
 
@@ -51,12 +52,6 @@ OPTIONS = {
 QUICK = set(zip(itertools.cycle(KINDS), OPTIONS))
 
 
-def _marks(kind, option):
-    if (kind, option) in QUICK:
-        return []
-    return [pytest.mark.slow] if option == "all" else [pytest.mark.slow, pytest.mark.exhaustive]
-
-
 # The reference does not follow the backward pass into a scan of scans.
 LEFT_OUT = {("stages", "dynamic_layers"), ("groups", "dynamic_layers")}
 
@@ -64,7 +59,7 @@ LEFT_OUT = {("stages", "dynamic_layers"), ("groups", "dynamic_layers")}
 @pytest.mark.parametrize(
     ("name", "option"),
     [
-        pytest.param(n, o, marks=_marks(n, o))
+        (n, o) if (n, o) in QUICK else before_release(n, o)
         for n in KINDS
         for o in OPTIONS
         if (n, o) not in LEFT_OUT

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import llama_loss, tiny_llama
+from helpers import before_release, llama_loss, tiny_llama
 
 import lomo_jax
 from lomo_jax import models
@@ -21,10 +21,9 @@ RULES = {
 }
 
 
-# The others are slow.
 QUICK = [("adalomo", "tied"), ("adamw", "untied")]
 CASES = [
-    pytest.param(rule, tied, marks=() if (rule, tied) in QUICK else pytest.mark.slow)
+    (rule, tied) if (rule, tied) in QUICK else before_release(rule, tied)
     for rule in RULES
     for tied in ("tied", "untied")
 ]

@@ -75,7 +75,7 @@ PAIRS = [
     if OPTIONS[a].keys().isdisjoint(OPTIONS[b]) and {a, b} != {"clip_norm", "dynamic_layers"}
 ]
 NAMES = [(name,) for name in OPTIONS] + [
-    before_release(pair) if n % 6 else pytest.param(pair, marks=pytest.mark.slow)
+    before_release(pair) if n % 18 else pytest.param(pair, marks=pytest.mark.slow)
     for n, pair in enumerate(PAIRS)
 ]
 

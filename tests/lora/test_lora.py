@@ -138,7 +138,7 @@ BASES = {
         ("frozen", "plain"),
         before_release("frozen", "microbatches"),
         ("lomo", "plain"),
-        *(pytest.param("frozen", name, marks=pytest.mark.slow) for name in list(OPTIONS)[2:]),
+        *(before_release("frozen", name) for name in list(OPTIONS)[2:]),
         pytest.param("lomo", "clip_norm", marks=pytest.mark.slow),
         before_release("lomo", "microbatches"),
         pytest.param("adalomo", "offload", marks=pytest.mark.slow),

@@ -114,7 +114,11 @@ def test_budget_of_adapters(name, offload, changes, most):
 
 @pytest.mark.parametrize(
     "mesh",
-    [(1, 8, 1), pytest.param((2, 4, 1), marks=pytest.mark.exhaustive), (1, 4, 2)],
+    [
+        (1, 8, 1),
+        pytest.param((2, 4, 1), marks=pytest.mark.exhaustive),
+        pytest.param((1, 4, 2), marks=pytest.mark.exhaustive),
+    ],
     ids=str,
 )
 def test_weights_are_gathered_and_gradients_reduce_scattered_layer_by_layer(mesh):

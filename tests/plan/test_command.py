@@ -92,6 +92,7 @@ def test_offloaded_parts_are_in_host_memory(plan):
 
 
 @pytest.mark.plan
+@pytest.mark.exhaustive
 @needs_cuda
 def test_the_best_setting_is_printed_as_flags(plan):
     before = json.loads(plan("--json", "--config.offload.activations=true")[1])

@@ -69,7 +69,7 @@ def copied(run):
 FULL_DEPTH = pytest.param(32, marks=pytest.mark.exhaustive)
 
 
-@pytest.mark.parametrize("gpu", ["rtx3090", "h100"])
+@pytest.mark.parametrize("gpu", ["rtx3090", pytest.param("h100", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("layers", [8, FULL_DEPTH])
 def test_weights_and_gradients_are_sent_beside_products(gpu, layers):
     run = compiled(gpu, 8, layers, mesh=MeshConfig(1, 8, 1), batch_size=32)

@@ -12,7 +12,7 @@ from lomo_jax.training import Config, LoraConfig
 
 pytestmark = pytest.mark.slow
 
-STEPS, KILLS = 30, 6
+STEPS, KILLS = 30, 4
 VARIANTS = {
     "plain": {},
     "microbatches, stochastic rounding, float16 with a dynamic loss scale": {
