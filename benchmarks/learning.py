@@ -272,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = read(flags.results, name)["runs"]
         print("\n".join([f"{name}: {experiment.what}", "", *table(found, experiment), ""]))
         if flags.plot is not None and found:
+            flags.plot.mkdir(parents=True, exist_ok=True)
             plot(found, experiment, flags.plot / f"learning-{name}.png")
 
 
@@ -429,11 +430,14 @@ def table(found: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
             searched = len(_of(found, method, "validation"))
             lines.append(f"| {method} | {searched} tried | | | | | |")
             continue
-        losses = [last_loss(each) for each in tested]
+        losses = {each["seed"]: last_loss(each) for each in tested}
+        rate = experiment.methods[method].rate
+        others = _of(found, rate, "test") if isinstance(rate, str) else []
+        same = [last_loss(each) for each in others if each["seed"] in losses]
         accuracy = statistics.mean(each["curve"][-1]["accuracy"] for each in tested)
         cells = (
             f"{tested[0]['rate']:g}",
-            _mean(losses),
+            _mean(list(losses.values()), same),
             f"{accuracy:.1%}",
             f"{tested[0]['tokens']:,}",
             f"{statistics.median(each['seconds'] for each in tested):.0f}",
@@ -443,42 +447,61 @@ def table(found: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
     return lines
 
 
-def _mean(losses: Sequence[float]) -> str:
-    """Returns mean and spread (half of the range)."""
+def _mean(losses: Sequence[float], others: Sequence[float]) -> str:
+    """Returns mean and spread (half of the range), and how far from the mean of `others` it is."""
     if math.inf in losses:
         return "diverged"
-    spread = (max(losses) - min(losses)) / 2
-    return f"{statistics.mean(losses):.4f} ± {spread:.4f}"
+    mean = statistics.mean(losses)
+    spread = f" ± {(max(losses) - min(losses)) / 2:.4f}" if len(losses) > 1 else ""
+    difference = f" ({mean / statistics.mean(others) - 1:+.2%})" if others else ""
+    return f"{mean:.4f}{spread}{difference}"
 
 
 def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) -> None:
-    """Draws the test loss over steps, and the validation loss over the learning rate."""
+    """Draws the test loss over steps, and the validation loss over the learning rate.
+
+    Where methods were repeated in another way there is a third picture: test losses with one seed,
+    black those of the repeated run.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, (curves, searches) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for index, method in enumerate(experiment.methods):
-        tested = [each for each in _of(found, method, "test") if not each["diverged"]]
+    rates = {name: method.rate for name, method in experiment.methods.items()}
+    colors = {name: f"C{index}" for index, name in enumerate(rates)}
+    tests = [each for each in found if each["split"] == "test" and not each["diverged"]]
+    repeated = [each for each in tests if isinstance(rates[each["method"]], str)]
+    width = 3 if repeated else 2
+    figure, panels = plt.subplots(1, width, figsize=(4.5 * width, 3.6), layout="constrained")
+    searches, curves, *others = panels
+
+    for method, rate in rates.items():
         searched = {each["rate"]: last_loss(each) for each in _of(found, method, "validation")}
-        color = f"C{index}"
-        if tested:
-            steps = [point["step"] for point in tested[0]["curve"]]
-            losses = list(
-                zip(*([p["loss"] for p in each["curve"]] for each in tested), strict=True)
-            )
-            curves.plot(steps, list(map(statistics.mean, losses)), color=color)
+        if not isinstance(rate, str) and (searched or _of(tests, method, "test")):
+            finite = sorted(rate for rate in searched if searched[rate] < math.inf)
+            heights = [searched[rate] for rate in finite]
+            searches.plot(finite, heights, ".-", color=colors[method], label=method)
+        lines = [_line(each) for each in _of(tests, method, "test")]
+        if lines and not isinstance(rate, str):
+            steps, losses = lines[0][0], list(zip(*(line[1] for line in lines), strict=True))
+            curves.plot(steps, list(map(statistics.mean, losses)), color=colors[method])
             low, high = list(map(min, losses)), list(map(max, losses))
-            curves.fill_between(steps, low, high, alpha=0.2, color=color)
-        if tested or searched:
-            rates = sorted(rate for rate in searched if searched[rate] < math.inf)
-            heights = [searched[rate] for rate in rates]
-            searches.plot(rates, heights, ".-", color=color, label=method)
-    curves.set(xlabel="steps", ylabel="test loss")
+            curves.fill_between(steps, low, high, alpha=0.2, color=colors[method], linewidth=0)
+    for run in repeated:
+        method = rates[run["method"]]
+        same = [each for each in _of(tests, method, "test") if each["seed"] == run["seed"]]
+        if run["seed"] == min(each["seed"] for each in _of(tests, run["method"], "test")):
+            for each in same:
+                others[0].plot(*_line(each), color=colors[method])
+            others[0].plot(*_line(run), "--", color="black", zorder=3)
+
     searches.set(xlabel="peak learning rate", ylabel="validation loss", xscale="log")
+    curves.set(xlabel="steps", ylabel="test loss")
+    for axes in others:
+        axes.set(xlabel="steps", ylabel="test loss, one seed")
     # What rises above the loss of the untrained model leaves the picture.
-    for axes, split in ((curves, "test"), (searches, "validation")):
+    for axes, split in ((searches, "validation"), (curves, "test"), *((a, "test") for a in others)):
         if lines := [each["curve"] for each in found if each["split"] == split]:
             top = max(curve[0]["loss"] for curve in lines)
             low = min(curve[-1]["loss"] for curve in lines)
@@ -486,6 +509,11 @@ def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) ->
     searches.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _line(each: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """Returns the steps and the losses of a run."""
+    return [p["step"] for p in each["curve"]], [p["loss"] for p in each["curve"]]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
