@@ -490,7 +490,7 @@ def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) ->
             low, high = list(map(min, losses)), list(map(max, losses))
             curves.fill_between(steps, low, high, alpha=0.2, color=colors[method], linewidth=0)
     for run in repeated:
-        method = rates[run["method"]]
+        method = str(rates[run["method"]])
         same = [each for each in _of(tests, method, "test") if each["seed"] == run["seed"]]
         if run["seed"] == min(each["seed"] for each in _of(tests, run["method"], "test")):
             for each in same:

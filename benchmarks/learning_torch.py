@@ -83,7 +83,10 @@ def _loss(
         attention_mask=same.tril(),
         use_cache=False,
     ).logits
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    # Flat, because along another axis than the last PyTorch sums term by term, 1e-4 off.
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
+    ).view(targets.shape)
     weights = tensors["weights"]
     correct = (logits.argmax(-1) == targets) * weights
     weight = weights.sum()
