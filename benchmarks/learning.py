@@ -461,8 +461,8 @@ def _mean(losses: Sequence[float], others: Sequence[float]) -> str:
 def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) -> None:
     """Draws the test loss over steps, and the validation loss over the learning rate.
 
-    Where methods were repeated in another way there is a third picture: test losses with one seed,
-    black those of the repeated run.
+    Where a method has been repeated in another way, a third panel has the test losses of both with
+    one seed; those of the repeated run are dashed and black.
     """
     import matplotlib
 
@@ -478,13 +478,15 @@ def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) ->
     searches, curves, *others = panels
 
     for method, rate in rates.items():
+        if isinstance(rate, str):
+            continue
         searched = {each["rate"]: last_loss(each) for each in _of(found, method, "validation")}
-        if not isinstance(rate, str) and (searched or _of(tests, method, "test")):
-            finite = sorted(rate for rate in searched if searched[rate] < math.inf)
-            heights = [searched[rate] for rate in finite]
-            searches.plot(finite, heights, ".-", color=colors[method], label=method)
         lines = [_line(each) for each in _of(tests, method, "test")]
-        if lines and not isinstance(rate, str):
+        if searched or lines:
+            finite = sorted(x for x in searched if searched[x] < math.inf)
+            heights = [searched[x] for x in finite]
+            searches.plot(finite, heights, ".-", color=colors[method], label=method)
+        if lines:
             steps, losses = lines[0][0], list(zip(*(line[1] for line in lines), strict=True))
             curves.plot(steps, list(map(statistics.mean, losses)), color=colors[method])
             low, high = list(map(min, losses)), list(map(max, losses))
