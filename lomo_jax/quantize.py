@@ -120,11 +120,16 @@ def quantize_kernels(model: nnx.Module, kind: str, targets: Sequence[str] | str 
                 f"{'/'.join(map(str, path))} has {kernel.shape[-2]} inputs, not a multiple of "
                 f"{_BLOCK} as nf4 needs: use int8"
             )
-        of_stack = functools.partial(quantize, kind)
-        for _ in kernel.shape[:-2]:
-            of_stack = jax.vmap(of_stack)
-        matrix = of_stack(jnp.swapaxes(kernel, -1, -2))
+        matrix = _quantize_stack(kind, kernel)
         setattr(linear, "kernel", QuantizedKernel(matrix, kernel.shape, kernel.dtype))  # noqa: B010
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantize_stack(kind: str, kernel: jax.Array) -> Matrix:
+    of_stack = functools.partial(quantize, kind)
+    for _ in kernel.shape[:-2]:
+        of_stack = jax.vmap(of_stack)
+    return of_stack(jnp.swapaxes(kernel, -1, -2))
 
 
 def quantize(kind: str, w_OxI: jax.Array) -> Matrix:

@@ -25,7 +25,7 @@ from lomo_jax.fused.forward import (
     run_segments,
     swap_axes,
 )
-from lomo_jax.fused.order import Steps, divide
+from lomo_jax.fused.order import Steps, TracedLayer, divide, trace_layer
 from lomo_jax.fused.pipeline import Layer, evaluate, read_first
 from lomo_jax.fused.trace import Stack
 
@@ -219,18 +219,17 @@ def _backward_layers(
     run = functools.partial(loop.run, ct_carry, ct_ys, ct_consts)
     if layers.segment.body:
         results = run(steps=None)  # the loops inside have steps
-    elif (steps := loop.divide(ct_carry, ct_ys, ct_consts)).waits:
-        results = run(steps)
     else:
-        # XLA for CPUs may schedule the last use of a layer after the write of the new one, and then
-        # copies the whole stack. Reading the layer ahead, in the step before, prevents it.
+        layer = loop.trace(ct_carry, ct_ys, ct_consts)
+        steps = loop.divide(layer)
         in_place = functools.partial(run, steps)
-        in_advance = functools.partial(loop.divide, ct_carry, ct_ys, ct_consts, read_ahead=True)
-        results = jax.lax.platform_dependent(
-            cuda=in_place,
-            rocm=in_place,
-            default=(lambda: run(in_advance())) if consumer.writes else in_place,
-        )
+        if steps.waits or not consumer.writes:
+            results = in_place()
+        else:
+            # XLA for CPUs may schedule the last use of a layer after the write of the new one, and
+            # then copies the whole stack. Reading the layer ahead, in the step before, prevents it.
+            in_advance = lambda: run(loop.divide(layer, read_ahead=True))  # noqa: E731
+            results = jax.lax.platform_dependent(cuda=in_place, rocm=in_place, default=in_advance)
     result, ct_carry, ct_consts, ct_others = results
     consumer.store(result, stacked)
     cotangents.add(diff_consts, ct_consts)
@@ -277,15 +276,10 @@ class _LayerLoop(Layer):
         saved = jax.tree.leaves(self.layers.saved)
         return saved if any(map(arrays.is_on_host, saved)) else []
 
-    def divide(
-        self,
-        ct_carry: list[jax.Array],
-        ct_ys: list[jax.Array],
-        ct_consts: list[jax.Array],
-        *,
-        read_ahead: bool = False,
-    ) -> Steps:
-        """Divides the backward pass of a layer into steps.
+    def trace(
+        self, ct_carry: list[jax.Array], ct_ys: list[jax.Array], ct_consts: list[jax.Array]
+    ) -> TracedLayer:
+        """Traces the backward pass of a layer.
 
         Its inputs are the xs in their `order`, and what was saved in host memory.
 
@@ -293,7 +287,6 @@ class _LayerLoop(Layer):
           ct_carry: cotangents of the last carry.
           ct_ys: cotangents of the ys, [L, ...].
           ct_consts: cotangents of the consts.
-          read_ahead: see `order.divide`.
         """
         layers, order, saved = self.layers, self.order, self.saved_on_host
 
@@ -310,12 +303,21 @@ class _LayerLoop(Layer):
             return jax.tree.unflatten(treedef, first.out_avals)
 
         xs = [jax.eval_shape(functools.partial(layers.read, k, 0)) for k in order]
+        args = (None if saved else one(layers.saved), ct_carry, one(ct_ys), ct_consts)
+        return trace_layer(gradients, [*xs, *one(saved)], args)
+
+    def divide(self, layer: TracedLayer, *, read_ahead: bool = False) -> Steps:
+        """Divides the backward pass of a layer into steps.
+
+        Args:
+          layer: from `trace`.
+          read_ahead: see `order.divide`.
+        """
+        layers, order = self.layers, self.order
         xs_on_host = [n for n, k in enumerate(order) if arrays.is_on_host(layers.arrays[k])]
-        saved_ks = range(len(order), len(order) + len(saved))
+        saved_ks = range(len(order), len(order) + len(self.saved_on_host))
         return divide(
-            gradients,
-            [*xs, *one(saved)],
-            (None if saved else one(layers.saved), ct_carry, one(ct_ys), ct_consts),
+            layer,
             on_host=[*xs_on_host, *saved_ks],
             kept=saved_ks,
             states_on_host=self.consumer.states_on_host(layers.segment.stacked),

@@ -17,7 +17,7 @@ from lomo_jax.fused import arrays, jaxprs
 from lomo_jax.fused.arrays import Part
 from lomo_jax.fused.flags import Flags, scatter, select, zip_and, zip_not
 from lomo_jax.fused.microbatches import Microbatched, vjp_of
-from lomo_jax.fused.order import Steps, divide
+from lomo_jax.fused.order import Steps, divide, trace_layer
 from lomo_jax.fused.pipeline import Layer, evaluate, read_first
 from lomo_jax.fused.trace import Body, DenseSegment, LayerScan, Program, TracedLoss
 
@@ -371,7 +371,7 @@ def _divide(layers: LayersPass, body: Microbatched) -> Steps | None:
     if not on_host and all(jax.typeof(x).sharding.is_fully_replicated for x in layers.arrays):
         return None
     run = lambda xs, carry: ([], body.run([*layers.consts, *carry, *xs]))  # noqa: E731
-    steps = divide(run, xs, (layers.carry,), on_host=on_host)
+    steps = divide(trace_layer(run, xs, (layers.carry,)), on_host=on_host)
     return steps if steps.waits else None
 
 

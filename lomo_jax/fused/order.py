@@ -65,10 +65,34 @@ class Steps(NamedTuple):
         return self.steps[0].needs
 
 
-def divide(
+class TracedLayer(NamedTuple):
+    """A function ``(list of inputs, *args) -> (gradients of the first inputs, other results)``."""
+
+    closed: Any  # its jaxpr, whose first variables are the inputs
+    num_inputs: int
+    num_grads: int
+    tree: Any  # the structure of the other results
+
+
+def trace_layer(
     function: Callable[..., tuple[Sequence[Any], Any]],
     shapes: Sequence[jax.ShapeDtypeStruct],
     args: Any,
+) -> TracedLayer:
+    """Traces a function of a layer, which `divide` divides.
+
+    Args:
+      function: see `TracedLayer`.
+      shapes: the shapes of the inputs.
+      args: pytree of arrays.
+    """
+    closed, shape = jax.make_jaxpr(lambda x, a: function(x, *a), return_shape=True)(shapes, args)
+    grads, others = shape
+    return TracedLayer(closed, len(shapes), len(grads), jax.tree.structure(others))
+
+
+def divide(
+    layer: TracedLayer,
     *,
     on_host: Collection[int] = (),
     kept: Collection[int] = (),
@@ -76,15 +100,13 @@ def divide(
     read_ahead: bool = False,
     all_at_once: bool = False,
 ) -> Steps:
-    """Divides ``function(inputs, *args)`` into steps.
+    """Divides a function of a layer into steps.
 
     A step ends where the gradient of an input exists and the input is not needed any more. Where a
     layer waits for the host or for other devices, each product of an input has its own step too.
 
     Args:
-      function: ``(list of inputs, *args) -> (gradients of the first inputs, other results)``.
-      shapes: the shapes of the inputs.
-      args: pytree of arrays.
+      layer: the function.
       on_host: the inputs in host memory.
       kept: those of them that are kept from their first use to their last, as inputs with
         gradients always are; others are read again.
@@ -93,13 +115,13 @@ def divide(
         nothing else is done ahead.
       all_at_once: whether all gradients are used together, in the last step.
     """
-    closed, shape = jax.make_jaxpr(lambda x, a: function(x, *a), return_shape=True)(shapes, args)
+    closed, num_inputs, num_grads, tree = layer
     variables = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
-    inputs = {v: k for k, v in enumerate(variables[: len(shapes)])}
+    inputs = {v: k for k, v in enumerate(variables[:num_inputs])}
     # Checkpoints are inlined too: the barriers here replace theirs.
     inlined = lambda eqn: eqn.primitive.name in jaxprs.INLINED  # noqa: E731
     eqns, results = jaxprs.inline(closed, variables, inlined)
-    is_far = lambda k: k in on_host or (read_ahead and k < len(shape[0]))  # noqa: E731
+    is_far = lambda k: k in on_host or (read_ahead and k < num_grads)  # noqa: E731
     far = {v: Far(k, None) for v, k in inputs.items() if is_far(k)}
     near = {v: k for v, k in inputs.items() if not (read_ahead or v in far)}
     eqns, results, gathered = take_gathers(closed, eqns, results, near)
@@ -107,7 +129,7 @@ def divide(
     readable = {**inputs, **{v: x.k for v, x in far.items()}}
     eqns, results = _copy_inputs(eqns, results, readable)
     eqns = jaxprs.live(eqns, results)
-    grads, others = results[: len(shape[0])], results[len(shape[0]) :]
+    grads, others = results[:num_grads], results[num_grads:]
     states = range(len(grads)) if read_ahead else states_on_host
     may_sum_late = not (read_ahead or all_at_once)
     found = {k: find_sum(closed, eqns, results, k) for k in range(len(grads)) if may_sum_late}
@@ -120,7 +142,7 @@ def divide(
         program.append(_Segment([], []))
     elif not program[-1].eqns and len(program) > 1:
         program = program[:-1]  # a barrier before nothing
-    others_in = variables[len(shapes) :]
+    others_in = variables[num_inputs:]
     steps, used = _steps(program, readable, others_in, grads, others, sums)
     steps = _read_in_time(steps, used, far, {*kept, *range(len(grads))}, states, read_ahead)
     return Steps(
@@ -130,7 +152,7 @@ def divide(
         others_in,
         grads,
         others,
-        jax.tree.structure(shape[1]),
+        tree,
         steps,
         waits,
         waits and bool(on_host or states_on_host),

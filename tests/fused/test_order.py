@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lomo_jax.fused.order import divide
+from lomo_jax.fused.order import divide, trace_layer
 from lomo_jax.fused.pipeline import Layer, evaluate
 
 B, D, F = 4, 8, 64
@@ -56,7 +56,7 @@ class Halving(Layer):
 def run(inputs, x, ct, **options):
     layer = Halving()
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
-    steps = divide(gradients, shapes, (x, ct), **options)
+    steps = divide(trace_layer(gradients, shapes, (x, ct)), **options)
     y, (held, grads), _ = evaluate(steps, (x, ct), layer, (inputs, {}), [])
     return y, held, [grads[str(k)] for k in range(len(inputs))], layer.log
 
@@ -102,7 +102,7 @@ class Summing(Layer):
 
 def total(function, inputs, x, ct):
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in inputs]
-    steps = divide(function, shapes, (x, ct))
+    steps = divide(trace_layer(function, shapes, (x, ct)))
     nothing = [None] * len(inputs)
     return evaluate(steps, (x, ct), Summing(inputs), (nothing, jnp.float32(0)), [])
 

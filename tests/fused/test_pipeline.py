@@ -10,7 +10,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from lomo_jax.fused import jaxprs
-from lomo_jax.fused.order import divide
+from lomo_jax.fused.order import divide, trace_layer
 from lomo_jax.fused.pipeline import Layer, evaluate, read_first
 
 B, D, F = 4, 512, 1024  # a weight is 2 MiB, and the scale is small
@@ -74,7 +74,7 @@ def values():
 def run(stacks, x, ct, **options):
     """Runs layer 1; returns the cotangent of x, the stacks, and what was read of layer 0."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in SHAPES]
-    steps = divide(gradients, shapes, (x, ct), **options)
+    steps = divide(trace_layer(gradients, shapes, (x, ct)), **options)
     layer, carry = Stacks(), (stacks, jnp.int32(1))
     first = read_first(steps, layer, carry)
     ct_x, (stacks, _), following = evaluate(steps, (x, ct), layer, carry, first)
@@ -176,7 +176,7 @@ def test_one_large_array_is_fetched_beside_each_product():
         a, b, c, d, e = inputs
         return [], (x @ a @ b) @ (c * d * e)
 
-    steps = divide(layer, [large] * 5, (small,), on_host=range(5))
+    steps = divide(trace_layer(layer, [large] * 5, (small,)), on_host=range(5))
     fetched = [
         len([v for v in step.needs if before is None or v not in before.needs])
         for before, step in zip([None, *steps.steps], steps.steps, strict=False)
@@ -198,7 +198,7 @@ def test_a_function_of_shards_without_a_product_has_no_step_of_its_own():
         return [], ((x @ w) @ w + bias @ jnp.ones((D, D))) @ w
 
     shapes = [jax.ShapeDtypeStruct((n, D), jnp.float32) for n in (D, B)]
-    steps = divide(layer, shapes, (shapes[1],), on_host=range(2)).steps
+    steps = divide(trace_layer(layer, shapes, (shapes[1],)), on_host=range(2)).steps
     names = [[eqn.primitive.name for eqn in step.eqns] for step in steps]
     with_shards = [found for found in names if "shard_map" in found]
     assert with_shards

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lomo_jax
 from lomo_jax import sharding
-from lomo_jax.fused.order import divide
+from lomo_jax.fused.order import divide, trace_layer
 
 L, B, D = 3, 8, 8
 
@@ -169,7 +169,7 @@ def test_each_sum_has_steps_of_its_own():
 
         @jax.jit
         def stages(w, x):
-            steps = divide(gradients, [jax.typeof(w)], (x,))
+            steps = divide(trace_layer(gradients, [jax.typeof(w)], (x,)))
             found.append([len(late.stages) for step in steps.steps for late in step.sums.values()])
             return w
 
