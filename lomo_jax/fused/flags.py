@@ -1,6 +1,7 @@
-"""Lists of values with lists of flags: selecting and replacing the flagged values."""
+"""Lists of values: selecting and replacing those that are flagged, and splitting."""
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 Flags = Sequence[bool]
@@ -25,3 +26,9 @@ def zip_and(a: Flags, b: Flags) -> list[bool]:
 def zip_not(flags: Flags) -> list[bool]:
     """Returns `not x` for each flag."""
     return [not flag for flag in flags]
+
+
+def split(items: Sequence[Any], like: Iterable[Collection[Any]]) -> list[Sequence[Any]]:
+    """Splits a sequence into parts as long as those of `like`."""
+    ends = [0, *itertools.accumulate(map(len, like))]
+    return [items[a:b] for a, b in itertools.pairwise(ends)]

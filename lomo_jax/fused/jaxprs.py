@@ -388,3 +388,14 @@ def changed_carry(scan: Scan) -> list[bool]:
     first = len(scan.consts)
     before, after = jaxpr.invars[first : first + len(scan.carry)], jaxpr.outvars[: len(scan.carry)]
     return [a is not b for a, b in zip(before, after, strict=True)]
+
+
+def follows(b: Any, a: Any, program: Iterable[Operation]) -> bool:
+    """Returns whether operation `b` needs a result of operation `a`, which is earlier."""
+    reached = set(a.outvars)
+    for operation in program:
+        if not reached.isdisjoint(variables(operation.invars)):
+            if operation is b:
+                return True
+            reached.update(operation.outvars)
+    return False

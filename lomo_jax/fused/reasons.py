@@ -11,6 +11,7 @@ import numpy as np
 from lomo_jax.fused import jaxprs, stacks
 from lomo_jax.fused.flags import select
 from lomo_jax.fused.jaxprs import Operation, Scan
+from lomo_jax.fused.prelude import Loss
 from lomo_jax.fused.stacks import Source
 from lomo_jax.fused.trace import LayerScan, TracedLoss
 
@@ -101,7 +102,7 @@ class Finder:
                 "two scans of it have different layer axes", "scan it along the same axis"
             )
         follows = any(
-            stacks.follows(b, a, self.program) for k, a in enumerate(scans) for b in scans[k + 1 :]
+            jaxprs.follows(b, a, self.program) for k, a in enumerate(scans) for b in scans[k + 1 :]
         )
         if follows:
             return Reason(
@@ -257,7 +258,7 @@ def _has_layer_scan(closed: Any, flags: Sequence[bool]) -> bool:
     eqns, _ = jaxprs.inline(closed, inputs, jaxprs.is_call)
     params = select(inputs, flags)
     batch = [v for v, flag in zip(inputs, flags, strict=True) if not flag]
-    loss = stacks.Loss(closed, params, {v: k for k, v in enumerate(params)}, batch)
+    loss = Loss(closed, params, {v: k for k, v in enumerate(params)}, batch)
     if stacks.moved_equations(eqns, loss):
         return True
     labels = jaxprs.labels(eqns, loss.labels)

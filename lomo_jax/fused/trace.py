@@ -12,6 +12,7 @@ from lomo_jax.fused import arrays, jaxprs, stacks
 from lomo_jax.fused.arrays import Params, Place, PyTree
 from lomo_jax.fused.jaxprs import Atom
 from lomo_jax.fused.microbatches import WeightedLoss
+from lomo_jax.fused.prelude import Loss
 
 # Computed again rather than stored.
 _CASTS = ("convert_element_type", "reshape", "squeeze", "transpose")
@@ -79,7 +80,7 @@ class TracedLoss(NamedTuple):
     aux_tree: Any
     # Of the trainable parameters that are stacks: the axes along which their layers are counted.
     layer_axes: dict[int, tuple[int, ...]]
-    inputs: stacks.Loss
+    inputs: Loss
     operations: list[jaxprs.Operation]  # of all segments
 
     @property
@@ -151,7 +152,7 @@ def trace(
         names = arrays.names(params)
         inputs = [jex.Var(v.aval) for v in jaxprs.open_jaxpr(closed).invars]
         param_vars, batch_vars = inputs[: len(names)], inputs[len(names) :]
-        loss = stacks.Loss(
+        loss = Loss(
             closed, param_vars, {v: i for i, v in enumerate(param_vars) if trainable[i]}, batch_vars
         )
         operations, results = stacks.inline_calls(loss, inputs)
@@ -196,7 +197,7 @@ class _Layers(NamedTuple):
 def _layers_to_update(
     program: Sequence[jaxprs.Operation],
     roots: Sequence[Atom],
-    loss: stacks.Loss,
+    loss: Loss,
     outer: Mapping[int, tuple[Place, ...]],
 ) -> _Layers:
     """Finds the parameters whose layers can be updated one by one.
@@ -248,7 +249,7 @@ def _layers_to_update(
 
 
 def _uses(
-    program: Sequence[jaxprs.Operation], roots: Sequence[Atom], loss: stacks.Loss
+    program: Sequence[jaxprs.Operation], roots: Sequence[Atom], loss: Loss
 ) -> dict[int, list[tuple[jaxprs.Scan, jaxprs.Layers] | None]]:
     """Returns the uses of each trainable parameter that contribute to its gradient.
 
@@ -275,7 +276,7 @@ def _uses(
 
 def _cut_body(
     scan: jaxprs.Scan,
-    loss: stacks.Loss,
+    loss: Loss,
     outer: Mapping[int, tuple[Place, ...]],
     whole: Collection[int],
 ) -> tuple[Body, dict[int, tuple[Place, ...]]] | None:
@@ -297,7 +298,7 @@ def _cut_body(
     indices = {x: loss.index(layers.of) for x, layers in params.items()}
     trainable = {x: i for x, i in indices.items() if i is not None and i not in whole}
     others = [v for v in inputs if v not in params]
-    inner = stacks.Loss(scan.body, list(params), trainable, others)
+    inner = Loss(scan.body, list(params), trainable, others)
     operations, results = stacks.inline_calls(inner, inputs)
     operations = stacks.scan_parameters(operations, results, results, inner)
     within = {i: (*outer.get(i, ()), params[x].place) for x, i in trainable.items()}
@@ -317,7 +318,7 @@ def _cut_body(
 
 
 def _cut(
-    loss: stacks.Loss,
+    loss: Loss,
     program: Sequence[jaxprs.Operation],
     results: Sequence[Atom],
     layers: _Layers,
@@ -364,7 +365,7 @@ def _cut(
 
 
 def _cast_late(
-    groups: Sequence[Sequence[jaxprs.Operation]], results: Sequence[Atom], loss: stacks.Loss
+    groups: Sequence[Sequence[jaxprs.Operation]], results: Sequence[Atom], loss: Loss
 ) -> list[list[jaxprs.Operation]]:
     """Moves casts of parameters, and the like, into each segment that uses the result.
 
