@@ -30,7 +30,7 @@ from lomo_jax.errors import (
 from lomo_jax.fused.microbatches import split
 from lomo_jax.plan import MemoryPlan
 from lomo_jax.run_files import RunInfo
-from lomo_jax.training import devices, meeting, resume
+from lomo_jax.training import devices, meeting, resume, validation
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.checkpoint import CheckpointMetadata, Checkpoints, Progress, checksums
 from lomo_jax.training.config import Config, ModelConfig, to_dict
@@ -166,13 +166,8 @@ def _set_up(
         resume.check_steps(checkpoint, settings)
         resume.check_same_dataset(checkpoint, settings, dataset.fingerprint)
         resume.check_same_base(checkpoint, base_sums, _source_name(config))
-    rules = (
-        (config.optimizer, config.optimizer_kwargs),
-        (config.lora.base, config.lora.base_kwargs),
-    )
-    clips = [options.get("clip_value") is not None for rule, options in rules if rule == "lomo"]
-    if config.clip_norm is None and not all(clips):
-        display.warn("LOMO without clipping can destroy the model: set clip_norm=1.0")
+    for message in validation.warnings(config):
+        display.warn(message)
     compiled, memory.plan = _compile(config, model, batch, display)
     display.line("memory", describe(memory.plan))
 

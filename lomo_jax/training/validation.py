@@ -65,6 +65,18 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
                 ) from None
 
 
+def warnings(config: Config) -> list[str]:
+    """Returns what a run should be warned of, for a config that is valid."""
+    rules = (
+        (config.optimizer, config.optimizer_kwargs),
+        (config.lora.base, config.lora.base_kwargs),
+    )
+    clips = [options.get("clip_value") is not None for rule, options in rules if rule == "lomo"]
+    if config.clip_norm is None and not all(clips):
+        return ["LOMO without clipping can destroy the model: set clip_norm=1.0"]
+    return []
+
+
 def _check_lora(lora: LoraConfig) -> None:
     targets = () if lora.targets == "all" else lora.targets
     for target in (targets,) if isinstance(targets, str) else targets:
