@@ -26,7 +26,7 @@ class _Part(NamedTuple):
     result: jex.Var  # [L, ...], reduced over all axes but that of the layers
 
 
-def sum_inside(program: Sequence[Operation], loss: Loss) -> list[Operation]:
+def move_into_scans(program: Sequence[Operation], loss: Loss) -> list[Operation]:
     """Moves reductions over the layers of a scanned stack into the scan."""
     context = Context.of(program, loss)
     scans = [operation for operation in program if isinstance(operation, Scan)]

@@ -23,7 +23,7 @@ from lomo_jax.fused import jaxprs
 from lomo_jax.fused.flags import scatter, select, split, zip_not
 from lomo_jax.fused.jaxprs import Atom, Layers, Operation, Scan
 from lomo_jax.fused.prelude import Context, Loss, Prelude, move_to_front
-from lomo_jax.fused.reductions import sum_inside
+from lomo_jax.fused.reductions import move_into_scans
 
 
 def inline_calls(loss: Loss, inputs: Sequence[jex.Var]) -> tuple[list[jex.JaxprEqn], list[Atom]]:
@@ -78,7 +78,7 @@ def scan_parameters(
         rewritten += [operation] if new is None else new[::-1]
     program = jaxprs.live(rewritten[::-1], results)
     program = _merge(program, roots, loss)
-    return jaxprs.live(jaxprs.sort(sum_inside(program, loss)), results)
+    return jaxprs.live(jaxprs.sort(move_into_scans(program, loss)), results)
 
 
 def moved_equations(program: Sequence[jex.JaxprEqn], loss: Loss) -> set[int]:
