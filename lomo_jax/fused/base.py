@@ -106,6 +106,8 @@ class Step:
         ``value``: the loss, float32 [], unscaled, and the mean over the microbatches. The rule of
         `optax.contrib.reduce_on_plateau`, for example, is taken for each parameter and layer. A
         scalar that is set in the state of a stack, such as a learning rate, is that of all layers.
+        Under a mesh of Explicit axes a transformation that multiplies matrices, such as muon,
+        computes with Auto axes.
       has_aux: whether `loss_fn` returns a second result.
       clip_norm: scales the gradient down to this global norm, taken over all trainable parameters.
         Infinity measures the norm without clipping. The step makes two backward passes over the

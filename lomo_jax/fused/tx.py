@@ -1,4 +1,4 @@
-"""What the step adds to an optax transformation: the value of the loss, and a warning."""
+"""What the step adds to an optax transformation: the loss, shardings of products, a warning."""
 
 import collections
 import functools
@@ -13,11 +13,31 @@ from jax.typing import ArrayLike
 from lomo_jax.fused import arrays, jaxprs
 from lomo_jax.fused.arrays import Params, PyTree, widen
 
+_PRODUCTS = frozenset(("dot_general", "scan", "while"))  # and loops, which may have them
+
 
 def with_value(tx: optax.GradientTransformation, value: ArrayLike) -> optax.GradientTransformation:
     """Returns `tx` with the extra argument ``value`` of its update, the loss, float32 []."""
     tx = optax.with_extra_args_support(tx)
     return optax.GradientTransformation(tx.init, functools.partial(tx.update, value=value))
+
+
+def call(
+    tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Returns ``tx.update(grads, state, params)``, under a mesh of Explicit axes too.
+
+    Optax is written without shardings, and a product of two sharded dimensions, as in muon, is an
+    error under Explicit axes. XLA shards a transformation that has products.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        args = grads, state, params
+        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+        if not _PRODUCTS.isdisjoint(_operations(tx.update, *whole)):
+            specs = jax.tree.map(arrays.partition_spec, (grads, state))
+            update: Any = jax.sharding.auto_axes(tx.update, out_sharding=specs)
+            return update(*args)
+    return tx.update(grads, state, params)
 
 
 def rule_by_ndim(
@@ -72,7 +92,9 @@ def _differ(tx: Any, tree: Any, whole: Any, layer: Any) -> bool:
     ):
         return False
     operations = [
-        _operations(lambda g, s, x: tx.update(tree(g), s, tree(x)), x, state)
+        _operations(
+            lambda g, s, x: tx.update(tree(g), s, tree(x)), jax.eval_shape(widen, x), state, x
+        )
         for x, state in zip((whole, layer), states, strict=True)
     ]
     return operations[0] != operations[1]
@@ -85,9 +107,9 @@ def _masked_paths(state: PyTree) -> set[str]:
     return {jax.tree_util.keystr(p) for p, x in leaves if isinstance(x, optax.MaskedNode)}
 
 
-def _operations(update: Any, leaf: Any, state: PyTree) -> collections.Counter[str]:
+def _operations(update: Any, *args: PyTree) -> collections.Counter[str]:
     """Counts the operations of an update, by name; not those that only fit shapes together."""
-    closed = jax.make_jaxpr(update)(jax.eval_shape(widen, leaf), state, leaf)
+    closed = jax.make_jaxpr(update)(*args)
     inputs = list(jaxprs.open_jaxpr(closed).invars)
     eqns, _ = jaxprs.inline(closed, inputs, jaxprs.is_call)
     fitting = ("broadcast_in_dim", "reshape", "squeeze")

@@ -12,7 +12,7 @@ import optax
 from lomo_jax.fused import arrays, jaxprs
 from lomo_jax.fused.arrays import Params, Position, PyTree, match_memory, reshard_like, widen
 from lomo_jax.fused.trace import Stack
-from lomo_jax.fused.tx import with_value
+from lomo_jax.fused.tx import call, with_value
 
 
 class Updater:
@@ -75,7 +75,7 @@ class Updater:
           The new leaf and the new state, with dtypes and shardings as before.
         """
         trees = [_masked(self.treedef, {self.index: x}) for x in (grad, leaf)]
-        updates, new_state = self.tx.update(trees[0], state, trees[1])
+        updates, new_state = call(self.tx, trees[0], state, trees[1])
         wide = widen(leaf)
         wide = wide + self.treedef.flatten_up_to(updates)[self.index].astype(wide.dtype)
         if key is not None and must_round(leaf.dtype):

@@ -248,7 +248,7 @@ def compile_step(
 
     try:
         lowered = jax.jit(lambda params: step.init(params, batch)).lower(params)
-    except TypeError as error:  # it needs more than gradients, or mixes the layers
+    except (TypeError, ValueError) as error:  # it needs more than gradients, or mixes the layers
         why = str(error).splitlines()[0]
         raise ConfigError(f"optimizer: {optimizer!r} cannot be used here: {why}") from error
     if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in jax.tree.leaves(lowered.out_info)):

@@ -1,6 +1,7 @@
 """Results do not depend on the mesh: steps on eight devices equal steps on one."""
 
 import itertools
+import warnings
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ OPTIMIZERS = {
     "lomo": lambda: lomo_jax.lomo(0.3),
     "adalomo": lambda: lomo_jax.adalomo(1e-2),
     "adamw": lambda: optax.adamw(1e-3, eps=1e-6),
+    "muon": lambda: optax.contrib.muon(1e-3),
 }
 
 
@@ -104,6 +106,19 @@ def test_equals_one_device(optimizer, shape, on_one_device, assert_close, standa
     with jax.set_mesh(mesh):
         actual = run(mesh, lomo_jax.fused_step, **case)
     assert_close(actual, on_one_device(**case))
+
+
+def test_an_optimizer_that_multiplies_sharded_matrices(
+    on_one_device, assert_close, standard_promotion
+):
+    case = {"optimizer": "muon", "tied": True, "steps": 3}
+    mesh = sharding.make_mesh(2, 2, 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "tx has another rule for .* as a whole")
+        with jax.set_mesh(mesh):
+            actual = run(mesh, lomo_jax.fused_step, **case)
+        expected = on_one_device(**case)
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(

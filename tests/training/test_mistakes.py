@@ -61,6 +61,19 @@ CONFIGS = {
         "optimizer: 'noisy_sgd' keeps a random key in its state, which a checkpoint cannot hold; "
         "choose another"
     ),
+    "--config.optimizer=lbfgs": (
+        "optimizer: 'lbfgs' cannot be used here: scale_by_zoom_linesearch.<locals>.update_fn() "
+        "missing 2 required keyword-only arguments: 'grad' and 'value_fn'"
+    ),
+    "--config.optimizer=sophia": (
+        "optimizer: 'sophia' cannot be used here: obj_fn must be provided to hutchinson update "
+        "function."
+    ),
+    "--config.optimizer=prodigy": (
+        "optimizer: 'prodigy' cannot be used here: tx updates parameter embedding/value from "
+        "output/kernel/value: a transformation that mixes parameters needs all their gradients at "
+        "once, and the fused step never has them; to clip by the global norm use clip_norm"
+    ),
     "--config.prompt=the --config.prompt_tokens=62": (
         "prompt: its 3 tokens and prompt_tokens=62 are more than the model allows, 64; shorten it"
     ),
