@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lomo_jax
 from lomo_jax.fused.order import divide, trace_layer
 from lomo_jax.fused.pipeline import Layer, evaluate
 
@@ -149,3 +150,34 @@ def test_effects_happen_once(values):
     found.block_until_ready()
     jax.effects_barrier()
     assert seen == [float(x[0, 0])]
+
+
+@pytest.mark.parametrize(("clip_norm", "passes"), [(None, 1), (1.0, 2)])
+def test_each_pass_traces_the_backward_pass_of_a_layer_once(clip_norm, passes):
+    """Tracing a layer of a large model takes seconds, on each platform that JAX lowers it for."""
+    traced = []
+
+    @jax.custom_vjp
+    def layer(x, w):
+        return jnp.tanh(x @ w)
+
+    def forward(x, w):
+        return layer(x, w), (x, w)
+
+    def backward(saved, cotangent):
+        traced.append(cotangent)
+        x, w = saved
+        cotangent *= 1 - jnp.tanh(x @ w) ** 2
+        return cotangent @ w.T, x.T @ cotangent
+
+    layer.defvjp(forward, backward)
+
+    def loss(params, x):
+        return jax.lax.scan(lambda x, w: (layer(x, w), None), x, params["layers"])[0].sum()
+
+    params, x = {"layers": jnp.ones((3, 4, 4))}, jnp.ones((2, 4))
+    step = lomo_jax.fused_step(loss, lomo_jax.adalomo(1e-3), clip_norm=clip_norm)
+    state = step.init(params, x)
+    assert not traced
+    jax.jit(step).lower(params, state, x)
+    assert len(traced) == passes
