@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -247,7 +248,10 @@ def compile_step(
         return params, new_state, out, state.loss_scale and state.loss_scale.scale
 
     try:
-        lowered = jax.jit(lambda params: step.init(params, batch)).lower(params)
+        with warnings.catch_warnings():
+            # The rule of an optimizer for matrices, such as muon, is for those of one layer.
+            warnings.filterwarnings("ignore", "tx has another rule")
+            lowered = jax.jit(lambda params: step.init(params, batch)).lower(params)
     except (TypeError, ValueError) as error:  # it needs more than gradients, or mixes the layers
         why = str(error).splitlines()[0]
         raise ConfigError(f"optimizer: {optimizer!r} cannot be used here: {why}") from error

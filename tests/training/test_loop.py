@@ -289,6 +289,14 @@ def test_lomo_without_clipping_gets_a_warning(text, tmp_path):
         assert bool(warnings(_config(text, tmp_path, **fields))) == warns
 
 
+def test_muon_learns(text, tmp_path):
+    """It multiplies weights that the trainer's mesh shards; a warning would be an error here."""
+    config = _config(text, tmp_path, optimizer="muon", learning_rate=0.03, eval_every=12)
+    loop.train(config)
+    before, *_, after = runs.column(tmp_path, "eval_loss").values()
+    assert after < 0.9 * before
+
+
 @pytest.mark.parametrize(
     ("usable_gib", "remat"), [(1000.0, "products"), (1e-6, "full"), before_release(None, "full")]
 )
