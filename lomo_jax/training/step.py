@@ -99,7 +99,7 @@ def make_optimizer(
     Raises:
       ConfigError: There is no such optimizer, or it refuses `kwargs`.
     """
-    known = _optimizers()
+    known = optimizers()
     if name not in known:
         raise ConfigError(
             f"{field}: {name!r} is not adalomo, lomo or an optimizer of optax, such as adamw"
@@ -141,17 +141,17 @@ def _decays(mask: str, params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def _optimizers() -> dict[str, Any]:
+def optimizers() -> dict[str, Any]:
     """Returns the functions whose first argument is a learning rate, by name."""
     functions = dict(inspect.getmembers(optax.contrib, inspect.isfunction))
     functions |= dict(inspect.getmembers(optax, inspect.isfunction))
-    optimizers = {
+    found = {
         name: function
         for name, function in functions.items()
         if next(iter(inspect.signature(function).parameters), None) == "learning_rate"
         and not name.startswith(("scale_by", "_"))
     }
-    return optimizers | {"adalomo": lomo_jax.adalomo, "lomo": lomo_jax.lomo}
+    return found | {"adalomo": lomo_jax.adalomo, "lomo": lomo_jax.lomo}
 
 
 def make_step(

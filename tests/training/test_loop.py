@@ -23,12 +23,13 @@ from lomo_jax.training import (
     Config,
     DataConfig,
     LoraConfig,
+    MeshConfig,
     ModelConfig,
     loop,
     planning,
 )
 from lomo_jax.training import model as model_lib
-from lomo_jax.training.step import make_schedule
+from lomo_jax.training.step import make_schedule, optimizers
 from lomo_jax.training.validation import warnings
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
@@ -295,6 +296,23 @@ def test_muon_learns(text, tmp_path):
     loop.train(config)
     before, *_, after = runs.column(tmp_path, "eval_loss").values()
     assert after < 0.9 * before
+
+
+@pytest.mark.filterwarnings("ignore:Specifying a key will be required")
+@pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
+@pytest.mark.parametrize("name", [before_release(name) for name in sorted(optimizers())])
+def test_every_optimizer_of_optax_learns_or_gets_one_line(text, tmp_path, name):
+    mesh = MeshConfig(fsdp=8)
+    config = _config(text, tmp_path, optimizer=name, mesh=mesh, batch_size=8, eval_every=0)
+    refusal = None
+    try:
+        loop.train(dataclasses.replace(config, learning_rate=1e-3, steps=2))
+    except UserError as error:
+        refusal = str(error)
+    if refusal is None:
+        assert np.isfinite(list(runs.column(tmp_path, "loss").values())).all()
+    else:
+        assert re.fullmatch("optimizer.*", refusal)
 
 
 @pytest.mark.parametrize(
