@@ -500,6 +500,7 @@ def plot(found: Sequence[dict[str, Any]], experiment: Experiment, path: Path) ->
             others[0].plot(*_line(run), "--", color="black", zorder=3)
 
     searches.set(xlabel="peak learning rate", ylabel="validation loss", xscale="log")
+    searches.xaxis.set_minor_formatter("")  # over one decade their labels would overlap
     curves.set(xlabel="steps", ylabel="test loss")
     for axes in others:
         axes.set(xlabel="steps", ylabel="test loss, one seed")
