@@ -1,4 +1,4 @@
-"""What the step adds to an optax transformation: the loss, shardings of products, a warning."""
+"""What the step adds to an optax transformation: the loss, Auto axes for products, a warning."""
 
 import collections
 import functools
@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from lomo_jax.fused import arrays, jaxprs
 from lomo_jax.fused.arrays import Params, PyTree, widen
 
-_PRODUCTS = frozenset(("dot_general", "scan", "while"))  # and loops, which may have them
+# Products of matrices, and what may contain them.
+_PRODUCTS = frozenset(("dot_general", "cond", "scan", "while"))
 
 
 def with_value(tx: optax.GradientTransformation, value: ArrayLike) -> optax.GradientTransformation:
@@ -27,13 +28,14 @@ def call(
 ) -> tuple[PyTree, PyTree]:
     """Returns ``tx.update(grads, state, params)``, under a mesh of Explicit axes too.
 
-    Optax is written without shardings, and a product of two sharded dimensions, as in muon, is an
-    error under Explicit axes. XLA shards a transformation that has products.
+    Optax is written without shardings. Under Explicit axes a product over a sharded dimension, as
+    in muon, is an error, so a transformation with products computes with Auto axes.
     """
     if not jax.sharding.get_abstract_mesh().empty:
         args = grads, state, params
-        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
-        if not _PRODUCTS.isdisjoint(_operations(tx.update, *whole)):
+        # Without shardings, with which tracing could be that error.
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+        if not _PRODUCTS.isdisjoint(_operations(tx.update, *shapes)):
             specs = jax.tree.map(arrays.partition_spec, (grads, state))
             update: Any = jax.sharding.auto_axes(tx.update, out_sharding=specs)
             return update(*args)

@@ -142,7 +142,7 @@ def _decays(mask: str, params: Params) -> Any:
 
 
 def optimizers() -> dict[str, Any]:
-    """Returns the functions whose first argument is a learning rate, by name."""
+    """Returns what makes each optimizer that takes a learning rate, by the name in a config."""
     functions = dict(inspect.getmembers(optax.contrib, inspect.isfunction))
     functions |= dict(inspect.getmembers(optax, inspect.isfunction))
     found = {
@@ -249,10 +249,10 @@ def compile_step(
 
     try:
         with warnings.catch_warnings():
-            # The rule of an optimizer for matrices, such as muon, is for those of one layer.
+            # Muon has a rule for matrices, and means those of one layer, which it gets.
             warnings.filterwarnings("ignore", "tx has another rule")
             lowered = jax.jit(lambda params: step.init(params, batch)).lower(params)
-    except (TypeError, ValueError) as error:  # it needs more than gradients, or mixes the layers
+    except (TypeError, ValueError) as error:  # it needs more than gradients, or mixes parameters
         why = str(error).splitlines()[0]
         raise ConfigError(f"optimizer: {optimizer!r} cannot be used here: {why}") from error
     if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in jax.tree.leaves(lowered.out_info)):

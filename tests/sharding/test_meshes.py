@@ -22,6 +22,9 @@ OPTIMIZERS = {
     "adalomo": lambda: lomo_jax.adalomo(1e-2),
     "adamw": lambda: optax.adamw(1e-3, eps=1e-6),
     "muon": lambda: optax.contrib.muon(1e-3),
+    "muon_every_second_step": lambda: optax.MultiSteps(
+        optax.contrib.muon(1e-3), 2
+    ).gradient_transformation(),
 }
 
 
@@ -108,10 +111,11 @@ def test_equals_one_device(optimizer, shape, on_one_device, assert_close, standa
     assert_close(actual, on_one_device(**case))
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "muon_every_second_step"])
 def test_an_optimizer_that_multiplies_sharded_matrices(
-    on_one_device, assert_close, standard_promotion
+    optimizer, on_one_device, assert_close, standard_promotion
 ):
-    case = {"optimizer": "muon", "tied": True, "steps": 3}
+    case = {"optimizer": optimizer, "tied": True, "steps": 3}
     mesh = sharding.make_mesh(2, 2, 2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "tx has another rule for .* as a whole")

@@ -301,7 +301,7 @@ def test_muon_learns(text, tmp_path):
 @pytest.mark.filterwarnings("ignore:Specifying a key will be required")
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 @pytest.mark.parametrize("name", [before_release(name) for name in sorted(optimizers())])
-def test_every_optimizer_of_optax_learns_or_gets_one_line(text, tmp_path, name):
+def test_every_optimizer_of_optax_trains_or_gets_one_line(text, tmp_path, name):
     mesh = MeshConfig(fsdp=8)
     config = _config(text, tmp_path, optimizer=name, mesh=mesh, batch_size=8, eval_every=0)
     refusal = None
