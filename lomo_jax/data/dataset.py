@@ -242,6 +242,13 @@ def read_rows(
             spans = _spans(part, sections[~split]), _spans(part, sections[split])
         training.append(fit(part, spans[0]).spans)
         evaluation.append(fit(part, spans[1]).spans)
+    empty = [group[0] for group, spans in zip(groups, training, strict=True) if not len(spans)]
+    if weights is not None and empty:
+        raise UserError(
+            f"path: {empty[0]} has nothing to train on, because its examples are repeated, held "
+            f"out, or have no answer within sequence_length={sequence_length} tokens: add some, or "
+            "leave it out"
+        )
     validation = sources
     if validation_path is not None:
         validation = [tokenize(_as_list(validation_path), tokenizer, **options)]

@@ -62,14 +62,15 @@ def find_kind(record: Record, text_key: str, has_template: bool) -> str:
       UserError: They are those of no kind.
     """
     columns = record.columns
-    pair = next((pair for pair in _PAIRS if set(pair) <= columns.keys()), None)
-    if any(name in columns for name in _CHATS) or (pair and isinstance(columns[pair[0]], list)):
+    pair = _find_pair(columns)
+    has_pair = set(pair) <= columns.keys()
+    if any(name in columns for name in _CHATS) or (has_pair and isinstance(columns[pair[0]], list)):
         return "chat"
     if has_template:
         return "template"
     if "instruction" in columns and "output" in columns:
         return "instruction"
-    if pair:
+    if has_pair:
         return "prompt"
     if text_key in columns:
         return "text"
@@ -114,7 +115,8 @@ def make_kind(
                 )
             if isinstance(source, dict):
                 source = None  # several by name; transformers chooses
-            kind = functools.partial(_chat, _Renderer(tokenizer, source))
+            renderer = _Renderer(tokenizer, source)
+            return functools.partial(_chat, renderer, with_answers=train_on == "answers")
         case _:
             assert template is not None
             if train_on == "answers" and not _GENERATION.search(template):
@@ -122,14 +124,19 @@ def make_kind(
                     "data.template marks no answer: put {% generation %} and {% endgeneration %} "
                     "around it, or set data.train_on=all"
                 )
-            kind = functools.partial(_own, template, _required_variables(template))
+            kind = functools.partial(_own, *_template_of_columns(template))
     if train_on == "answers":
         return kind
     return lambda record: kind(record)._replace(answers=None)
 
 
-def _required_variables(template: str) -> frozenset[str]:
-    """Returns the names that a template uses and does not ask whether they are defined."""
+def _template_of_columns(template: str) -> tuple[str, frozenset[str]]:
+    """Prepares a template for records.
+
+    Returns:
+      The template for transformers, with the record as the only message, so that its columns may
+      have any names; and the names that it uses and does not ask whether they are defined.
+    """
     import jinja2
     from jinja2 import meta
 
@@ -140,8 +147,10 @@ def _required_variables(template: str) -> frozenset[str]:
         names = meta.find_undeclared_variables(environment.parse(source))
     except jinja2.TemplateError as error:
         raise UserError(f"data.template is not a template: {error}") from error
-    names -= {"raise_exception", "strftime_now", *re.findall(r"(\w+) is (?:not )?defined", source)}
-    return frozenset(names)
+    names -= {"raise_exception", "strftime_now"}
+    columns = "".join(f"{{% set {name} = messages[0]['{name}'] %}}" for name in sorted(names))
+    optional = re.findall(r"(\w+) is (?:not )?defined", source)
+    return f"{columns}{{{{ '' }}}}{template}", frozenset(names.difference(optional))
 
 
 def read_template(template: str | None) -> str | None:
@@ -177,8 +186,13 @@ def _prompt(record: Record) -> Example:
     return _pair(_column(record, prompt), _answer(record, completion))
 
 
+def _find_pair(columns: dict[str, Any]) -> tuple[str, str]:
+    """Returns the first pair that the columns have, or have a part of."""
+    return max(_PAIRS, key=lambda pair: len(columns.keys() & {*pair}))
+
+
 def _pair_names(record: Record) -> tuple[str, str]:
-    pair = next((pair for pair in _PAIRS if pair[0] in record.columns), _PAIRS[0])
+    pair = _find_pair(record.columns)
     for name in pair:
         if name not in record.columns:
             raise _missing(record, name)
@@ -196,7 +210,8 @@ def _own(template: str, variables: frozenset[str], record: Record) -> Example:
             f"{record.where} has no {missing[0]!r} (found: {_names(record.columns)}), which "
             f"data.template uses: change it, or write {{% if {missing[0]} is defined %}} there"
         )
-    text, answers = _render(template, record, **record.columns)
+    columns = {name: "" if value is None else value for name, value in record.columns.items()}
+    text, answers = _render(template, record, [columns])
     if not text.strip() or any(not text[start:end].strip() for start, end in answers):
         raise UserError(f"{record.where}: data.template gives an empty text or answer")
     return Example(text, answers, json.dumps(record.columns, sort_keys=True, default=str))
@@ -249,7 +264,7 @@ class _Renderer(NamedTuple):
             yield len(before), len(after)
 
 
-def _chat(renderer: _Renderer, record: Record) -> Example:
+def _chat(renderer: _Renderer, record: Record, *, with_answers: bool) -> Example:
     messages, first = _messages(record)
     tools = record.columns.get("tools")
     if isinstance(tools, str):
@@ -258,8 +273,11 @@ def _chat(renderer: _Renderer, record: Record) -> Example:
         except ValueError as error:
             raise UserError(f"{record.where}: 'tools' is not JSON: {error}") from error
     text = renderer.text(record, messages, tools or None)
-    answers = list(renderer.answers(record, messages, tools or None, text, first))
-    if not answers:
+    _check_unicode(record.where, text)
+    answers = None
+    if with_answers:
+        answers = list(renderer.answers(record, messages, tools or None, text, first))
+    if answers == []:
         raise UserError(
             f"{record.where} has no turn of the assistant, so there is nothing to learn from it: "
             "remove the record, or set data.train_on=all"
@@ -297,7 +315,7 @@ def _message(record: Record, number: int, turn: Any) -> dict[str, Any]:
         turn = {"role": turn["from"], "content": turn.get("value")}
     role = turn.get("role")
     if role == "function_call":
-        turn = {"role": "assistant", "tool_calls": _calls(where, turn["content"])}
+        turn = {"role": "assistant", "tool_calls": _calls(where, turn.get("content"))}
     role = _SHAREGPT.get(str(turn.get("role")), turn.get("role"))
     if role not in _ROLES:
         raise UserError(
@@ -371,7 +389,7 @@ def _check_unicode(where: str, text: str) -> None:
 
 
 def _render(
-    template: str, record: Record, messages: Sequence[Any] = (), **variables: Any
+    template: str, record: Record, messages: Sequence[Any], **variables: Any
 ) -> tuple[str, list[Span]]:
     """Renders a template; also returns the parts that it marks as generation."""
     from transformers.utils.chat_template_utils import render_jinja_template

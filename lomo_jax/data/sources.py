@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -97,7 +97,9 @@ def find(path: str) -> Found:
         `datasets.Dataset.save_to_disk`, or `OWNER/NAME@CONFIG` on the Hugging Face Hub; a folder
         or a dataset may be followed by `:SPLIT`, by default `:train`. In a folder, at any depth,
         files of records are read, or else files of text; of files that are named by splits, those
-        of the split. Hidden files are skipped. `package://NAME/PATH` is in an installed package.
+        of the split, or by default those of no split if none is named `train`. Names of texts are
+        those of splits only if all of them are. Hidden files are skipped. `package://NAME/PATH` is
+        in an installed package.
 
     Raises:
       UserError: There is no such path, dataset, configuration or split.
@@ -114,6 +116,8 @@ def find(path: str) -> Found:
     if not root.is_dir() and ":" in path:
         path, _, split = path.partition(":")
         root = Path(path)
+        if root.is_file():
+            raise UserError(f"{path} is a file, which has no splits: leave out :{split}")
     if glob.has_magic(path) and not root.is_dir():
         raise UserError(f"{path} matches no file: give a file, a folder or a glob")
     if root.is_dir():
@@ -141,8 +145,11 @@ def _folder(root: Path, split: str | None) -> Found:
             f"{root} has no split {split!r}: its files are named "
             f"{', '.join(sorted(splits)) or 'by no split'}"
         )
-    if split is not None or (records and "train" in splits):
-        chosen = [file for file in chosen if split_of[file] == (split or "train")]
+    # `test` in the name of one text among others says nothing.
+    is_named = records or all(split_of[f] for f in chosen if not _METADATA.fullmatch(f.name))
+    wanted = split or ("train" if "train" in splits else None)
+    if split is not None or (is_named and wanted in split_of.values()):
+        chosen = [file for file in chosen if split_of[file] == wanted]
     if not chosen:
         raise UserError(
             f"{root} has no {', '.join((*_TEXT, *_RECORDS))} file: select other files with a glob, "
@@ -270,6 +277,8 @@ def _parse(where: str, text: bytes) -> Any:
         ) from error
     except RecursionError as error:
         raise UserError(f"{where} is not data: it is nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{where} cannot be read: {_one_line(error)}") from error
 
 
 def _record(where: str, value: Any) -> Record:
@@ -285,30 +294,51 @@ def _read_table(file: Path) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)
     with _open_text(file, newline="") as stream:
         first = stream.readline()
+        tabs = first.count("\t") if _suffix(file) == ".tsv" else 0
+        has_lines = tabs > 0 and all(x.count("\t") == tabs for x in stream if x.strip("\r\n"))
     delimiter = "\t" if _suffix(file) == ".tsv" else max(",\t;", key=first.count)
     with _open_text(file, newline="") as stream:
-        rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        rows = _lines_of_tsv(stream) if has_lines else ((reader.line_num, row) for row in reader)
         try:
-            names = next(rows, [])
-            for row in filter(None, rows):
-                where = f"{file}:{rows.line_num}"
-                if len(row) != len(names):
+            _, names = next(rows, (1, []))
+            if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+                raise UserError(f"{file} has two columns {repeated[0]!r}: rename one")
+            for number, row in rows:
+                if row and len(row) != len(names):
                     raise UserError(
-                        f"{where} has {len(row)} values for {len(names)} columns: quote values "
-                        "that contain the separator"
+                        f"{file}:{number} has {len(row)} values for {len(names)} columns: quote "
+                        "values that contain the separator"
                     )
-                yield Record(where, dict(zip(names, row, strict=True)))
+                if row:
+                    yield Record(f"{file}:{number}", dict(zip(names, row, strict=True)))
         except csv.Error as error:
-            raise UserError(f"{file}:{rows.line_num} is not CSV: {error}; fix the line") from error
+            raise UserError(
+                f"{file}:{reader.line_num} is not CSV: {error}; fix the line"
+            ) from error
+
+
+def _lines_of_tsv(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yields the number of each line and its values, in quotes or with quotes as plain text."""
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r\n")
+        plain = line.split("\t") if line else []
+        try:
+            [row] = csv.reader([line], delimiter="\t", strict=True)
+        except csv.Error:  # not the quotes of CSV
+            row = plain
+        yield number, row if len(row) == len(plain) else plain
 
 
 def _read_arrow(file: Path, builder: str) -> Iterator[Record]:
     import datasets  # slow to import
 
+    # The default is the size of the first row group, which may be 0, or too large for memory.
+    options: dict[str, Any] = {"batch_size": 1000} if builder == "parquet" else {}
     yield from _read_dataset(
         str(file),
         lambda: datasets.load_dataset(
-            builder, data_files=glob.escape(str(file)), split="train", streaming=True
+            builder, data_files=glob.escape(str(file)), split="train", streaming=True, **options
         ),
     )
 

@@ -35,7 +35,7 @@ _CONTEXT = 64  # characters on each side of a cut, whose tokens are compared
 # Where to cut, the best first; how many places of each are tried.
 _GAPS = tuple(re.compile(r"(?<!\s)" + gap) for gap in (r"\n\s*\n", r"\n", r" "))
 _TRIES = 4
-_VERSION = 1  # of the files below
+_VERSION = 2  # of the files below
 _IDS, _LOSS, _INDEX, _INFO = "tokens.bin", "loss.bin", "index.npz", "info.json"
 
 
@@ -92,13 +92,19 @@ def tokenize(
     identity = [source.identity for source in found.sources]
     key = _hash(json.dumps([_VERSION, identity, settings, _describe(tokenizer)]).encode(), 16)
     folder = cache_folder() / key.hex()
-    if not (folder / _INFO).is_file():
+    if _read_info(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)  # it is damaged
         writer = _Writer(tokenizer, special_tokens, vocab_size)
         records = itertools.chain.from_iterable(source.read() for source in found.sources)
         first = next(records, None)
         kind = "text"
         if first is not None:
             kind = format or kinds.find_kind(first, text_key, template is not None)
+            if kind == "chat" and special_tokens == "text":
+                raise UserError(
+                    "data.special_tokens=text would also spell out the special tokens that the "
+                    "chat template writes: leave it out for conversations"
+                )
             make = kinds.make_kind(
                 kind, tokenizer, text_key=text_key, template=template, train_on=train_on
             )
@@ -132,14 +138,25 @@ def _describe(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _read(folder: Path, names: list[str], left_out: list[str], paths: Sequence[str]) -> Tokens:
-    info = json.loads((folder / _INFO).read_text())
+    info = _read_info(folder)
+    if info is None:
+        raise UserError(f"{folder} was changed by another process: start again")
     index = np.load(folder / _INDEX)
     if not index["ends"].any():
         raise UserError(f"{', '.join(paths)} has no text, it is empty or blank: add text")
     ids = np.memmap(folder / _IDS, info["dtype"], mode="r")
-    has_loss = (folder / _LOSS).is_file()
-    loss = np.memmap(folder / _LOSS, np.bool_, mode="r") if has_loss else None
+    loss = np.memmap(folder / _LOSS, np.bool_, mode="r") if _LOSS in info["sizes"] else None
     return Tokens(ids, loss, **index, kind=info["kind"], files_read=names, files_left_out=left_out)
+
+
+def _read_info(folder: Path) -> dict[str, Any] | None:
+    """Returns what is known of a tokenised dataset; None if a file is missing or cut off."""
+    try:
+        info = json.loads((folder / _INFO).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in info["sizes"]}
+    except (OSError, ValueError):
+        return None
+    return info if sizes == info["sizes"] else None
 
 
 # Sections, the ids of each, and, of each token, where its text starts and ends.
@@ -229,9 +246,14 @@ class _Writer:
                 name: np.frombuffer(x, dtypes[x.typecode]) for name, x in index.items()
             }
             np.savez(temporary / _INDEX, **arrays)
-            (temporary / _INFO).write_text(json.dumps({**info, "dtype": self._dtype.str}))
-            if not (folder / _INFO).is_file():  # another process may have been faster
+            sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
+            info = {**info, "dtype": self._dtype.str, "sizes": sizes}
+            (temporary / _INFO).write_text(json.dumps(info))
+            try:
                 temporary.rename(folder)
+            except OSError:
+                if _read_info(folder) is None:  # else another process was faster
+                    raise
         except OSError as error:
             raise UserError(
                 f"{temporary} cannot be written: {error.strerror or error}; make room, or set "

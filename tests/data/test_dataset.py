@@ -332,6 +332,14 @@ def test_sources_come_as_often_as_their_weights_say(tokenizer, tmp_path):
         np.testing.assert_equal(next(again), batch)
 
 
+@pytest.mark.parametrize("start", [0, 100])  # repeated, or held out
+def test_a_source_without_rows(tokenizer, tmp_path, start):
+    one = write_words(tmp_path / "b.jsonl", start, start + 1)
+    paths = {write_words(tmp_path / "a.jsonl", 0, 2): 1.0, one: 1.0}
+    with pytest.raises(UserError, match=r"path: \S+\.jsonl has nothing to train on, because its"):
+        load_splits(paths, tokenizer, eval_documents=2)
+
+
 def test_repeats_are_left_out_across_sources(tokenizer, tmp_path):
     paths = [write_words(tmp_path / f"{n}.jsonl", n, n + 100) for n in (0, 50)]
     assert load_splits(paths, tokenizer).summary.repeated == 50

@@ -210,6 +210,32 @@ def test_a_template_of_columns(read):
     assert read({"a": "x"}, template="{{ a }}z", train_on="all")[0] == ["<s>[xz</s>]"]
 
 
+def test_columns_of_a_template_have_any_names(read):
+    template = (
+        "\n{% for x in tools %}{{ x }}{{ record }}{% endfor %}{{ template if add is defined }}"
+        "{% generation %}{{ documents }}{% endgeneration %}"
+    )
+    record = {"tools": "ab", "record": 1, "template": "t", "documents": "d", "chat_template": "c"}
+    assert read(record, template=template)[0] == ["<s>\na1b1[d</s>]"]
+    assert read({**record, "add": 1}, template=template)[0] == ["<s>\na1b1t[d</s>]"]
+
+
+def test_a_null_is_empty_in_a_template(read):
+    template = "{{ a }}{% if b %}!{% endif %}{% generation %}{{ c }}{% endgeneration %}"
+    record = {"a": None, "b": None, "c": "z"}
+    assert read(record, template=template)[0] == ["<s>[z</s>]"]
+    with pytest.raises(UserError, match=r":1: data\.template gives an empty text or answer"):
+        read({**record, "a": "x", "c": None}, template=template)
+
+
+def test_training_on_all_of_a_chat_needs_no_answers(read):
+    user = "<|im_start|>[user\na<|im_end|>\n]"
+    assert read({"messages": turns("a")}, train_on="all")[0] == [user]
+    template = "{{ messages | length }}" + CHATML
+    [text], _ = read({"messages": turns("a", "b", "c", "d")}, train_on="all", template=template)
+    assert text.startswith("4[<|im_start|>user\na")
+
+
 def test_a_long_example_is_cut_or_left_out(read):
     short, long = {"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "defg"}
     lost = {"prompt": "hijklm", "completion": "n"}
@@ -244,6 +270,7 @@ def test_repeated_examples(read):
         (("prompt", "messages"), "chat"),
         (("conversations",), "chat"),
         (("question", "answer", "text"), "prompt"),
+        (("prompt", "question", "answer"), "prompt"),
     ],
 )
 def test_columns_tell_the_kind(columns, kind):
@@ -288,6 +315,26 @@ BAD: dict[str, tuple[list[dict], dict[str, Any], str]] = {
         [{"conversations": [{"from": "function_call", "value": "add("}]}],
         {},
         ":1: turn 1 is a function call that is not JSON",
+    ),
+    "a call without content": (
+        [{"messages": [{"role": "function_call"}]}],
+        {},
+        ":1: turn 1 is a function call that is not JSON",
+    ),
+    "half a surrogate in a call": (
+        [{"messages": turns("a", "b"), "tools": [{"name": "\ud800"}]}],
+        {"template": "{{ tools[0].name }}" + CHATML},
+        ":1 has half of a surrogate pair: rem",
+    ),
+    "half a surrogate in system": (
+        [{"system": "\ud800", "messages": turns("a", "b")}],
+        {},
+        ":1 has half of a surrogate pair: rem",
+    ),
+    "special tokens of a chat as text": (
+        [{"messages": turns("a", "b")}],
+        {"special_tokens": "text"},
+        "data.special_tokens=text would also spell out",
     ),
     "a template that fails": (
         [{"messages": turns("a", "b")}],
@@ -357,4 +404,5 @@ def test_mixed_kinds_of_files(bytes_, tmp_path: Path):
     with pytest.raises(UserError, match=r"b\.jsonl:1 has no 'text' \(found: prompt, completion\)"):
         read_rows(paths, bytes_, sequence_length=9)
     weights = {str(path): 1.0 for path in paths}
-    assert read_rows(weights, bytes_, sequence_length=9).summary.kind == "text, prompt"
+    rows = read_rows(weights, bytes_, sequence_length=9, eval_fraction=0)
+    assert rows.summary.kind == "text, prompt"

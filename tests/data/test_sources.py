@@ -136,6 +136,42 @@ def test_a_folder_of_splits_gives_one(tmp_path: Path):
         read(f"{tmp_path}:dev")
 
 
+def write_each(folder: Path, *names: str) -> Path:
+    """Writes files that hold their names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        is_text = name.endswith((".txt", ".md"))
+        (folder / name).write_text(name if is_text else json.dumps({"text": name}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("train/a.txt", "test/b.txt", "README.md"), ["train/a.txt"]),
+        (("a/train.txt", "a/test.txt", "b.txt"), ["a/test.txt", "a/train.txt", "b.txt"]),
+        (("data.jsonl", "test.jsonl"), ["data.jsonl"]),
+        (("dev.jsonl", "test.jsonl"), ["dev.jsonl", "test.jsonl"]),
+    ],
+)
+def test_a_folder_is_not_trained_on_its_test_split(tmp_path: Path, names, expected):
+    assert texts(write_each(tmp_path, *names)) == expected
+
+
+def test_quotes_in_tab_separated_values(tmp_path: Path):
+    (tmp_path / "a.tsv").write_text(
+        'text\tn\n"Hello," she said.\t1\n"Once\t2\nthe end"\t3\n"a ""b"""\t4\n\n"x\ty"\n'
+    )
+    expected = ['"Hello," she said.', '"Once', 'the end"', 'a "b"', '"x']
+    assert texts(tmp_path / "a.tsv") == expected
+
+
+def test_an_empty_shard(tmp_path: Path):
+    pd.DataFrame({"text": pd.Series([], dtype=str)}).to_parquet(tmp_path / "0.parquet")
+    pd.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "1.parquet")
+    assert texts(tmp_path) == ["a"]
+
+
 def test_a_split_of_a_saved_dataset(tmp_path: Path):
     FORMATS["splits"](tmp_path / "splits")
     assert read(f"{tmp_path}/splits:test") == RECORDS[:1]
@@ -208,6 +244,8 @@ BAD = {
     "Arrow that is none": ("a.arrow", b"no arrow", r"a\.arrow cannot be read: "),
     "a value too many": ("a.csv", b"text,n\na,b,c\n", r"a\.csv:2 has 3 values for 2 columns"),
     "a value too few": ("a.csv", b"text,n\na\n", r"a\.csv:2 has 1 values for 2 columns"),
+    "two columns of one name": ("a.csv", b"text,text\na,b\n", r"a\.csv has two columns 'text'"),
+    "a huge number": ("a.jsonl", b'{"a": 1%s}' % (b"0" * 5000), r"a\.jsonl:1 cannot be read: Exc"),
     "an open quote": ("a.csv", b'text,n\na,"b\n', r"a\.csv:\d is not CSV: unexpected end of data"),
 }
 
@@ -226,6 +264,7 @@ def test_a_bad_file_is_one_line(tmp_path: Path, name: str):
     [
         ("missing.txt", "missing.txt does not exist: give a file, a folder or a glob, or OWNER/N"),
         ("*.txt", "matches no file"),
+        ("a.py:train", r"a.py is a file, which has no splits: leave out :train"),
         ("", r"has no \.txt, \.md, \.jsonl, .* file: select other files with a glob"),
     ],
 )

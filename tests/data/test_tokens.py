@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,39 @@ def test_the_cache(tmp_path: Path, tokenizer, monkeypatch):
         tokenizer.add_special_tokens({"eos_token": "</s>"})
         with pytest.raises(AssertionError):
             tokenize([str(path)], tokenizer)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "loss.bin", "index.npz", "info.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, tokenizer, monkeypatch, name, damage):
+    monkeypatch.setenv("LOMO_JAX_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}')
+    first = [np.array(each) for each in tokenize([str(path)], tokenizer)[:6]]
+    [folder] = cache_folder().iterdir()
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+    again = tokenize([str(path)], tokenizer)
+    for one, other in zip(first, again[:6], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert [path.name for path in cache_folder().iterdir()] == [folder.name]
+
+
+def test_another_process_is_faster(tmp_path: Path, tokenizer, monkeypatch):
+    monkeypatch.setenv("LOMO_JAX_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.txt"
+    path.write_text("a b")
+    rename = Path.rename
+
+    def rename_second(temporary: Path, folder: Path):
+        shutil.copytree(temporary, folder)
+        return rename(temporary, folder)
+
+    monkeypatch.setattr(Path, "rename", rename_second)
+    assert len(tokenize([str(path)], tokenizer).ids)
+    assert len(list(cache_folder().iterdir())) == 1
 
 
 def test_an_error_leaves_nothing_in_the_cache(tmp_path: Path, tokenizer, monkeypatch):
