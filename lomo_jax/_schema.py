@@ -371,7 +371,7 @@ METRICS_RECORD = record(
 
 # A line of evaluations.jsonl; see `run_files`.
 EVALUATION_RECORD = record(
-    {"step": _STEP, "time": number(0, 2**36), "metrics": object_of(_FINITE, key=_NAME)},
+    {"step": _STEP, "time": number(0, 2**36), "metrics": object_of(_FINITE | NULL, key=_NAME)},
     {"limit": _STEP | NULL, "num_fewshot": _STEP | NULL, "examples": _STEP},
 )
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -95,12 +96,7 @@ class MetricsWriter:
 
     def write(self, record: Record) -> None:
         """Appends a record."""
-        # JSON has no NaN: null keeps the file readable for every parser.
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(_finite(record)) + "\n")
 
     def close(self) -> None:
         """Closes the file."""
@@ -124,8 +120,18 @@ def read_metrics(folder: Path) -> Iterator[Record | None]:
 
 def append_evaluation(folder: Path, record: Record) -> None:
     """Appends a record to evaluations.jsonl: "step", "time", "metrics" by name, and how."""
-    with (folder / EVALUATIONS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    record = {**record, "metrics": _finite(record["metrics"])}
+    with (folder / EVALUATIONS).open("a+b") as file:
+        is_cut = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * is_cut + json.dumps(record).encode() + b"\n")
+
+
+def _finite(record: Record) -> Record:
+    """Returns a record with null for NaN, which JSON has not, so that every parser can read it."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
 
 
 def read_evaluations(folder: Path) -> list[Record]:

@@ -9,6 +9,7 @@ is none), the counts and how long the examples are. --json prints one object ins
 and `first`, the first example's `tokens` and `loss`, 0 or 1 for each.
 """
 
+import io
 import itertools
 import json
 import sys
@@ -46,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not show all characters
     if as_json.value:
         print(json.dumps(to_dict(summary)))
     else:

@@ -66,6 +66,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name in ("limit", "batch_size", "tensor"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name}: {value} must be 1 or more")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise UserError(f"--num_fewshot: {options.num_fewshot} must be 0 or more")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json: there is no folder {options.json.absolute().parent}; make it")
     names = [name for name in options.tasks.split(",") if name]
     if not names:
         raise UserError(f"--tasks: {options.tasks!r} has no name; give such as boolq,mmlu")
@@ -82,6 +86,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from lomo_jax import sharding
     from lomo_jax.evaluation.loading import load
     from lomo_jax.training import devices, meeting
+    from lomo_jax.training.checkpoint import parse_step
 
     devices.use_cpu_without_gpu()
     meeting.start(options.coordinator, options.num_processes, options.process_id, 120)
@@ -90,7 +95,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         mesh = sharding.make_mesh(1, -1, options.tensor)
     except ValueError as error:
         raise UserError(f"--tensor: {error}") from None
-    loaded = load(options.path, step=options.step, dtype=options.dtype, mesh=mesh)
+    loaded = load(options.path, step=parse_step(options.step), dtype=options.dtype, mesh=mesh)
     batches = itertools.count(1)
     with jax.set_mesh(mesh), Console(stderr=True).status("evaluating") as status:
         results = tasks.evaluate(
@@ -110,12 +115,12 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"warning: {tasks.cut} prompts are longer than the model, "
             f"{loaded.config.max_length} tokens, and lost their beginning"
         )
+    if loaded.run is not None and loaded.step is not None:
+        _append(loaded.run, loaded.step, options, results)
     if options.json is not None:
         from lomo_jax._json import write_text
 
         write_text(options.json, json.dumps(results, indent=2, default=str) + "\n")
-    if loaded.run is not None and loaded.step is not None:
-        _append(loaded.run, loaded.step, options, results)
 
 
 def _table(results: dict[str, Any]) -> str:

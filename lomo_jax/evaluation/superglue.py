@@ -130,6 +130,10 @@ def questions(
         raise UserError(
             f"the data of {task} have no column {error}; they have {', '.join(rows.column_names)}"
         ) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the data of {task} are not as on the hub, where a label is a number: {error}"
+        ) from None
 
 
 def check(task: str) -> None:

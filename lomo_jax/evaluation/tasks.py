@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,13 @@ class Tasks:
                 others.append(name)
                 continue
             self._questions[name] = found[:limit]
+        by_name = {_short(name): name for name in self._questions}
+        for name in (*self._questions, *others):
+            if name != by_name.get(_short(name), name):
+                raise UserError(
+                    f"{name} and {by_name[_short(name)]} have the same name, and their metrics "
+                    "would too: rename the file"
+                )
         self._harness = None
         if others:
             from lomo_jax.evaluation.harness import HarnessTasks  # an extra, and slow to import
@@ -119,15 +126,28 @@ class Tasks:
 
 def metrics(results: dict[str, Any]) -> dict[str, float]:
     """Returns the numbers of `Tasks.evaluate`, such as {"boolq_acc": 0.61}."""
-    found = {}
+    return {metric: value for metric, value, _ in _metrics(results)}
+
+
+def lower_is_better(results: dict[str, Any]) -> frozenset[str]:
+    """Returns those of `metrics` that are better if they are lower, such as a perplexity."""
+    return frozenset(metric for metric, _, is_lower in _metrics(results) if is_lower)
+
+
+def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, float, bool]]:
+    """Yields each metric, its value, and whether a lower one is better."""
     for task, values in {**results["results"], **results.get("groups", {})}.items():
-        short = Path(task).stem if task.endswith(".jsonl") else task
+        is_higher_better = results.get("higher_is_better", {}).get(task, {})
         for key, value in values.items():
             name, _, rule = key.partition(",")
             if isinstance(value, int | float) and not name.endswith("_stderr") and rule:
                 suffix = "" if rule == "none" else f"_{rule.replace('-', '_')}"
-                found[f"{short}_{name}{suffix}"] = float(value)
-    return found
+                metric = f"{_short(task)}_{name}{suffix}"
+                yield metric, float(value), is_higher_better.get(name) is False
+
+
+def _short(task: str) -> str:
+    return Path(task).stem if task.endswith(".jsonl") else task
 
 
 def counts(results: dict[str, Any]) -> dict[str, int]:
@@ -143,11 +163,14 @@ def read_questions(path: Path) -> list[Question]:
     """
     check_regular(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `str.splitlines`, which also cuts at separators that JSON leaves as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as questions ({error})") from None
     found = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -161,6 +184,13 @@ def read_questions(path: Path) -> list[Question]:
             )
         if not row["prompt"] or not all(row["choices"]):
             raise UserError(f"{path}:{number}: a prompt or a choice is empty; each needs text")
+        try:
+            "".join((row["prompt"], *row["choices"])).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise UserError(
+                f"{path}:{number} has half of a surrogate pair; remove {half!a}"
+            ) from None
         choices, with_end = tuple(row["choices"]), row.get("with_end", False)
         found.append(Question(row["prompt"], choices, answers, with_end))
     if not found:

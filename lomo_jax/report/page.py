@@ -89,7 +89,8 @@ def _evaluations(run: Run) -> Iterator[tuple[str, str]]:
         examples = record.get("limit")
         limit = f", at most {examples:,} examples" if examples else ""
         for name, value in record["metrics"].items():
-            yield name, f"{value:.4g} at step {record['step']:,}{limit}"
+            shown = "not finite" if value is None else f"{value:.4g}"
+            yield name, f"{shown} at step {record['step']:,}{limit}"
 
 
 def _memory(run: Run) -> Iterator[tuple[str, str]]:

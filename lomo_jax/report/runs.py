@@ -81,7 +81,8 @@ def _read(path: Path, name: str) -> Run:
     info = RunInfo.read(path)
     if info is None:
         raise UserError(f"{path} is not the folder of a run: it has no {run_files.RUN}")
-    lines = list(run_files.read_metrics(path))
+    has_metrics = (path / run_files.METRICS).exists()
+    lines = list(run_files.read_metrics(path)) if has_metrics else []
     history = [record for record in lines if record is not None]
     logged, evaluations, samples = (
         _by_step(history, key) for key in ("loss", "eval_loss", "sample")

@@ -26,7 +26,7 @@ import lomo_jax
 from lomo_jax import run_files
 from lomo_jax._json import write_json
 from lomo_jax._schema import CHECKPOINT
-from lomo_jax.errors import CheckpointError
+from lomo_jax.errors import CheckpointError, UserError
 from lomo_jax.fused import arrays
 from lomo_jax.fused.arrays import is_on_host
 from lomo_jax.lora import is_adapter
@@ -291,7 +291,7 @@ class Checkpoints:
           CheckpointError: The checkpoint is damaged.
         """
         found = self._read(metadata, _items(params, state))
-        for step in reversed(self.steps()):  # so that the best one stays
+        for step in reversed(self.steps()) if self._keep_best else ():  # so that the best one stays
             with contextlib.suppress(CheckpointError):
                 self._preserve.best(self.metadata(step).progress.best_step)
         rounding = found.get("rounding", {"key": None})["key"]
@@ -362,6 +362,19 @@ class _LastAndBest:
         # The latest of them that exists: writing a better checkpoint may have failed.
         best = next((step for step in reversed(self._best) if step in steps), None)
         return [info.step in steps[-self._keep :] or info.step == best for info in checkpoints]
+
+
+def parse_step(text: str | None) -> int | str | None:
+    """Returns the step of `read_params` that the value of `--step` says.
+
+    Raises:
+      UserError: It is neither a number nor "best".
+    """
+    if text is None or text == "best":
+        return text
+    if not text.isdecimal():
+        raise UserError(f"--step: {text!r} must be a number or best")
+    return int(text)
 
 
 def read_params(

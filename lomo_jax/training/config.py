@@ -158,7 +158,7 @@ class Config:
         "auto"  # from the last checkpoint, if any; "must": it is an error if there is none; "never"
     )
     checkpoint_every: int = 100  # steps; 0: only by time, at the end and when stopped
-    checkpoint_minutes: float = 30.0  # longest time between checkpoints; 0: no limit
+    checkpoint_minutes: float = 30.0  # time after which the next step saves one; 0: no limit
     # Keep the checkpoint with the lowest held-out loss as well; or with the best value of another
     # metric of an evaluation: "accuracy", "boolq_acc".
     keep_best: bool | str = True

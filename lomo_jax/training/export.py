@@ -53,8 +53,10 @@ def main(argv: Sequence[str]) -> int:
         # Reading a checkpoint needs no GPU, and the GPU may be busy with the run.
         jax.config.update("jax_platforms", "cpu")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from lomo_jax.training.checkpoint import parse_step  # slow to import
+
         workdir, out = Path(arguments.workdir), Path(arguments.out)
-        step = export(workdir, out, _step(arguments.step), merge=arguments.merge)
+        step = export(workdir, out, parse_step(arguments.step), merge=arguments.merge)
     except (UserError, OSError) as error:
         if sys.flags.dev_mode:
             raise
@@ -228,14 +230,6 @@ def _licence(card: Path) -> dict[str, Any]:
     except Exception:  # people write cards by hand
         return {}
     return {key: value for key, value in data.items() if key.startswith("license")}
-
-
-def _step(text: str | None) -> int | str | None:
-    if text is None or text == "best":
-        return text
-    if not text.isdecimal():
-        raise UserError(f"--step: {text!r} must be a number or best")
-    return int(text)
 
 
 def _check_outside_of_runs(out: Path) -> None:

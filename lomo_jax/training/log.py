@@ -109,7 +109,7 @@ class Display:
     def log_to(self, path: Path) -> None:
         """Appends every line to a file as well, including the earlier ones."""
         if not self._quiet:
-            self._log = path.open("a", buffering=1, encoding="utf-8")
+            self._log = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
             with _ignore_output_errors():
                 self._log.writelines(self._before_log)
 
@@ -243,6 +243,7 @@ class Evaluation(NamedTuple):
     loss: float  # nats per token
     accuracy: float  # fraction of the targets that have the largest logit
     tasks: Mapping[str, float] = MappingProxyType({})  # by name, such as "boolq_acc"
+    lower_is_better: frozenset[str] = frozenset()  # names in `tasks`
 
     @property
     def perplexity(self) -> float:
@@ -396,9 +397,9 @@ class Recorder:
         self._shown["eval_loss"] = result.loss
         self._progress.evaluated = step
         value, best = metrics[self._best_metric], self._progress.best
-        is_lower_better = self._best_metric.endswith(("loss", "perplexity"))
+        is_lower_better = self._best_metric in {"loss", "perplexity", *result.lower_is_better}
         is_better = best is None or (value < best if is_lower_better else value > best)
-        if step == 0 or not is_better:
+        if step == 0 or not math.isfinite(value) or not is_better:
             return False
         self._progress.best, self._progress.best_step = value, step
         return True

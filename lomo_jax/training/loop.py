@@ -173,7 +173,8 @@ def _set_up(
 
     if checkpoint is None:
         state, progress = compiled.init(params), Progress()
-        if aside := resume.set_aside(workdir):
+        # One process for all: they share the folder.
+        if jax.process_index() == 0 and (aside := resume.set_aside(workdir)):
             display.line("moved", f"the files of an earlier run in {workdir} to {aside.name}")
         checkpoints.start_anew()
     else:
@@ -323,7 +324,8 @@ def _write_run_files(
     write_json(workdir / run_files.CONFIG, settings)
     if is_new:
         folder = workdir / run_files.MODEL
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that ended before its first checkpoint
+        folder.mkdir()
         models.save_config(
             folder,
             run.model.config,
@@ -421,8 +423,10 @@ def _checkpoint_is_due(config: Config, step: int, saved_at: float) -> bool:
     """Whether `checkpoint_every` or `checkpoint_minutes` demands one; the first process decides."""
     if _is_multiple(step, config.checkpoint_every):
         return True
-    if config.checkpoint_minutes == 0 or step % config.log_every:
+    if config.checkpoint_minutes == 0:
         return False
+    if jax.process_count() > 1 and step % config.log_every:
+        return False  # asking the first process costs a message
     return devices.first_says(time.monotonic() - saved_at > 60 * config.checkpoint_minutes)
 
 
@@ -435,8 +439,7 @@ def _evaluate(
     """Records the held-out loss, the tasks and a sample; returns whether it is the best so far."""
     result, config = evaluate(run.params), run.config
     if result is not None and run.tasks is not None:
-        measured = _evaluate_tasks(run, run.tasks, stop)
-        result = None if measured is None else result._replace(tasks=measured)
+        result = _evaluate_tasks(run, run.tasks, stop, result)
     if result is None:  # a stop was requested
         return False
     is_best = recorder.evaluation(run.progress.step, result)
@@ -452,9 +455,11 @@ class _StopRequestedError(Exception):
     """Ends the evaluation of tasks."""
 
 
-def _evaluate_tasks(run: Run, tasks: Tasks, stop: devices.Stop) -> dict[str, float] | None:
-    """Returns the metrics of the tasks, or None if a stop was requested."""
-    from lomo_jax.evaluation.tasks import metrics  # slow to import
+def _evaluate_tasks(
+    run: Run, tasks: Tasks, stop: devices.Stop, evaluation: Evaluation
+) -> Evaluation | None:
+    """Returns the evaluation with the metrics of the tasks, or None if a stop was requested."""
+    from lomo_jax.evaluation.tasks import lower_is_better, metrics  # slow to import
 
     def check() -> None:
         if stop.requested:
@@ -468,7 +473,7 @@ def _evaluate_tasks(run: Run, tasks: Tasks, stop: devices.Stop) -> dict[str, flo
         )
     except _StopRequestedError:
         return None
-    return metrics(results)
+    return evaluation._replace(tasks=metrics(results), lower_is_better=lower_is_better(results))
 
 
 def make_evaluate(

@@ -264,8 +264,10 @@ def find_run(path: str) -> tuple[Path, int | None] | None:
     place = Path(path).expanduser()
     if (place / run_files.CHECKPOINTS).is_dir() and (place / run_files.MODEL).is_dir():
         return place, None
-    if place.is_dir() and place.parent.name == run_files.CHECKPOINTS and place.name.isdigit():
-        return place.parent.parent, int(place.name)
+    folder = place.parent.parent
+    is_checkpoint = place.parent.name == run_files.CHECKPOINTS and place.name.isdecimal()
+    if is_checkpoint and place.is_dir() and (folder / run_files.MODEL).is_dir():
+        return folder, int(place.name)
     return None
 
 

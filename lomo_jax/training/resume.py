@@ -184,7 +184,8 @@ def check_same_dataset(
     """Raises ConfigError if the dataset is not the one of the checkpoint."""
     if fingerprint == metadata.dataset:
         return
-    before, now = metadata.config["data"], config["data"]
+    # A checkpoint has lists where a config has tuples.
+    before, now = json.loads(json.dumps([metadata.config["data"], config["data"]]))
     name = next((key for key in before if before[key] != now.get(key)), None)
     if name is None:
         what = f"data.path: the dataset at {now['path']!r} has changed since the checkpoint"

@@ -50,7 +50,10 @@ def validate(config: Config, *, for_plan: bool = False) -> None:
     if not config.fused:
         _refuse_memory_options(config)
     _check_lora(config.lora)
-    config.make_optimizer()
+    # Epochs set the number of steps once the dataset is known.
+    dataclasses.replace(
+        config, steps=config.steps if config.epochs is None else 10**8
+    ).make_optimizer()
     for field, kwargs in {
         "optimizer_kwargs": config.optimizer_kwargs,
         "lora.base_kwargs": config.lora.base_kwargs,
@@ -98,11 +101,22 @@ def _check_lora(lora: LoraConfig) -> None:
 
 def check_types(config: Config) -> None:
     for name, value, kind in leaves(config):
-        allowed = tuple(typing.get_origin(k) or k for k in alternatives(kind))
-        # An int is a valid float, but True is not a valid int.
-        accepted = (*allowed, int) if float in allowed else allowed
-        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in allowed):
+        if not _fits(value, kind):
             raise ConfigError(f"{name}: {value!r} is not {describe(kind)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has a type, and so have the values in it."""
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(kind))
+    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if kind is Any or isinstance(value, bool):  # which Python takes for an int
+        return kind in (Any, bool)
+    if not isinstance(value, (float, int) if kind is float else origin):
+        return False
+    if origin is dict:
+        return all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    return origin is not tuple or all(_fits(each, inner[0]) for each in value)
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -152,19 +166,21 @@ def describe(kind: Any) -> str:
         int: "a whole number",
         float: "a number",
         bool: "true or false",
-        dict: "a dictionary",
-        tuple: "a list",
+        dict[str, Any]: "a dictionary of names",
+        dict[str, float]: "a dictionary of names and numbers",
+        tuple[str, ...]: "a list of text",
         types.NoneType: "None",
     }
-    kinds = alternatives(kind)
-    return " or ".join(words.get(typing.get_origin(k) or k) or f"a {k.__name__}" for k in kinds)
+    return " or ".join(words.get(each) or f"a {each.__name__}" for each in _members(kind))
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
     """Returns the types of a union, without the types in a dictionary or a list."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    origins = ((k, typing.get_origin(k)) for k in kinds)
-    return tuple(origin if origin in (dict, tuple) else k for k, origin in origins)
+    return tuple(typing.get_origin(each) or each for each in _members(kind))
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
 def _require_paths(config: Config) -> None:

@@ -1,6 +1,8 @@
 """`lomo-jax data`: what it prints, and its errors."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -90,3 +92,13 @@ def test_an_error_is_one_line(command, tmp_path, flag, message):
     assert (status, out) == (1, "")
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+def test_a_terminal_that_shows_no_unicode(command, tmp_path, monkeypatch):
+    record = {"prompt": "\N{SNOWMAN}", "completion": "b"}
+    (tmp_path / "data" / "a.jsonl").write_text(json.dumps(record))
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert command()[0] == 0
+    sys.stdout.flush()
+    assert b"example 1" in shown.getvalue()

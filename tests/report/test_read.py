@@ -1,12 +1,14 @@
 """Reading the files of runs."""
 
 import json
+import math
 import os
 
 import numpy as np
 import pytest
 from workdirs import INFO, evaluation, resumed, sample, step, write
 
+from lomo_jax import run_files
 from lomo_jax._json import read_json
 from lomo_jax.errors import UserError
 from lomo_jax.report import read
@@ -155,6 +157,9 @@ def test_a_run_without_records_is_an_error(tmp_path, content):
     write(tmp_path, [], end=content)
     with pytest.raises(UserError, match=r"metrics\.jsonl has no records yet"):
         read([str(tmp_path)])
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl has no records yet"):
+        read([str(tmp_path)])
 
 
 def test_a_broken_config_is_an_error(tmp_path):
@@ -208,3 +213,12 @@ def test_twenty_thousand_resumes_are_read_in_linear_time(tmp_path):
     records = [record for n in range(20_000) for record in (step(n, 1.0), resumed(n + 1))]
     (run,) = read([write(tmp_path, records)])
     assert len(run.logged) == len(run.resumes) == 20_000
+
+
+def test_an_evaluation_that_is_not_finite_or_was_cut_off(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text('{"step": 1, "time": 1, "metr')
+    run_files.append_evaluation(tmp_path, {"step": 2, "time": 2.0, "metrics": {"a": math.nan}})
+    run_files.append_evaluation(tmp_path, {"step": 3, "time": 3.0, "metrics": {"a": 0.5}})
+    found = [(each["step"], each["metrics"]) for each in run_files.read_evaluations(tmp_path)]
+    assert found == [(2, {"a": None}), (3, {"a": 0.5})]

@@ -222,6 +222,13 @@ def test_the_best_checkpoint_by_any_metric(flags, value, metric):
     assert (config.keep_best, config.best_metric()) == (value, metric)
 
 
+def test_epochs_set_the_steps_that_a_warmup_is_shorter_than():
+    flags = ["", "--config=quickstart", "--config.warmup=5000"]
+    with pytest.raises(ConfigError, match=r"^warmup: 5000 is 5000 of \d+ steps"):
+        parse(flags)
+    assert parse([*flags, "--config.epochs=3"]).warmup == 5000
+
+
 def test_tasks_are_one_text_or_several():
     for text in ("boolq,piqa", "('boolq', 'piqa')"):
         config = parse(["", "--config=quickstart", f"--config.eval_tasks={text}"])
@@ -266,6 +273,15 @@ def test_print_config_prints_json_and_exits(config_file, capsys):
         ("--config.fused=maybe", "fused: 'maybe' is not true or false"),
         ("--config.optimizer_kwargs=3", "optimizer_kwargs: '3' is not a dictionary"),
         ("--config.model=3", "model: '3' is not a ModelConfig"),
+        (
+            "--config.data.path={'a': 'b'}",
+            "data.path: {'a': 'b'} is not a dictionary of names and numbers or a list of text or",
+        ),
+        ("--config.data.path=(1, 2)", "data.path: (1, 2) is not a dictionary of names and numb"),
+        ("--config.data.path={1: 2}", "data.path: {1: 2} is not a dictionary of names and numbers"),
+        ("--config.data.path={'a': True}", "data.path: {'a': True} is not a dictionary of names"),
+        ("--config.optimizer_kwargs={1: 2}", "optimizer_kwargs: {1: 2} is not a dictionary of na"),
+        ("--config.lora.targets=(1,)", "lora.targets: (1,) is not a list of text or text"),
         ("--steps=3", "Unknown command line flag 'steps'"),
         ("steps=3", "steps=3: not a flag; set a field with --config.NAME=VALUE"),
     ],

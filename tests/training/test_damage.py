@@ -151,6 +151,13 @@ def test_the_latest_checkpoints_and_the_best_are_preserved(text, tmp_path):
     assert _steps(tmp_path) == [best, 10, 12]
 
 
+def test_a_resumed_run_that_keeps_no_best_one(text, tmp_path):
+    fields = {"keep_checkpoints": 1, "checkpoint_every": 3, "eval_every": 3, "schedule": "constant"}
+    loop.train(_config(text, tmp_path, steps=6, **fields))
+    loop.train(_config(text, tmp_path, steps=12, **fields))
+    assert _steps(tmp_path) == [12]
+
+
 def test_the_best_checkpoint_stays_if_writing_a_better_one_fails(tmp_path):
     warnings = []
     with Checkpoints(tmp_path / "checkpoints", keep=1, warn=warnings.append) as checkpoints:

@@ -19,7 +19,7 @@ from lomo_jax import models
 from lomo_jax.errors import NonFiniteError, UnexpectedError, UserError
 from lomo_jax.losses import Metrics
 from lomo_jax.training.checkpoint import Progress
-from lomo_jax.training.log import Display, Recorder, Stopwatch
+from lomo_jax.training.log import Display, Evaluation, Recorder, Stopwatch
 from lomo_jax.training.step import learning_rates, make_schedule
 
 _PROGRAM = """
@@ -231,6 +231,32 @@ def test_an_overflow_that_a_lower_scale_may_fix_does_not_stop_the_run():
     *_, why = _run(many, finite=overflow, scale=1.0, dynamic_loss_scale=True)
     assert why is not None
     assert why.startswith("gradient is not finite at step 1: ")
+
+
+@pytest.mark.parametrize(
+    ("values", "lower", "best"),
+    [
+        ([0.5, 0.7, 0.6], False, (0.7, 2)),
+        ([0.5, 0.7, 0.6], True, (0.5, 1)),
+        ([_NAN, 0.7, _NAN, 0.6], True, (0.6, 4)),
+        ([_NAN, 0.7, math.inf], False, (0.7, 2)),
+    ],
+)
+def test_the_best_value_of_a_metric(values, lower, best):
+    progress, sink = Progress(), _List()
+    with contextlib.redirect_stdout(io.StringIO()):
+        recorder = _recorder(progress, Display(9), sink, 9, best_metric="a_b")
+        for step, value in enumerate(values, 1):
+            names = frozenset({"a_b"} if lower else ())
+            recorder.evaluation(step, Evaluation(1.0, 0.5, {"a_b": value}, names))
+    assert (progress.best, progress.best_step) == best
+
+
+def test_a_name_that_is_not_utf8_in_the_log(tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()), Display(1) as display:
+        display.log_to(tmp_path / "log.txt")
+        display.warn("caf\udce9")
+    assert "caf\\udce9" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_full_disk_loses_records_and_the_run_continues(capsys):

@@ -17,6 +17,7 @@ from lomo_jax.errors import CheckpointError, ConfigError, UserError
 from lomo_jax.training import Config, DataConfig, ModelConfig, loop, resume, to_dict
 from lomo_jax.training.checkpoint import Checkpoints, read_params
 from lomo_jax.training.config import set_fields
+from lomo_jax.training.model import find_run
 from lomo_jax.training.resume import IDENTITY_FIELDS
 from lomo_jax.training.validation import leaves
 
@@ -172,12 +173,31 @@ def test_a_config_of_another_run_is_refused(again):
         loop.train(again(seed=1))
 
 
-def test_the_dataset_may_move_but_not_change(again, text, tmp_path):
+@pytest.mark.parametrize("kind", [str, lambda path: (str(path),)])
+def test_the_dataset_may_move_but_not_change(again, text, tmp_path, kind):
     moved = shutil.copy(text, tmp_path / "moved.jsonl")
-    loop.train(again(steps=7, data=DataConfig(str(moved), eval_fraction=0.1)))
+    loop.train(again(steps=7, data=DataConfig(kind(moved), eval_fraction=0.1)))
     runs.write_text(moved, documents=61)
     with pytest.raises(ConfigError, match="has changed since the checkpoint"):
-        loop.train(again(steps=8, data=DataConfig(str(moved), eval_fraction=0.1)))
+        loop.train(again(steps=8, data=DataConfig(kind(moved), eval_fraction=0.1)))
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_leaves_no_model(text, tmp_path):
+    config = runs.make_config(text, tmp_path / "run", steps=1)
+    loop.train(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "export")
+    template = tmp_path / "run" / "model" / "chat_template.jinja"  # another tokenizer had one
+    template.write_text("{{ messages }}")
+    loop.train(config)
+    assert not template.exists()
+    loop.train(dataclasses.replace(config, steps=2))
+
+
+def test_a_folder_named_like_a_checkpoint_is_no_run(made, tmp_path):
+    (tmp_path / "checkpoints" / "500").mkdir(parents=True)
+    assert find_run(str(tmp_path / "checkpoints" / "500")) is None
+    assert find_run(str(made / "checkpoints" / "6")) == (made, 6)
 
 
 def test_resume_set_to_never_moves_the_earlier_run_aside(again, text, made, tmp_path, capsys):
@@ -261,12 +281,11 @@ def test_offloading_may_be_switched_on_and_off(again, made, text, tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_checkpoint_minutes_saves_at_the_next_logged_step(text, tmp_path):
-    config = runs.make_config(
-        text, tmp_path, checkpoint_every=0, checkpoint_minutes=1e-6, log_every=5, keep_best=False
-    )
+def test_checkpoint_minutes_saves_at_the_next_step(text, tmp_path):
+    options = {"checkpoint_every": 0, "checkpoint_minutes": 1e-6, "keep_best": False}
+    config = runs.make_config(text, tmp_path, steps=3, log_every=50, **options)
     loop.train(dataclasses.replace(config, keep_checkpoints=9))
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "10", "12"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "2", "3"}
 
 
 def test_contents_of_run_info_log_and_model_card(made):

@@ -12,7 +12,7 @@ import runs
 
 from lomo_jax.errors import ConfigError, UserError
 from lomo_jax.evaluation.__main__ import main
-from lomo_jax.evaluation.tasks import Tasks, read_questions
+from lomo_jax.evaluation.tasks import Tasks, lower_is_better, metrics, read_questions
 from lomo_jax.training import MeshConfig, loop
 
 pytestmark = pytest.mark.usefixtures("mixed_dtypes")
@@ -168,6 +168,63 @@ def test_an_unknown_metric_is_one_line(text, tmp_path):
         loop.train(config)
 
 
+def test_questions_may_have_blank_lines_and_any_separators(tmp_path):
+    rows = [{"prompt": f"a\u2028b{n}", "choices": ["c\x85"], "answer": 0} for n in (1, 2)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "q.jsonl").write_text("\n\n".join(lines) + "\n\n", encoding="utf-8-sig")
+    found = read_questions(tmp_path / "q.jsonl")
+    assert [(q.prompt, q.choices) for q in found] == [(f"a\u2028b{n}", ("c\x85",)) for n in (1, 2)]
+
+
+def test_files_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "q.jsonl"
+        path.write_text(json.dumps({"prompt": "a", "choices": ["b"], "answer": 0}))
+    names = [str(tmp_path / folder / "q.jsonl") for folder in ("a", "b")]
+    with pytest.raises(UserError, match=r"q\.jsonl and .* have the same name"):
+        Tasks(names)
+    assert list(Tasks([names[0], names[0]])._questions) == names[:1]
+
+
+def test_which_metrics_are_better_if_they_are_lower():
+    results = {
+        "results": {
+            "wikitext": {"word_perplexity,none": 9.0, "bits_per_byte,none": 1.0},
+            "mt": {"ter,none": 3.0, "chrf,strict-match": 2.0, "ter_stderr,none": 0.1},
+            "own.jsonl": {"acc,none": 0.5},
+        },
+        "higher_is_better": {
+            "wikitext": {"word_perplexity": False, "bits_per_byte": False},
+            "mt": {"ter": False, "chrf": True},
+        },
+    }
+    expected = {"wikitext_word_perplexity", "wikitext_bits_per_byte", "mt_ter"}
+    assert lower_is_better(results) == expected
+    assert set(metrics(results)) == expected | {"mt_chrf_strict_match", "own_acc"}
+
+
+def test_a_step_of_a_run(trained, questions, capsys):
+    arguments = ["lomo-jax eval", str(trained), "--tasks", str(questions), "--step"]
+    assert main([*arguments, "12"]) == 0
+    assert "after 12 steps" in capsys.readouterr().out
+    assert main([*arguments, "11"]) == 1
+    assert "has no checkpoint of step 11: there is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--step=x", "--step: 'x' must be a number or best"),
+        ("--num_fewshot=-1", "--num_fewshot: -1 must be 0 or more"),
+        ("--json=/missing/a.json", "--json: there is no folder /missing; make it"),
+    ],
+)
+def test_bad_arguments_are_one_line(trained, questions, capsys, argument, message):
+    assert main(["lomo-jax eval", str(trained), "--tasks", str(questions), argument]) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
 def test_bad_questions_are_one_line(tmp_path):
     path = tmp_path / "q.jsonl"
     for line, message in (
@@ -175,6 +232,7 @@ def test_bad_questions_are_one_line(tmp_path):
         ('{"prompt": "a"}', "q.jsonl:1: the key 'choices' is missing"),
         ('{"prompt": "a", "choices": ["b"], "answer": 1}', "must be indices of the 1 choices"),
         ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "q.jsonl:1: a prompt or a choice"),
+        ('{"prompt": "\\ud800", "choices": ["b"], "answer": 0}', "q.jsonl:1 has half of a surro"),
         ("", "has no questions"),
     ):
         path.write_text(line)
