@@ -42,7 +42,7 @@ EXPERIMENTS = (
         "LOMO, table 2",
         "memory and throughput, 7B to 65B on one to eight RTX 3090",
         "7B 13.61 GB, 769.92 tokens/s; 65B 19.18 GB, 4.93",
-        "bash benchmarks/gpu.sh; lomo-jax plan --config llama65b_8gpus --gpu rtx3090",
+        "bash benchmarks/gpu.sh; lomo-jax plan --config llama65b_8gpus --gpu rtx3090 --devices 8",
         "memory planned: docs/benchmarks.md; throughput not on this card",
     ),
     Experiment(
@@ -124,8 +124,16 @@ def measure(task: str, method: str, options: argparse.Namespace, extra: Sequence
         _run("-m", "lomo_jax.evaluation.superglue", task, str(folder), *data)
     if method == "zero_shot":
         out = folder / "zero_shot.json"
-        model = [options.model, "--tasks", str(questions), "--json", str(out)]
-        _run("-m", "lomo_jax", "eval", *model)
+        model = [
+            options.model,
+            "--tasks",
+            str(questions),
+            "--dtype",
+            "bfloat16",
+            "--json",
+            str(out),
+        ]
+        _run("-m", "lomo_jax", "eval", *model, "--json", str(out))
         return 100 * json.loads(out.read_text())["results"][str(questions)]["acc,none"]
     workdir = Path("runs", "superglue", f"{task}_{method}")
     config = str(_ROOT / "configs" / f"superglue.py:{task}:{method}")

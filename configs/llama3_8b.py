@@ -1,9 +1,9 @@
 """Fine-tunes all parameters of Llama-3-8B with AdaLomo on one 24 GB GPU.
 
-    python train.py --config configs/llama3_8b.py --config.model.path=DIR --config.data.path=TEXT
+    python train.py --config configs/llama3_8b.py --config.model.path=DIR --config.data.path=DATA
 
 DIR is a Hugging Face directory of Llama-3-8B, or of another model, which then sets
-the shape. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
+the shape. DATA is a file, a folder or a glob. To try memory and speed without a checkpoint,
 replace `--config.model.path=DIR` by `--config.model.init=random`.
 
 Hardware: one NVIDIA GPU with 24 GB. Planned for an RTX 3090, not measured: 17.1 GiB of device

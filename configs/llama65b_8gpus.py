@@ -1,9 +1,9 @@
 r"""Fine-tunes all parameters of LLaMA-65B with AdaLomo on eight 24 GB GPUs.
 
     python train.py --config configs/llama65b_8gpus.py \
-      --config.model.path=DIR --config.data.path=TEXT
+      --config.model.path=DIR --config.data.path=DATA
 
-DIR and TEXT are as in `configs/llama65b.py`. Each GPU holds an eighth of every weight and of the
+DIR and DATA are as in `configs/llama65b.py`. Each GPU holds an eighth of every weight and of the
 optimizer state. The GPUs gather a layer's weights when they use them, and reduce-scatter its
 gradient: each updates its own shard. --config.mesh.data=M puts one replica of the model on each of
 M machines; then only shards of gradients travel between machines. On several machines start the

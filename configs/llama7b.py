@@ -1,9 +1,9 @@
 """Fine-tunes all parameters of LLaMA-7B with AdaLomo on one 24 GB GPU.
 
-    python train.py --config configs/llama7b.py --config.model.path=DIR --config.data.path=TEXT
+    python train.py --config configs/llama7b.py --config.model.path=DIR --config.data.path=DATA
 
 DIR is a Hugging Face directory of LLaMA-7B, or of another model, which then sets
-the shape. TEXT is a file, a folder or a glob. To try memory and speed without a checkpoint,
+the shape. DATA is a file, a folder or a glob. To try memory and speed without a checkpoint,
 replace `--config.model.path=DIR` by `--config.model.init=random`: the same step on random weights,
 with one token per byte.
 

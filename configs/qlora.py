@@ -8,7 +8,7 @@ PEFT reads them; `lomo-jax export --merge runs/qlora OUT` adds them to the origi
 
 Hardware: one NVIDIA GPU with 12 GB, Ampere or newer, for batches of 8 x 512 tokens. Plan it with
 
-    lomo-jax plan --config configs/qlora.py --gpu rtx3090
+    lomo-jax plan --config configs/qlora.py --gpu rtx3060
 
 Settings: QLoRA's (arXiv 2305.14314): NF4 with double quantisation, adapters on all linear maps;
 rank 16 and a peak learning rate of 2e-4.

@@ -12,7 +12,7 @@ Hardware: two CPU cores, 4.5 GB of memory and 2 GB of disk.
 Expect: three and a half minutes, at up to 155 tokens per second. On held-out parts of the plays the
 loss falls from 4.11 to 3.61 and the accuracy rises from 32 % to 36 %. Each evaluation continues the
 prompt, the head of a scene. Stop the run with Ctrl-C, and the same command resumes it; `lomo-jax
-report runs/quickstart` shows it.
+report runs/quickstart` shows it (pip install '.[plot]').
 """
 
 from lomo_jax.training import Config, DataConfig, ModelConfig

