@@ -247,6 +247,9 @@ _CHOICES: dict[str, Sequence[str]] = {
 }
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, x.__contains__, "one of " + ", ".join(x)) for name, x in _CHOICES.items()),
+    # An empty variable of a shell.
+    ("model.path", bool, "a directory, the id of a model or a .gguf file"),
+    ("data.path", bool, "a file, a folder or a dataset"),
     ("data.eval_documents", _positive, _POSITIVE),
     ("epochs", _positive, _POSITIVE),
     ("lora.rank", _positive, "1 or more"),

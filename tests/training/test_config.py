@@ -273,6 +273,8 @@ def test_print_config_prints_json_and_exits(config_file, capsys):
         ("--config.fused=maybe", "fused: 'maybe' is not true or false"),
         ("--config.optimizer_kwargs=3", "optimizer_kwargs: '3' is not a dictionary"),
         ("--config.model=3", "model: '3' is not a ModelConfig"),
+        ("--config.model.path=", "model.path: '' is not allowed; it must be a directory, the id"),
+        ("--config.data.path=", "data.path: '' is not allowed; it must be a file, a folder"),
         (
             "--config.data.path={'a': 'b'}",
             "data.path: {'a': 'b'} is not a dictionary of names and numbers or a list of text or",
