@@ -29,10 +29,12 @@ from lomo_jax.errors import ConfigError
 from lomo_jax.training import Config
 
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>\n"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if tools or m.tool_calls %}{{ raise_exception('chat:base has no tools') }}{% endif %}"
+    "<|{{ m.role }}|>\n"
     "{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}\n\n"
-    "{% else %}{{ m.content }}\n\n{% endif %}{% endfor %}"
+    "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 

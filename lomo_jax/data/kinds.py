@@ -15,12 +15,12 @@
 import functools
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lomo_jax._schema import short
+from lomo_jax.data import templates
 from lomo_jax.data.sources import Record
 from lomo_jax.errors import UserError
 
@@ -38,7 +38,6 @@ _PAIRS = (("prompt", "completion"), ("query", "response"), ("question", "answer"
 _CHATS = ("messages", "conversations")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
-_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
 Span = tuple[int, int]  # start and end, in characters
 
@@ -115,42 +114,19 @@ def make_kind(
                 )
             if isinstance(source, dict):
                 source = None  # several by name; transformers chooses
-            renderer = _Renderer(tokenizer, source)
+            renderer = _Renderer(tokenizer, source and templates.with_fixed_date(source))
             return functools.partial(_chat, renderer, with_answers=train_on == "answers")
         case _:
             assert template is not None
-            if train_on == "answers" and not _GENERATION.search(template):
+            if train_on == "answers" and not templates.MARK.search(template):
                 raise UserError(
                     "data.template marks no answer: put {% generation %} and {% endgeneration %} "
                     "around it, or set data.train_on=all"
                 )
-            kind = functools.partial(_own, *_template_of_columns(template))
+            kind = functools.partial(_own, templates.Template(template))
     if train_on == "answers":
         return kind
     return lambda record: kind(record)._replace(answers=None)
-
-
-def _template_of_columns(template: str) -> tuple[str, frozenset[str]]:
-    """Prepares a template for records.
-
-    Returns:
-      The template for transformers, with the record as the only message, so that its columns may
-      have any names; and the names that it uses and does not ask whether they are defined.
-    """
-    import jinja2
-    from jinja2 import meta
-
-    # As transformers renders it, but for its own tag and functions.
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)
-    try:
-        names = meta.find_undeclared_variables(environment.parse(source))
-    except jinja2.TemplateError as error:
-        raise UserError(f"data.template is not a template: {error}") from error
-    names -= {"raise_exception", "strftime_now"}
-    columns = "".join(f"{{% set {name} = messages[0]['{name}'] %}}" for name in sorted(names))
-    optional = re.findall(r"(\w+) is (?:not )?defined", source)
-    return f"{columns}{{{{ '' }}}}{template}", frozenset(names.difference(optional))
 
 
 def read_template(template: str | None) -> str | None:
@@ -204,14 +180,17 @@ def _pair(prompt: str, answer: str) -> Example:
     return Example(text, [(len(prompt), len(text))], json.dumps([prompt, answer]))
 
 
-def _own(template: str, variables: frozenset[str], record: Record) -> Example:
-    if missing := sorted(variables - record.columns.keys()):
+def _own(template: templates.Template, record: Record) -> Example:
+    if missing := sorted(template.required - record.columns.keys()):
         raise UserError(
             f"{record.where} has no {missing[0]!r} (found: {_names(record.columns)}), which "
             f"data.template uses: change it, or write {{% if {missing[0]} is defined %}} there"
         )
-    columns = {name: "" if value is None else value for name, value in record.columns.items()}
-    text, answers = _render(template, record, [columns])
+    try:
+        text, answers = template.render(record.columns)
+    except Exception as error:  # a template may raise anything
+        raise _template_error(record, error) from error
+    _check_unicode(record.where, text)
     if not text.strip() or any(not text[start:end].strip() for start, end in answers):
         raise UserError(f"{record.where}: data.template gives an empty text or answer")
     return Example(text, answers, json.dumps(record.columns, sort_keys=True, default=str))
@@ -241,9 +220,9 @@ class _Renderer(NamedTuple):
         self, record: Record, messages: list[Any], tools: Any, text: str, first: int
     ) -> Iterator[Span]:
         """Yields the parts of `text` that the assistant wrote, from the message `first` on."""
-        if self.template and not first and _GENERATION.search(self.template):
+        if self.template and not first and templates.MARK.search(self.template):
             special = self.tokenizer.special_tokens_map
-            yield from _render(self.template, record, messages, tools=tools, **special)[1]
+            yield from _marked(self.template, record, messages, tools=tools, **special)
             return
         for turn, message in enumerate(messages[first:], first):
             if message["role"] != "assistant":
@@ -388,24 +367,20 @@ def _check_unicode(where: str, text: str) -> None:
         ) from error
 
 
-def _render(
-    template: str, record: Record, messages: Sequence[Any], **variables: Any
-) -> tuple[str, list[Span]]:
-    """Renders a template; also returns the parts that it marks as generation."""
+def _marked(template: str, record: Record, messages: Sequence[Any], **variables: Any) -> list[Span]:
+    """Returns the parts of a conversation that its template marks as generation."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    marks = bool(_GENERATION.search(template))
     try:
-        texts, spans = render_jinja_template(  # pyright: ignore
+        _, spans = render_jinja_template(  # pyright: ignore
             [messages],  # pyright: ignore
             chat_template=template,
-            return_assistant_tokens_mask=marks,
+            return_assistant_tokens_mask=True,
             **variables,
         )
     except Exception as error:  # a template may raise anything
         raise _template_error(record, error) from error
-    _check_unicode(record.where, texts[0])
-    return texts[0], list(spans[0]) if marks else []  # pyright: ignore
+    return list(spans[0])  # pyright: ignore
 
 
 def _template_error(record: Record, error: Exception) -> UserError:

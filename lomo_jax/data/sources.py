@@ -145,10 +145,10 @@ def _folder(root: Path, split: str | None) -> Found:
             f"{root} has no split {split!r}: its files are named "
             f"{', '.join(sorted(splits)) or 'by no split'}"
         )
-    # `test` in the name of one text among others says nothing.
-    is_named = records or all(split_of[f] for f in chosen if not _METADATA.fullmatch(f.name))
+    found = {split_of[file] for file in chosen if not _METADATA.fullmatch(file.name)}
     wanted = split or ("train" if "train" in splits else None)
-    if split is not None or (is_named and wanted in split_of.values()):
+    # `test` in the name of one text among others says nothing.
+    if split is not None or (wanted in found and (records or None not in found)):
         chosen = [file for file in chosen if split_of[file] == wanted]
     if not chosen:
         raise UserError(

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -92,13 +93,19 @@ def tokenize(
     identity = [source.identity for source in found.sources]
     key = _hash(json.dumps([_VERSION, identity, settings, _describe(tokenizer)]).encode(), 16)
     folder = cache_folder() / key.hex()
-    if _read_info(folder) is None:
+    if folder.exists() and _read_info(folder) is None:
         shutil.rmtree(folder, ignore_errors=True)  # it is damaged
+    if not folder.exists():
         writer = _Writer(tokenizer, special_tokens, vocab_size)
         records = itertools.chain.from_iterable(source.read() for source in found.sources)
         first = next(records, None)
         kind = "text"
         if first is not None:
+            if template is not None and format not in (None, "chat"):
+                raise UserError(
+                    f"data.format={format} has a text of its own: leave out data.format or "
+                    "data.template"
+                )
             kind = format or kinds.find_kind(first, text_key, template is not None)
             if kind == "chat" and special_tokens == "text":
                 raise UserError(
@@ -141,7 +148,10 @@ def _read(folder: Path, names: list[str], left_out: list[str], paths: Sequence[s
     info = _read_info(folder)
     if info is None:
         raise UserError(f"{folder} was changed by another process: start again")
-    index = np.load(folder / _INDEX)
+    try:
+        index = dict(np.load(folder / _INDEX))
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{folder} is damaged: delete it, it is made again") from error
     if not index["ends"].any():
         raise UserError(f"{', '.join(paths)} has no text, it is empty or blank: add text")
     ids = np.memmap(folder / _IDS, info["dtype"], mode="r")
@@ -154,7 +164,7 @@ def _read_info(folder: Path) -> dict[str, Any] | None:
     try:
         info = json.loads((folder / _INFO).read_text())
         sizes = {name: (folder / name).stat().st_size for name in info["sizes"]}
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return info if sizes == info["sizes"] else None
 

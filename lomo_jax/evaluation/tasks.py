@@ -143,7 +143,10 @@ def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, float, bool]]:
             if isinstance(value, int | float) and not name.endswith("_stderr") and rule:
                 suffix = "" if rule == "none" else f"_{rule.replace('-', '_')}"
                 metric = f"{_short(task)}_{name}{suffix}"
-                yield metric, float(value), is_higher_better.get(name) is False
+                is_higher = is_higher_better.get(name)
+                if is_higher is None:  # the harness does not know it
+                    is_higher = not name.endswith(("loss", "perplexity"))
+                yield metric, float(value), not is_higher
 
 
 def _short(task: str) -> str:

@@ -514,8 +514,9 @@ def make_evaluate(
             running.append(sums(params, send(batch)))
             # At most two batches at a time: the next one runs while the host waits for this one.
             jax.block_until_ready(running[-2:-1])
-        loss, accuracy, weight = np.sum(jax.device_get(running), axis=0)
-        return Evaluation(float(loss / weight), float(accuracy / weight))
+        sums_of_all = np.asarray(jax.device_get(running), np.float64)
+        loss, accuracy, weight = sums_of_all.sum(axis=0).tolist()
+        return Evaluation(loss / weight, accuracy / weight)
 
     return evaluate
 

@@ -191,6 +191,18 @@ def test_calls_of_tools(read, bytes_):
     assert read(record, template=template)[0] == [expected]
 
 
+def test_todays_date_is_the_same_tomorrow(read, bytes_):
+    today = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    assert read({"messages": turns("hi", "ho")}, template=today + CHATML)[0] == [
+        "26 Jul 2024" + HI + "[ho<|im_end|>\n]"
+    ]
+    bytes_.chat_template = today.replace("'", '"') + CHATML
+    assert read({"messages": turns("hi", "ho")})[0][0].startswith("26 Jul 2024<|im_start|>")
+    bytes_.chat_template = CHATML
+    answer = "{% generation %}{{ a }}{% endgeneration %}"
+    assert read({"a": "x"}, template=today + answer)[0] == ["<s>26 Jul 2024[x</s>]"]
+
+
 def test_a_template_in_a_file(read, tmp_path):
     path = tmp_path / "t.jinja"
     path.write_text(
@@ -210,6 +222,18 @@ def test_a_template_of_columns(read):
     assert read({"a": "x"}, template="{{ a }}z", train_on="all")[0] == ["<s>[xz</s>]"]
 
 
+def test_a_template_may_have_macros_loops_and_marks(read):
+    template = (
+        "  {% if a %}{{ a }}{% endif %}\n"
+        "{% macro say(x) %}{% generation %}{{ x }};{% endgeneration %}{% endmacro %}"
+        "{% for x in xs %}{{ loop.index }}{{ say(x) }}{% if x == 'q' %}{% break %}{% endif %}"
+        "{% endfor %}{{ {'k': a} | tojson }}{{ b if b is defined }}"
+    )
+    record = {"a": "z", "xs": ["p", "q", "r"]}
+    assert read(record, template=template)[0] == ['<s>z1[p;]2[q;]{"k": "z"}</s>']
+    assert read({**record, "b": "!"}, template=template)[0] == ['<s>z1[p;]2[q;]{"k": "z"}!</s>']
+
+
 def test_columns_of_a_template_have_any_names(read):
     template = (
         "\n{% for x in tools %}{{ x }}{{ record }}{% endfor %}{{ template if add is defined }}"
@@ -217,13 +241,18 @@ def test_columns_of_a_template_have_any_names(read):
     )
     record = {"tools": "ab", "record": 1, "template": "t", "documents": "d", "chat_template": "c"}
     assert read(record, template=template)[0] == ["<s>\na1b1[d</s>]"]
+    record |= {"range": "r", "dict": None, "my col": "m"}
+    assert read(record, template="{{ range }}{{ dict }}!", train_on="all")[0] == ["<s>[r!</s>]"]
     assert read({**record, "add": 1}, template=template)[0] == ["<s>\na1b1t[d</s>]"]
 
 
 def test_a_null_is_empty_in_a_template(read):
-    template = "{{ a }}{% if b %}!{% endif %}{% generation %}{{ c }}{% endgeneration %}"
+    template = "{{ a }}{% if b is not none %}!{% endif %}{% generation %}{{ c }}{% endgeneration %}"
     record = {"a": None, "b": None, "c": "z"}
     assert read(record, template=template)[0] == ["<s>[z</s>]"]
+    nested = {**record, "a": [None], "b": {"x": None}}
+    template = template.replace("{{ a }}", "{{ a[0] }}{{ b.x }}")
+    assert read(nested, template=template)[0] == ["<s>![z</s>]"]
     with pytest.raises(UserError, match=r":1: data\.template gives an empty text or answer"):
         read({**record, "a": "x", "c": None}, template=template)
 
@@ -335,6 +364,16 @@ BAD: dict[str, tuple[list[dict], dict[str, Any], str]] = {
         [{"messages": turns("a", "b")}],
         {"special_tokens": "text"},
         "data.special_tokens=text would also spell out",
+    ),
+    "a template and a format": (
+        [GOOD],
+        {"template": "{{ prompt }}", "format": "prompt"},
+        "data.format=prompt has a text of its own",
+    ),
+    "a template of columns that fails": (
+        [{"a": "x"}],
+        {"template": "{{ raise_exception('no') }}{% generation %}{{ a }}{% endgeneration %}"},
+        ":1: the template fails: no",
     ),
     "a template that fails": (
         [{"messages": turns("a", "b")}],

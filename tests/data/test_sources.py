@@ -150,6 +150,7 @@ def write_each(folder: Path, *names: str) -> Path:
     [
         (("train/a.txt", "test/b.txt", "README.md"), ["train/a.txt"]),
         (("a/train.txt", "a/test.txt", "b.txt"), ["a/test.txt", "a/train.txt", "b.txt"]),
+        (("README.md", "test.txt", "valid.txt"), ["README.md", "test.txt", "valid.txt"]),
         (("data.jsonl", "test.jsonl"), ["data.jsonl"]),
         (("dev.jsonl", "test.jsonl"), ["dev.jsonl", "test.jsonl"]),
     ],

@@ -132,6 +132,19 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, tokenizer, monkeypatch, n
     assert [path.name for path in cache_folder().iterdir()] == [folder.name]
 
 
+@pytest.mark.parametrize("text", ["{}", "null", "[]", '{"sizes": 3}', "{"])
+def test_a_cache_that_says_nothing_is_made_again(tmp_path: Path, tokenizer, monkeypatch, text):
+    monkeypatch.setenv("LOMO_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("a b")
+    tokenize([str(tmp_path / "a.txt")], tokenizer)
+    [folder] = cache_folder().iterdir()
+    (folder / "info.json").write_text(text)
+    assert len(tokenize([str(tmp_path / "a.txt")], tokenizer).ids)
+    (folder / "index.npz").write_bytes(bytes((folder / "index.npz").stat().st_size))
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        tokenize([str(tmp_path / "a.txt")], tokenizer)
+
+
 def test_another_process_is_faster(tmp_path: Path, tokenizer, monkeypatch):
     monkeypatch.setenv("LOMO_JAX_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "a.txt"

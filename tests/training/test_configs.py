@@ -7,7 +7,7 @@ import pytest
 
 from lomo_jax import lora, models
 from lomo_jax.data import package_path, read_rows
-from lomo_jax.errors import ConfigError
+from lomo_jax.errors import ConfigError, UserError
 from lomo_jax.training import model as model_lib
 from lomo_jax.training.config_reader import read_config
 from lomo_jax.training.validation import validate
@@ -66,13 +66,16 @@ def test_the_template_for_chats_with_a_base_model(tmp_path):
     tokenizer.chat_template = config.data.template
     end = tokenizer.eos_token
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before = f"<|user|>\nHi\n\n<|assistant|>\nHello!{end}\n<|user|>\nBye\n\n<|assistant|>\n"
-    assert text == before
+    expected = "<|user|>\nHi\n\n<|assistant|>\nHello!{}\n\n<|user|>\nBye\n\n<|assistant|>\n"
+    assert text == tokenizer.bos_token + expected.format(end)
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": messages[:2]}))
     options = {"sequence_length": 64, "eval_fraction": 0, "template": config.data.template}
     [(tokens, loss)] = read_rows(path, tokenizer, **options).summary.first
     assert tokenizer.decode(tokens[loss == 1]) == f"Hello!{end}"
+    path.write_text(json.dumps({"messages": messages[:2], "tools": [{"name": "add"}]}))
+    with pytest.raises(UserError, match="the template fails: chat:base has no tools"):
+        read_rows(path, tokenizer, **options)
 
 
 def test_an_unknown_argument_of_chat():

@@ -193,15 +193,16 @@ def test_which_metrics_are_better_if_they_are_lower():
             "wikitext": {"word_perplexity,none": 9.0, "bits_per_byte,none": 1.0},
             "mt": {"ter,none": 3.0, "chrf,strict-match": 2.0, "ter_stderr,none": 0.1},
             "own.jsonl": {"acc,none": 0.5},
+            "new": {"loss,none": 1.0, "acc,none": 1.0},
         },
         "higher_is_better": {
             "wikitext": {"word_perplexity": False, "bits_per_byte": False},
             "mt": {"ter": False, "chrf": True},
         },
     }
-    expected = {"wikitext_word_perplexity", "wikitext_bits_per_byte", "mt_ter"}
+    expected = {"wikitext_word_perplexity", "wikitext_bits_per_byte", "mt_ter", "new_loss"}
     assert lower_is_better(results) == expected
-    assert set(metrics(results)) == expected | {"mt_chrf_strict_match", "own_acc"}
+    assert set(metrics(results)) == expected | {"mt_chrf_strict_match", "own_acc", "new_acc"}
 
 
 def test_a_step_of_a_run(trained, questions, capsys):
