@@ -124,15 +124,7 @@ def measure(task: str, method: str, options: argparse.Namespace, extra: Sequence
         _run("-m", "lomo_jax.evaluation.superglue", task, str(folder), *data)
     if method == "zero_shot":
         out = folder / "zero_shot.json"
-        model = [
-            options.model,
-            "--tasks",
-            str(questions),
-            "--dtype",
-            "bfloat16",
-            "--json",
-            str(out),
-        ]
+        model = [options.model, "--dtype", "bfloat16", "--tasks", str(questions)]
         _run("-m", "lomo_jax", "eval", *model, "--json", str(out))
         return 100 * json.loads(out.read_text())["results"][str(questions)]["acc,none"]
     workdir = Path("runs", "superglue", f"{task}_{method}")

@@ -291,9 +291,10 @@ class Checkpoints:
           CheckpointError: The checkpoint is damaged.
         """
         found = self._read(metadata, _items(params, state))
-        for step in reversed(self.steps()) if self._keep_best else ():  # so that the best one stays
-            with contextlib.suppress(CheckpointError):
-                self._preserve.best(self.metadata(step).progress.best_step)
+        if self._keep_best:
+            for step in reversed(self.steps()):
+                with contextlib.suppress(CheckpointError):
+                    self._preserve.best(self.metadata(step).progress.best_step)
         rounding = found.get("rounding", {"key": None})["key"]
         state = lomo_jax.StepState(found["optimizer"], found.get("loss_scale"), rounding)
         return found["params"], state
