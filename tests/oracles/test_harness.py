@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lomo_jax import evaluation, models
 from lomo_jax.errors import UserError
+from lomo_jax.evaluation.tasks import lower_is_better
 
 torch = pytest.importorskip("torch")
 lm_eval = pytest.importorskip("lm_eval")
@@ -159,6 +160,19 @@ def test_a_real_model_answers_the_same(task, limit, smollm2, data, monkeypatch):
     np.testing.assert_allclose(found[:, 0], expected[:, 0], atol=1e-4, rtol=1e-5)
     np.testing.assert_array_equal(found[:, 1], expected[:, 1])
     assert results[0]["acc,none"] == results[1]["acc,none"]
+
+
+def test_the_harness_says_that_a_lower_perplexity_is_better(word_tokenizer, tmp_path):
+    from lomo_jax.evaluation.harness import HarnessTasks
+
+    random_model("llama").save_pretrained(tmp_path / "model")
+    graphdef, params = models.load(tmp_path / "model")
+    lm = evaluation.LM(graphdef, params, word_tokenizer, batch_size=4)
+    (tmp_path / "wikitext.jsonl").write_text(json.dumps({"page": words(20)}) + "\n")
+    results = HarnessTasks(["wikitext"], data=[tmp_path]).evaluate(lm)
+    assert "wikitext" in results["higher_is_better"]
+    expected = {f"wikitext_{name}" for name in ("word_perplexity", "byte_perplexity")}
+    assert lower_is_better(results) == expected | {"wikitext_bits_per_byte"}
 
 
 def test_mistakes_are_one_line(tmp_path):
