@@ -75,9 +75,16 @@ def warnings(config: Config) -> list[str]:
         (config.lora.base, config.lora.base_kwargs),
     )
     clips = [options.get("clip_value") is not None for rule, options in rules if rule == "lomo"]
+    found = []
     if config.clip_norm is None and not all(clips):
-        return ["LOMO without clipping can destroy the model: set clip_norm=1.0"]
-    return []
+        found.append("LOMO without clipping can destroy the model: set clip_norm=1.0")
+    is_adam = config.optimizer in ("adam", "adamw") and config.lora.rank is None
+    if is_adam and config.param_dtype != "float32" and config.rounding == "nearest":
+        found.append(
+            f"updates of {config.optimizer} are often too small for weights in "
+            f"{config.param_dtype}: set rounding=stochastic"
+        )
+    return found
 
 
 def _check_lora(lora: LoraConfig) -> None:

@@ -290,6 +290,20 @@ def test_lomo_without_clipping_gets_a_warning(text, tmp_path):
         assert bool(warnings(_config(text, tmp_path, **fields))) == warns
 
 
+def test_adamw_that_rounds_bfloat16_to_nearest_gets_a_warning(text, tmp_path):
+    """docs/learning.md has runs in which the model learns less."""
+    adamw = {"optimizer": "adamw", "param_dtype": "bfloat16"}
+    [message] = warnings(_config(text, tmp_path, **adamw))
+    assert message.endswith("set rounding=stochastic")
+    for fields in (
+        adamw | {"rounding": "stochastic"},
+        adamw | {"param_dtype": "float32"},
+        adamw | {"optimizer": "adalomo"},
+        adamw | {"lora": LoraConfig(rank=2)},  # its adapters are in float32
+    ):
+        assert not warnings(_config(text, tmp_path, **fields))
+
+
 def test_muon_learns(text, tmp_path):
     """It multiplies weights that the trainer's mesh shards; a warning would be an error here."""
     config = _config(text, tmp_path, optimizer="muon", learning_rate=0.03, eval_every=12)
