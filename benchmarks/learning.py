@@ -442,7 +442,7 @@ def table(found: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
             f"{accuracy:.1%}",
             f"{tested[0]['tokens']:,}",
             f"{statistics.median(each['seconds'] for each in tested):.0f}",
-            str(tested[0].get("planned_gib", "")),
+            f"{tested[0]['planned_gib']:.2f}" if "planned_gib" in tested[0] else "",
         )
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return lines

@@ -64,7 +64,7 @@ def test_results_without_a_test_run_have_a_picture(tmp_path):
 def test_the_table_has_mean_and_half_the_range():
     experiment, found = _all_runs(lambda rate: 2 + abs(math.log(rate / 1e-3)), 1e-3)
     row = learning.table(found, experiment)[-1]
-    assert row == "| A | 0.001 | 2.1000 ± 0.1000 | 50.0% | 512 | 10 | 1.5 |"
+    assert row == "| A | 0.001 | 2.1000 ± 0.1000 | 50.0% | 512 | 10 | 1.50 |"
 
 
 def test_a_repeated_method_is_compared_with_the_same_seeds(tmp_path):
@@ -73,6 +73,6 @@ def test_a_repeated_method_is_compared_with_the_same_seeds(tmp_path):
     assert learning.next_run(found, "B", experiment) == ("test", 1e-3, 0)
     found.append({**_run("test", 1e-3, 1, 2.1 * 1.01), "method": "B"})  # of A 2.1
     row = learning.table(found, experiment)[-1]
-    assert row == "| B | 0.001 | 2.1210 (+1.00%) | 50.0% | 512 | 10 | 1.5 |"
+    assert row == "| B | 0.001 | 2.1210 (+1.00%) | 50.0% | 512 | 10 | 1.50 |"
     learning.plot(found, experiment, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 0
