@@ -53,8 +53,8 @@ def adalomo(
     parameter with more than two axes is a stack of matrices over its leading axes, each with its
     own factors, :math:`\mathrm{rms}(u)` and :math:`\mathrm{rms}(\theta)`.
 
-    Without weight decay this is Adafactor as ``optax.adafactor(learning_rate,
-    min_dim_size_to_factor=1)`` computes it.
+    For vectors and matrices, without weight decay, this is Adafactor as
+    ``optax.adafactor(learning_rate, min_dim_size_to_factor=1)`` computes it.
 
     Updates are computed and returned in float32, whatever the dtype of the gradients, so that their
     sum with the parameter is rounded once, to the parameter's dtype.
