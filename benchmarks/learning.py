@@ -9,7 +9,8 @@
 
 A method's learning rate is searched on validation data with one seed: 1e-3, 3e-3, 1e-2 and so on,
 until the loss of the best is lower than that of its neighbours. With that rate it runs three times,
-and the test data, which no choice has seen, give the result. A run is one command, which is in the
+and the test data, which no choice has seen, give the result. A win is a test answer that a model
+finds likelier than another model does. A run is one command, which is in the
 results, benchmarks/results/learning-EXPERIMENT.json. A command that was stopped continues.
 
 On two cores of a CPU an experiment takes hours. --gpu makes each batch 16 x 512 tokens and has
@@ -20,6 +21,7 @@ import argparse
 import gzip
 import json
 import math
+import multiprocessing
 import random
 import shlex
 import shutil
@@ -29,6 +31,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +62,7 @@ class Experiment(NamedTuple):
     flags: dict[str, Any]
     methods: dict[str, Method]
     has_questions: bool = False  # with choices; the accuracy is that of their answers
+    has_answers: bool = False  # to instructions; the models are compared answer by answer
 
 
 def _pieces(package: str, pattern: str, size: int = 2000) -> Callable[[Path], None]:
@@ -260,6 +264,7 @@ EXPERIMENTS = {
         _write_instructions,
         _TUNED | {"batch_size": 1, "sequence_length": 256},
         {name: _TASK_METHODS[name] for name in ("AdamW", "AdaLomo", "LOMO, clipped", "LoRA")},
+        has_answers=True,
     ),
 }
 
@@ -395,6 +400,13 @@ def _train(
     }
     if not result["diverged"] and result["curve"][-1]["step"] < fields["steps"]:
         raise SystemExit(f"stopped: {workdir} is not finished; the same command runs it again")
+    if experiment.has_answers and split == "test" and not result["diverged"]:
+        answers = data / "test.jsonl", fields["sequence_length"]
+        # JAX would keep the memory of a GPU, which the next run needs, until its process ends.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            before = process.submit(_log_likelihoods, fields["model.path"], *answers).result()
+            after = process.submit(_log_likelihoods, str(workdir), *answers).result()
+        result["gains"] = [round(b - a, 2) for a, b in zip(before, after, strict=True)]
     shutil.rmtree(workdir)
     return result
 
@@ -409,6 +421,22 @@ def _read_run(workdir: Path, accuracy: str) -> dict[str, Any]:
     }
 
 
+def _log_likelihoods(model: str, path: Path, sequence_length: int) -> list[float]:
+    """Returns how likely a model finds each answer of a file, in nats."""
+    from lomo_jax import data, evaluation
+
+    found = evaluation.load(model)
+    options = {"sequence_length": sequence_length, "eval_fraction": 0.0, "packing": False}
+    [rows] = data.read_rows(str(path), found.tokenizer, **options).train
+    prompts = []
+    for row in rows:
+        [answer] = row["weights"].nonzero()  # the prompt has no loss, nor has the padding
+        prompt = row["tokens"][: answer[0] + 1]
+        prompts.append((prompt.tolist(), [row["targets"][answer].tolist()]))
+    scores = evaluation.log_likelihoods(found.graphdef, found.params, prompts)
+    return [score.log_likelihood for [score] in scores]
+
+
 def _read_torch(workdir: Path) -> dict[str, Any]:
     """Returns the facts of a run of `learning_torch.py`."""
     curve = json.loads((workdir / "curve.json").read_text())
@@ -417,35 +445,56 @@ def _read_torch(workdir: Path) -> dict[str, Any]:
 
 def table(found: Sequence[dict[str, Any]], experiment: Experiment) -> list[str]:
     """Returns the results of an experiment as a table, in Markdown."""
-    lines = [
-        "| method | learning rate | test loss | accuracy | tokens | s | GiB planned |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    first = next(iter(experiment.methods))
+    versus = ("wins over untrained", f"wins over {first}") if experiment.has_answers else ()
+    about = ("tokens", "s", "GiB planned")
+    names = ("method", "learning rate", "test loss", "accuracy", *versus, *about)
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     starts = [each["curve"][0] for each in found if each["split"] == "test"]
     if starts:
-        first = starts[0]
-        lines.append(f"| untrained | | {first['loss']:.4f} | {first['accuracy']:.1%} | 0 | | |")
+        loss, accuracy = f"{starts[0]['loss']:.4f}", f"{starts[0]['accuracy']:.1%}"
+        cells = ("untrained", "", loss, accuracy, *[""] * len(versus), "0", "", "")
+        lines.append(f"| {' | '.join(cells)} |")
     for method in experiment.methods:
         tested = _of(found, method, "test")
         if not tested:
             searched = len(_of(found, method, "validation"))
-            lines.append(f"| {method} | {searched} tried | | | | | |")
+            lines.append(f"| {method} | {searched} tried |{' |' * (len(names) - 2)}")
             continue
         losses = {each["seed"]: last_loss(each) for each in tested}
         rate = experiment.methods[method].rate
         others = _of(found, rate, "test") if isinstance(rate, str) else []
         same = [last_loss(each) for each in others if each["seed"] in losses]
         accuracy = statistics.mean(each["curve"][-1]["accuracy"] for each in tested)
+        gains = _gains(tested)
+        wins = ()
+        if versus:
+            over_first = "" if method == first else _wins(gains, _gains(_of(found, first, "test")))
+            wins = (_wins(gains, {seed: [0.0] * len(gains[seed]) for seed in gains}), over_first)
         cells = (
+            method,
             f"{tested[0]['rate']:g}",
             _mean(list(losses.values()), same),
             f"{accuracy:.1%}",
+            *wins,
             f"{tested[0]['tokens']:,}",
             f"{statistics.median(each['seconds'] for each in tested):.0f}",
             f"{tested[0]['planned_gib']:.2f}" if "planned_gib" in tested[0] else "",
         )
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _gains(tested: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
+    """Returns by how many nats each answer became likelier, for each seed."""
+    return {each["seed"]: each["gains"] for each in tested if "gains" in each}
+
+
+def _wins(gains: dict[int, list[float]], others: dict[int, list[float]]) -> str:
+    """Returns the share of answers that gained more than in `others` with the same seed."""
+    seeds = gains.keys() & others.keys()
+    wins = [a > b for seed in seeds for a, b in zip(gains[seed], others[seed], strict=True)]
+    return f"{statistics.mean(wins):.1%}" if wins else ""
 
 
 def _mean(losses: Sequence[float], others: Sequence[float]) -> str:

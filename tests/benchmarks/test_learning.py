@@ -76,3 +76,20 @@ def test_a_repeated_method_is_compared_with_the_same_seeds(tmp_path):
     assert row == "| B | 0.001 | 2.1210 (+1.00%) | 50.0% | 512 | 10 | 1.50 |"
     learning.plot(found, experiment, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_wins_are_the_share_of_answers_that_became_likelier():
+    methods = {"A": Method(1e-3), "B": Method(1e-3)}
+    experiment = Experiment("", print, {}, methods, has_answers=True)
+    gains = {
+        "A": {0: [1.0, 2.0, 3.0, -1.0], 1: [1.0, 1.0, -1.0, -1.0]},
+        "B": {0: [2.0, 1.0, 2.0, 3.0]},  # likelier than with A: the first and the last
+    }
+    found = [
+        {**_run("test", 1e-3, seed, 2.0), "method": method, "gains": gains[method][seed]}
+        for method in gains
+        for seed in gains[method]
+    ]
+    a, b = learning.table(found, experiment)[-2:]
+    assert a == "| A | 0.001 | 2.0000 ± 0.0000 | 50.0% | 62.5% |  | 512 | 10 | 1.50 |"
+    assert b == "| B | 0.001 | 2.0000 | 50.0% | 100.0% | 50.0% | 512 | 10 | 1.50 |"
