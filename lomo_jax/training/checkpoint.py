@@ -386,11 +386,14 @@ def read_params(
     Args:
       folder: The run's workdir.
       step: The step of the checkpoint, "best" for the lowest held-out loss, None for the latest.
-      like: The parameters as `jax.ShapeDtypeStruct` with shardings.
+      like: The parameters as `jax.ShapeDtypeStruct`; without a sharding, for the default device.
 
     Raises:
       CheckpointError: There is no such checkpoint, or it is damaged.
     """
+    # Orbax would read an array without one onto the mesh of the run.
+    default = jnp.zeros(()).sharding
+    like = jax.tree.map(lambda x: x if x.sharding else x.update(sharding=default), like)
     with Checkpoints((folder / run_files.CHECKPOINTS).absolute(), read_only=True) as checkpoints:
         while True:
             steps = checkpoints.steps()

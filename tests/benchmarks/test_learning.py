@@ -1,10 +1,15 @@
 """The search of `benchmarks/learning.py` for a learning rate, and its table."""
 
+import dataclasses
+import json
 import math
 import sys
 from pathlib import Path
 
 import pytest
+import runs
+
+from lomo_jax.training import loop
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -93,3 +98,19 @@ def test_wins_are_the_share_of_answers_that_became_likelier():
     a, b = learning.table(found, experiment)[-2:]
     assert a == "| A | 0.001 | 2.0000 ± 0.0000 | 50.0% | 62.5% |  | 512 | 10 | 1.50 |"
     assert b == "| B | 0.001 | 2.0000 | 50.0% | 100.0% | 50.0% | 512 | 10 | 1.50 |"
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_answers_are_as_likely_as_the_run_says(tmp_path):
+    lines = [json.dumps({"prompt": "a" * n, "completion": "b" * (20 - n)}) for n in range(1, 16)]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("\n".join(lines))
+    config = runs.make_config(path, tmp_path / "run")
+    data = dataclasses.replace(config.data, validation_path=str(path))
+    config = dataclasses.replace(config, data=data, steps=5, sequence_length=64)
+    loop.train(config)
+    found = learning._log_likelihoods(config.workdir, path, 64)
+    tokens = sum(21 - n for n in range(1, 16))  # the end of the text too
+    assert len(found) == 15
+    loss = runs.column(tmp_path / "run", "eval_loss")[5]
+    assert -sum(found) / tokens == pytest.approx(loss, rel=1e-5)

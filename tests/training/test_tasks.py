@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 
+from lomo_jax import evaluation
 from lomo_jax.errors import ConfigError, UserError
 from lomo_jax.evaluation.__main__ import main
 from lomo_jax.evaluation.tasks import Tasks, lower_is_better, metrics, read_questions
@@ -67,6 +70,14 @@ def test_eval_on_the_checkpoint_finds_the_same(trained, questions, capsys, tmp_p
     line = json.loads((trained / "evaluations.jsonl").read_text().splitlines()[-1])
     assert line["metrics"] == {"own_acc": expected}
     assert (line["step"], line["examples"]) == (12, 20)
+
+
+def test_python_finds_the_same_without_a_mesh(trained, questions):
+    found = evaluation.load(str(trained))
+    asked = read_questions(questions)
+    answers = evaluation.answer(found.graphdef, found.params, found.tokenizer, asked)
+    assert answers.accuracy == pytest.approx(runs.column(trained, "eval_own_acc")[12])
+    assert all(x.sharding == jnp.zeros(()).sharding for x in jax.tree.leaves(found.params))
 
 
 def test_the_report_shows_both(trained, questions):
