@@ -16,7 +16,9 @@ With --suggest it also plans options that need less memory.
 
 Settings: the AdaLomo paper's for further pre-training (arXiv 2310.10195): peak learning rate 1e-3,
 cosine to 0, 3 % warm-up, bfloat16, no clipping, evaluation every 100 steps. The paper's batches are
-128 x 2048; its instruction tuning uses a rate of 5e-4 and a linear schedule.
+128 x 2048; its instruction tuning uses a rate of 5e-4 and a linear schedule. The authors' code
+rounds weights to nearest; `--config.rounding=stochastic` needs no more memory and learned more in
+short runs (docs/learning.md).
 
 Expect: not yet run on such a GPU.
 """
