@@ -291,7 +291,7 @@ def test_lomo_without_clipping_gets_a_warning(text, tmp_path):
 
 
 def test_adamw_that_rounds_bfloat16_to_nearest_gets_a_warning(text, tmp_path):
-    """docs/learning.md has a run in which the model learns less."""
+    """docs/learning.md has runs in which the model learns less."""
     adamw = {"optimizer": "adamw", "param_dtype": "bfloat16"}
     [message] = warnings(_config(text, tmp_path, **adamw))
     assert message.endswith("set rounding=stochastic")
