@@ -18,6 +18,7 @@ results of its own; --model trains another model.
 """
 
 import argparse
+import functools
 import gzip
 import json
 import math
@@ -402,10 +403,7 @@ def _train(
         raise SystemExit(f"stopped: {workdir} is not finished; the same command runs it again")
     if experiment.has_answers and split == "test" and not result["diverged"]:
         answers = data / "test.jsonl", fields["sequence_length"]
-        # JAX would keep the memory of a GPU, which the next run needs, until its process ends.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            before = process.submit(_log_likelihoods, fields["model.path"], *answers).result()
-            after = process.submit(_log_likelihoods, str(workdir), *answers).result()
+        before, after = _untrained(fields["model.path"], *answers), _score(str(workdir), *answers)
         result["gains"] = [round(b - a, 2) for a, b in zip(before, after, strict=True)]
     shutil.rmtree(workdir)
     return result
@@ -419,6 +417,15 @@ def _read_run(workdir: Path, accuracy: str) -> dict[str, Any]:
         "curve": [{n: each[key] for n, key in names.items()} for each in run.evaluations],
         "planned_gib": round(run.info.memory.total_gib, 2),
     }
+
+
+def _score(*arguments: Any) -> list[float]:
+    # JAX would keep the memory of a GPU, which the next run needs, until its process ends.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_log_likelihoods, *arguments).result()
+
+
+_untrained = functools.cache(_score)
 
 
 def _log_likelihoods(model: str, path: Path, sequence_length: int) -> list[float]:
