@@ -9,9 +9,9 @@
 
 A method's learning rate is searched on validation data with one seed: 1e-3, 3e-3, 1e-2 and so on,
 until the loss of the best is lower than that of its neighbours. With that rate it runs three times,
-and the test data, which no choice has seen, give the result. A win is a test answer that a model
-finds likelier than another model does. A run is one command, which is in the
-results, benchmarks/results/learning-EXPERIMENT.json. A command that was stopped continues.
+and the test data, which no choice has seen, give the result. A model wins a test answer if it finds
+it likelier than the other model does. A run is one command, which is in the results,
+benchmarks/results/learning-EXPERIMENT.json. A command that was stopped continues.
 
 On two cores of a CPU an experiment takes hours. --gpu makes each batch 16 x 512 tokens and has
 results of its own; --model trains another model.

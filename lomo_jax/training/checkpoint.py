@@ -391,7 +391,7 @@ def read_params(
     Raises:
       CheckpointError: There is no such checkpoint, or it is damaged.
     """
-    # Orbax would read an array without one onto the mesh of the run.
+    # Without a sharding, Orbax would put an array on the mesh that the run had.
     default = jnp.zeros(()).sharding
     like = jax.tree.map(lambda x: x if x.sharding else x.update(sharding=default), like)
     with Checkpoints((folder / run_files.CHECKPOINTS).absolute(), read_only=True) as checkpoints:

@@ -316,7 +316,7 @@ def test_muon_learns(text, tmp_path):
 @pytest.mark.filterwarnings("ignore:`optimistic_adam` is deprecated")
 @pytest.mark.parametrize("name", [before_release(name) for name in sorted(optimizers())])
 def test_every_optimizer_of_optax_trains_or_gets_one_line(text, tmp_path, name):
-    # With eight on two busy cores, XLA's collectives for CPUs sometimes wait for each other.
+    # On two busy cores, XLA's collectives between eight CPU devices sometimes lock up.
     mesh = MeshConfig(fsdp=2)
     config = _config(text, tmp_path, optimizer=name, mesh=mesh, batch_size=8, eval_every=0)
     refusal = None
